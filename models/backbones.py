@@ -1,0 +1,83 @@
+"""Backbones: a network from images (N, 3, H, W) to features (N, width), with the width as an attribute."""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+TORCHVISION = tuple(torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"]))
+CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks a stage
+ARCHS = tuple(sorted(TORCHVISION + tuple(CIFAR)))
+
+
+class PaddedShortcut(nn.Module):
+    """Parameter-free shortcut of CIFAR's residual networks (He et al., 2016, option A).
+
+    Halves height and width by taking every second pixel, and pads the channels with zeros.
+    """
+
+    def __init__(self, padding: int):
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class CifarResNet(nn.Module):
+    """The residual networks of He et al. (2016), section 4.2, for small images: 6 * blocks + 2 layers, width 64."""
+
+    width = 64
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks)
+        self.layer2 = self._stage(16, 32, blocks)
+        self.layer3 = self._stage(32, 64, blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(inputs, outputs, blocks):
+        if inputs == outputs:
+            first = BasicBlock(inputs, outputs)
+        else:
+            first = BasicBlock(inputs, outputs, stride=2, downsample=PaddedShortcut((outputs - inputs) // 2))
+        return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))
+
+
+def build_backbone(arch: str) -> nn.Module:
+    """A randomly initialised backbone without classifier.
+
+    arch: one of ARCHS: torchvision's ResNet, ResNeXt and Wide ResNet names, whose parameter names are torchvision's,
+    or resnet8, 20, 32, 44, 56 for small images. The result maps (N, 3, H, W) to (N, backbone.width).
+    Raises ValueError for another name.
+    """
+    if arch in CIFAR:
+        return CifarResNet(CIFAR[arch])
+    if arch not in TORCHVISION:
+        raise ValueError(f"unknown arch {arch!r}; choose one of {', '.join(ARCHS)}")
+    backbone = torchvision.models.get_model(arch, weights=None)
+    backbone.width = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+def identify_backbone(state_dict: dict) -> str | None:
+    """The arch whose parameters and buffers have exactly the names and shapes of a backbone's state dict, or None."""
+    shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
+    for arch in ARCHS:
+        with torch.device("meta"):
+            candidate = build_backbone(arch).state_dict()
+        if {name: tuple(value.shape) for name, value in candidate.items()} == shapes:
+            return arch
+    return None
