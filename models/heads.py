@@ -10,7 +10,7 @@ def projection_head(width: int, dim: int) -> nn.Sequential:
 
 
 class LWS(nn.Module):
-    """Learnable weight scaling (Kang et al., 2020, section 4.2): a frozen linear classifier with a trained scale a class.
+    """Learnable weight scaling (Kang et al., 2020): a frozen linear classifier with a trained scale a class.
 
     Maps features (N, width) to logits (N, num_classes): (W h + b) * s. Only `scales`, starting at one, takes a gradient.
     """

@@ -52,7 +52,7 @@ def contrastive_loss(q, k, labels, queue, label_queue, temperature: float, block
 
 
 def distillation_loss(student, teacher, temperature: float):
-    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), averaged over the batch (paper, section 3.3; Hinton et al., 2015).
+    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), averaged over the batch (paper, section 3.3).
 
     student, teacher: logits (N, num_classes); the teacher takes no gradient.
     """

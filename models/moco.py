@@ -8,14 +8,14 @@ from torch import nn
 
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float):
-    """theta_k <- m theta_k + (1 - m) theta_q, for the parameters, not the BatchNorm buffers (DESIGN: stage I)."""
+    """theta_k <- m theta_k + (1 - m) theta_q, for the parameters, not the BatchNorm buffers."""
     targets, sources = list(momentum.parameters()), list(online.parameters())
     if targets:  # an encoder without parameters is allowed
         torch._foreach_lerp_(targets, sources, 1 - m)
 
 
 def new_queue(dim: int, size: int) -> dict[str, torch.Tensor]:
-    """Buffers of an empty labelled ring: random unit keys (dim, size), their labels -1 (no class), and the write position."""
+    """Buffers of a fresh labelled ring: random unit keys (dim, size), labels -1 (no class), the write position."""
     return {
         "queue": F.normalize(torch.randn(dim, size), dim=0),
         "label_queue": torch.full((size,), -1),
@@ -47,7 +47,7 @@ def _world():
 
 @torch.no_grad()
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors (N, ...) of all ranks, one below the other in the order of ranks; the tensor itself without a group."""
+    """The tensors (N, ...) of all ranks, concatenated in the order of ranks; the tensor itself without a group."""
     if _world() == 1:
         return tensor
     gathered = [torch.empty_like(tensor) for _ in range(_world())]

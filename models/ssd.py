@@ -47,7 +47,7 @@ class SSFL(nn.Module):
             self.register_buffer(name, value)
 
     def disable_contrast(self):
-        """Trains by cross entropy alone, the paper's baseline: no key encoder is run, the projection takes no gradient."""
+        """Trains by cross entropy alone, the paper's baseline: no key encoder runs, the projection takes no gradient."""
         self.contrast = False
         self.q_fc.requires_grad_(False)
 
@@ -56,7 +56,7 @@ class SSFL(nn.Module):
 
     def forward(self, im_q, im_k=None, labels=None):
         features = self.encoder_q(im_q)
-        logits = self.classifier(features)
+        logits = full_precision(self.classifier(features))
         if not self.training:
             return logits
         if not self.contrast:
@@ -108,7 +108,7 @@ class SLG(nn.Module):
     def forward(self, im):
         with torch.no_grad():
             features = self.encoder(im)
-        return self.classifier(features)
+        return full_precision(self.classifier(features))
 
 
 class SDL(nn.Module):
@@ -149,20 +149,21 @@ class SDL(nn.Module):
 
     def forward(self, im):
         features = self.encoder_q(im)
-        hard, soft = self.classifier(features), self.classifier_kd(features)
+        hard, soft = full_precision(self.classifier(features)), full_precision(self.classifier_kd(features))
         if not self.training:
             return hard, soft
         if not self.distill:
             return hard, soft, hard.new_zeros(())
         with torch.no_grad():
             teacher = self.classifier_t(self.encoder_t(im))
-        return hard, soft, distillation_loss(full_precision(soft), full_precision(teacher), self.temperature)
+        return hard, soft, distillation_loss(soft, full_precision(teacher), self.temperature)
 
 
 def identify(state_dict: dict) -> dict | None:
-    """What a state dict holds: {"stage": "i"|"ii"|"iii", "arch", "num_classes"}, stage I with "dim" and "queue_size".
+    """What a state dict holds, read from names and shapes: stage ("i", "ii", "iii"), arch, num_classes.
 
-    Read from names and shapes alone; the arch is None where the backbone is none of ours. None where the names are of no stage.
+    Of stage I dim and queue_size too. The arch is None where the backbone is none of ARCHS; all is None where the
+    names are of no stage.
     """
     state_dict = strip_module(state_dict)
     signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the file, line or flag and says how, in one line."""
+    """A mistake that the user can mend: its one line names the file, line or flag and says how."""

@@ -1,0 +1,45 @@
+"""Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
+
+import signal
+
+import torch
+from torch.utils.data import DataLoader
+
+from utils.errors import UserError
+
+
+def collate(items):
+    """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers."""
+    if isinstance(items, UserError):
+        return items
+    views, labels, indices = zip(*items, strict=True)
+    return tuple(torch.stack(view) for view in zip(*views, strict=True)), torch.tensor(labels), list(indices)
+
+
+def ignore_signals(worker_id):
+    """Workers outlive the signals that ask the run to stop: the run stops them itself, after its checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader over the batch sampler's batches; the training loop takes them through `batches`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+
+
+def batches(loader):
+    """The loader's batches. Raises UserError, without a worker's traceback, for an image that cannot be read."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
