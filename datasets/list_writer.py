@@ -1,0 +1,58 @@
+"""Writing list files: sure to read back as meant, in one piece, and never over a different list unasked."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets.list_file import parse_line
+from utils.errors import UserError
+
+
+def list_content(entries) -> bytes:
+    """The list file of an iterable of (path, label). Raises UserError for a path that a list cannot hold."""
+    lines = []
+    for path, label in entries:
+        line = os.fsencode(f"{path} {label}")
+        try:
+            if b"\n" in line or parse_line(line) != (os.fsencode(path), label):
+                raise ValueError("white space at an end of the path, or a line break in it")
+        except ValueError as error:
+            raise UserError(f"{path!r}: cannot stand in a list ({error}); rename the file or folder") from None
+        lines.append(line + b"\n")
+    return b"".join(lines)
+
+
+@contextmanager
+def whole_file(file: Path):
+    """A temporary path beside the file that becomes the file if the block ends well, and vanishes otherwise."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool):
+    """Raises UserError if one of the files exists with another content and may not be overwritten."""
+    for name, content in files.items():
+        file = folder / name
+        if not overwrite and file.is_file() and file.read_bytes() != content:
+            raise UserError(f"{file}: exists with other content; keep it, or replace it with --overwrite")
+
+
+def write_files(folder: Path, files: dict[str, bytes], overwrite: bool = False) -> list[str]:
+    """Writes {name: content} into the folder and returns the names of those that were not there already.
+
+    Raises UserError, before anything is written, as refuse_other_content does.
+    """
+    refuse_other_content(folder, files, overwrite)
+    written = []
+    for name, content in files.items():
+        file = folder / name
+        if file.is_file() and file.read_bytes() == content:
+            continue
+        with whole_file(file) as partial:
+            partial.write_bytes(content)
+        written.append(name)
+    return written
