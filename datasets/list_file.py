@@ -1,5 +1,6 @@
 """Lists of images: a compact index of `<path> <label>` lines, and the data set of the images it names."""
 
+import io
 import os
 import warnings
 from array import array
@@ -72,6 +73,11 @@ class ListIndex:
                 return cls._parse(str(file), content, lines)
         except OSError as error:
             raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
+
+    @classmethod
+    def parse(cls, name: str, content: bytes) -> "ListIndex":
+        """As read, of a list's bytes; name: what messages call it."""
+        return cls._parse(name, np.frombuffer(bytearray(content), dtype=np.uint8), io.BytesIO(content))
 
     @classmethod
     def of(cls, name: str, entries) -> "ListIndex":
@@ -240,7 +246,7 @@ def class_folders(root, split, classes: list[str] | None = None) -> tuple[ListIn
     return ListIndex.of(str(folder), ((os.path.relpath(file, root), label) for file, label in samples)), classes
 
 
-def first_missing(index: ListIndex, root, place, split, missing, shown=3) -> str:
+def missing_message(index: ListIndex, root, place, split, missing, shown=3) -> str:
     """One line that names the first missing files and their number."""
     names = ", ".join(place(index.path(i), split) for i in islice(missing, shown))
     return f"{index.name}: {len(missing)} of {len(index)} files are not in {root}; the first: {names}"

@@ -4,8 +4,9 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets.list_file import parse_line
 from utils.errors import UserError
+
+from .list_file import parse_line
 
 
 def list_content(entries) -> bytes:

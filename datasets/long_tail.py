@@ -13,8 +13,10 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
-from datasets.list_writer import list_content, refuse_other_content, whole_file, write_files
 from utils.errors import UserError
+
+from .list_writer import list_content, refuse_other_content, whole_file, write_files
+from .published import download_errors
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 CIFAR = {10: CIFAR10, 100: CIFAR100}
@@ -57,7 +59,8 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
         mirrors = [url.rstrip("/") + "/"] if url else FashionMNIST.mirrors
         download = type("FashionMNIST", (FashionMNIST,), {"mirrors": mirrors})
         hint = "or install Debian's package dataset-fashion-mnist, or give the files with --source"
-        downloaded(lambda: download(str(download_to), download=True), "Fashion-MNIST", hint)
+        with download_errors("Fashion-MNIST", hint):
+            download(str(download_to), download=True)
         source = download_to / "FashionMNIST" / "raw"
 
     def read(reader, name):
@@ -96,7 +99,8 @@ def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallIm
         address = f"{url.rstrip('/')}/{original.filename}" if url else original.url
         download = type("CIFAR", (original,), {"url": address})
         hint = f"or fetch {original.url} by hand and give it with --source"
-        downloaded(lambda: download(str(download_to), download=True), f"CIFAR-{num_classes}", hint)
+        with download_errors(f"CIFAR-{num_classes}", hint):
+            download(str(download_to), download=True)
         return load_cifar(original, download_to)
     source = Path(source)
     if source.name == original.base_folder and source.is_dir():
@@ -121,14 +125,6 @@ def load_cifar(original, root: Path, named=None) -> SmallImages:
     except RuntimeError as error:
         raise UserError(f"{named or root / original.base_folder}: incomplete or damaged ({one_line(error)})") from None
     return SmallImages(train.classes, train.data, np.array(train.targets), test.data, np.array(test.targets))
-
-
-def downloaded(get, what: str, hint: str):
-    """Calls get, a download of torchvision's, and turns what it raises into a UserError with the hint."""
-    try:
-        get()
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{what}: the download failed ({one_line(error)}); try again, {hint}") from None
 
 
 def one_line(error) -> str:
