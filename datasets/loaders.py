@@ -3,7 +3,7 @@
 import signal
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from utils.errors import UserError
 
@@ -13,7 +13,7 @@ def collate(items):
     if isinstance(items, UserError):
         return items
     views, labels, indices = zip(*items, strict=True)
-    return tuple(torch.stack(view) for view in zip(*views, strict=True)), torch.tensor(labels), list(indices)
+    return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
 
 
 def ignore_signals(worker_id):

@@ -55,11 +55,11 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     return chosen
 
 
-def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter) -> dict[str, Split]:
+def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=True) -> dict[str, Split]:
     """The wanted splits, each with the layout its files were found in; given: split -> list file, or None.
 
     progress wraps the iterator over the pool's results. Missing files are noted, not raised (Split.require does that);
-    Raises UserError for DIR, lists or folders that cannot be read.
+    check=False leaves the looking to a neighbour process. Raises UserError for DIR, lists or folders that cannot be read.
     """
     lists = choose_lists(root, given, wanted)
     splits, classes = {}, None
@@ -70,6 +70,6 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
         return {split: splits[split] for split in wanted}
     for split, file in lists.items():
         index = ListIndex.read(file)
-        place, missing = find_place(index, root, split, progress)
+        place, missing = find_place(index, root, split, progress) if check else (plain_place, [])
         splits[split] = Split(split, str(root), index, place, tuple(missing))
     return splits

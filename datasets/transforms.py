@@ -61,15 +61,18 @@ def eval_view(size: int) -> T.Compose:
     return T.Compose([T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
 
 
+VIEWS = {"query": query_view, "key": key_view, "eval": eval_view}
+
+
 class Views:
     """Several random views of an image, each a function of (seed, epoch, index, draw, number of the view) alone.
 
-    Called with (image, (epoch, index, draw)); returns a tuple of uint8 tensors (3, S, S). torch's global generator,
+    names: of VIEWS. Called with (image, (epoch, index, draw)); returns a tuple of uint8 tensors (3, S, S). torch's global generator,
     which torchvision's transforms draw from, is left as it was found.
     """
 
-    def __init__(self, *views, seed: int = 0):
-        self.views, self.seed = views, seed
+    def __init__(self, names, size: int, seed: int = 0):
+        self.views, self.seed = [VIEWS[name](size) for name in names], seed
 
     def __call__(self, image, place):
         generator = torch.default_generator

@@ -241,9 +241,9 @@ def verify(args) -> int:
     for name, split in splits.items():
         describe(split, findings[name])
     if "train" in splits:
-        trained = set(splits["train"].index.labels.tolist())
+        trained = set(splits["train"].index.labels.unique().tolist())
         for name, split in splits.items():
-            if untrained := set(split.index.labels.tolist()) - trained:
+            if untrained := set(split.index.labels.unique().tolist()) - trained:
                 information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
     for line in problems:
         print(line)

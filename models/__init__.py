@@ -5,5 +5,13 @@ from .losses import contrastive_loss, distillation_loss
 from .ssd import SDL, SLG, SSFL, from_state_dict, identify
 
 __all__ = [
-    "ARCHS", "SDL", "SLG", "SSFL", "build_backbone", "contrastive_loss", "distillation_loss", "from_state_dict", "identify",
-]  # fmt: skip
+    "ARCHS",
+    "SDL",
+    "SLG",
+    "SSFL",
+    "build_backbone",
+    "contrastive_loss",
+    "distillation_loss",
+    "from_state_dict",
+    "identify",
+]

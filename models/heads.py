@@ -12,7 +12,7 @@ def projection_head(width: int, dim: int) -> nn.Sequential:
 class LWS(nn.Module):
     """Learnable weight scaling (Kang et al., 2020): a frozen linear classifier with a trained scale a class.
 
-    Maps features (N, width) to logits (N, num_classes): (W h + b) * s. Only `scales`, starting at one, takes a gradient.
+    Maps features (N, width) to logits (N, num_classes): (W h + b) * s. Only `scales`, at first one, takes a gradient.
     """
 
     def __init__(self, width: int, num_classes: int):

@@ -40,7 +40,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 def contrastive_loss(q, k, labels, queue, label_queue, temperature: float, block: int | None = None):
     """Class-masked InfoNCE of stage I (paper, section 3.1): the negatives of a query are the keys of other classes.
 
-    q, k (N, dim): queries and their keys, normalised; labels (N,); queue (dim, K) and label_queue (K,): earlier keys and
+    q, k (N, dim): queries and their keys, normalised; labels (N,); queue (dim, K), label_queue (K,): earlier keys and
     their classes, -1 for none. Returns the mean over the batch of
     -log( e^{q_i k_i / T} / (e^{q_i k_i / T} + sum_{j: y_j != y_i} e^{q_i n_j / T}) ), a scalar in the type of q.
     Only q takes a gradient. block: keys a step; by default what fits the device's cache and launch overhead.

@@ -47,7 +47,7 @@ class SSFL(nn.Module):
             self.register_buffer(name, value)
 
     def disable_contrast(self):
-        """Trains by cross entropy alone, the paper's baseline: no key encoder runs, the projection takes no gradient."""
+        """Trains by cross entropy alone, the paper's baseline: no key encoder runs, no projection is trained."""
         self.contrast = False
         self.q_fc.requires_grad_(False)
 

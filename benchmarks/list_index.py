@@ -1,0 +1,113 @@
+"""Load time and memory of the list index against a plain list of tuples; Linux only.
+
+    python -m benchmarks.list_index [--entries 10000000]
+
+Writes a list into a temporary folder and loads it twice, each time in a fresh process, which then starts two data
+loader workers that read entries all over the list. Memory is private memory (/proc/<pid>/smaps_rollup): what the
+process would give back if it ended, so that a copy in each worker shows.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from datasets.list_file import ListIndex
+
+STRIDE = 16  # entries apart: closer than a page of either kind
+WORKERS = 2
+
+
+def memory(pid="self") -> dict[str, int]:
+    """Bytes of a process: private to it, and its proportional share."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    size = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
+    return {"private": size["Private_Clean"] + size["Private_Dirty"], "share": size["Pss"]}
+
+
+def load_tuples(file) -> list[tuple[str, int]]:
+    """What a plain reader of list files makes."""
+    entries = []
+    with open(file) as lines:
+        for line in lines:
+            path, label = line.rsplit(None, 1)
+            entries.append((path, int(label)))
+    return entries
+
+
+class Reader(torch.utils.data.Dataset):
+    """Item i reads every STRIDE-th entry of the i-th half and returns the private memory before and after."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __len__(self):
+        return WORKERS
+
+    def __getitem__(self, i):
+        before = memory()["private"]
+        length = len(self.entries)
+        for j in range(i * length // WORKERS, (i + 1) * length // WORKERS, STRIDE):
+            if isinstance(self.entries, ListIndex):
+                self.entries.path(j), int(self.entries.labels[j])
+            else:
+                _path, _label = self.entries[j]
+        return torch.tensor([before, memory()["private"]])
+
+
+def measure(kind: str, file: str) -> dict:
+    """Loads the list and reads it in workers; run in a process of its own."""
+    before, start = memory()["private"], time.perf_counter()
+    entries = ListIndex.read(file) if kind == "index" else load_tuples(file)
+    seconds = time.perf_counter() - start
+    resident = memory()["private"] - before
+    loader = torch.utils.data.DataLoader(
+        Reader(entries), batch_size=1, num_workers=WORKERS, multiprocessing_context="fork"
+    )
+    grown = max(int(after - before) for batch in loader for before, after in batch)
+    return {"seconds": seconds, "resident": resident, "worker": grown}
+
+
+def write_list(file: Path, entries: int, classes: int = 1000):
+    """A list of ImageNet's kind of paths, long-tailed no further than the benchmark needs: not at all."""
+    with file.open("w") as lines:
+        for start in range(0, entries, 100_000):
+            numbers = range(start, min(start + 100_000, entries))
+            lines.write(
+                "".join(f"train/n{i % classes:08}/n{i % classes:08}_{i:09}.JPEG {i % classes}\n" for i in numbers)
+            )
+
+
+def main(argv=None) -> int:
+    """Prints a table of both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", type=int, default=10_000_000)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "list.txt"
+        write_list(file, args.entries)
+        size = os.path.getsize(file)
+        print(f"{args.entries} entries, {size / 1e6:.0f} MB, {size / args.entries:.0f} bytes a line")
+        for kind, title in (("index", "list index"), ("tuples", "list of tuples")):
+            command = [sys.executable, "-m", "benchmarks.list_index", "--measure", kind, str(file)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            print(
+                f"{title:>14}: loads in {result['seconds']:5.1f} s, resident {result['resident'] / size:5.2f} times the "
+                f"list's bytes, each of {WORKERS} workers adds {result['worker'] / size:5.2f} times"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
