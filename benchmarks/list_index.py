@@ -103,8 +103,8 @@ def main(argv=None) -> int:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(output.splitlines()[-1])
             print(
-                f"{title:>14}: loads in {result['seconds']:5.1f} s, resident {result['resident'] / size:5.2f} times the "
-                f"list's bytes, each of {WORKERS} workers adds {result['worker'] / size:5.2f} times"
+                f"{title:>14}: loads in {result['seconds']:5.1f} s; memory, in list sizes: resident "
+                f"{result['resident'] / size:.2f}, and each of {WORKERS} workers adds {result['worker'] / size:.2f}"
             )
     return 0
 
