@@ -10,13 +10,13 @@ from utils.errors import UserError
 from .list_file import missing_entries, missing_message, reorganised_place
 from .splits import Split, find_splits
 
-SORTING = "python -m datasets.prepare imagenet-lt --root DIR --link OUT sorts it"
+SORTING = "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"
 
 
 def flat_place(path: str, split: str) -> str:
     """Where an entry lies in a folder without class folders, as the ILSVRC2012 validation set is unpacked."""
     parts = PurePosixPath(path).parts
-    return "/".join((*parts[:-2], parts[-1]))
+    return f"{parts[0]}/{parts[-1]}"
 
 
 def bar(what: str):
@@ -77,8 +77,10 @@ def diagnose(split: Split) -> str:
     return "the wrong release (ImageNet-LT wants ILSVRC2012), or a copy that broke off: class folders lack some files"
 
 
-def link_tree(splits: dict[str, Split], out: Path) -> int:
-    """Makes out/<split>/<class>/<file>, symbolic links to the images of the splits; returns how many were not there.
+def link_tree(splits: dict[str, Split], out: Path, layout=reorganised_place) -> int:
+    """Makes symbolic links below out to the images of the splits, out/<split>/<class>/<file> by default.
+
+    Returns how many were not there. layout: as plain_place.
 
     Run again, it goes on where it stopped, and turns links of a tree that has moved. Raises UserError where two images
     want one name, or a file that is no link has it.
@@ -88,7 +90,7 @@ def link_tree(splits: dict[str, Split], out: Path) -> int:
         for i in range(len(split.index)):
             path = split.index.path(i)
             image = os.path.abspath(os.path.join(split.root, split.place(path, name)))
-            link = reorganised_place(path, name)
+            link = layout(path, name)
             if links.setdefault(link, image) != image:
                 raise UserError(f"--link {out}: {image} and {links[link]} would both be {link}; use the tree as it is")
     for folder in sorted({os.path.dirname(link) for link in links}):

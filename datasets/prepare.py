@@ -20,6 +20,7 @@ from utils.errors import UserError
 from . import long_tail
 from .folder_lists import write_folder_lists
 from .image_tree import find_tree, link_tree
+from .list_file import plain_place, reorganised_place
 from .list_writer import write_files
 from .published import manifest, obtain_lists
 
@@ -86,10 +87,11 @@ def prepare_published(args):
             raise UserError(f"{message}; get them first, without --from or with another")
         print(message)
     if args.root:
-        splits = find_tree(args.root, files, sort_flat=args.link is not None and args.dataset == "imagenet-lt")
+        splits = find_tree(args.root, files, sort_flat=args.link is not None)
         print(f"{args.root}: all {sum(len(split.index) for split in splits.values())} listed images are there")
         if args.link:
-            made = link_tree(splits, args.link)
+            nested = args.dataset == "places-lt"  # class folders within class folders: <class>/<file> would collide
+            made = link_tree(splits, args.link, plain_place if nested else reorganised_place)
             write_files(args.link, {f"{name}.txt": files[name].read_bytes() for name in splits}, args.overwrite)
             total = sum(len(split.index) for split in splits.values())
             print(f"{args.link}: {made} links made, {total - made} there already")
@@ -153,9 +155,8 @@ def parser() -> Parser:
     published.add_argument("--root", type=Path, metavar="DIR", help="folder of the images: checks that all are there")
     for name in ("imagenet-lt", "places-lt", "inaturalist18"):
         command = commands.add_parser(name, parents=[published, replace], help=f"the published lists: {name}")
-        if name != "places-lt":  # whose classes have nested folders
-            command.add_argument("--link", type=Path, metavar="OUT", help="make a train/val/test tree of links there")
-        command.set_defaults(run=prepare_published, link=None)
+        command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images there")
+        command.set_defaults(run=prepare_published)
 
     small = argparse.ArgumentParser(add_help=False)
     small.add_argument("--out", type=Path, required=True, help="folder for the images and lists")

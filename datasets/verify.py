@@ -279,7 +279,7 @@ def parser() -> Parser:
 def main(argv=None) -> int:
     """Returns the exit status: 0, 1 where the data are at fault, 2 where nothing could be checked."""
     try:
-        return verify(parser().parse_args(argv))
+        return verify(parser().parse_intermixed_args(argv))  # DIR --decode LIST works too
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

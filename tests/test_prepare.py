@@ -432,7 +432,13 @@ def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys)
 def test_places(lists, root, tmp_path, capsys):
     said = succeeds(capsys, "places-lt", "--out", lists, "--root", root)
     assert "all 25" in said and f"--test-list {lists / 'Places_LT_test.txt'}" in said
-    assert "--link" in fails(capsys, "places-lt", "--out", lists, "--root", root, "--link", tmp_path / "out")
+    flatten(root)
+    out = tmp_path / "out"
+    assert "unsorted" in fails(capsys, "places-lt", "--out", lists, "--root", root)
+    succeeds(capsys, "places-lt", "--out", lists, "--root", root, "--link", out)
+    for entries in LISTS.values():
+        assert all((out / path).is_symlink() and (out / path).read_text() == path for path, _ in entries)
+    assert not any(split.missing for split in find_splits(out, {}).values())
 
 
 def test_a_tree_needs_all_lists(lists, root, capsys):
