@@ -1,6 +1,7 @@
-"""Networks of SSD-LT; knows nothing of data sets, files or command lines."""
+"""Networks of SSD-LT, and checkpoint files as their input; knows nothing of data sets or command lines."""
 
 from .backbones import ARCHS, build_backbone
+from .files import load
 from .losses import contrastive_loss, distillation_loss
 from .ssd import SDL, SLG, SSFL, from_state_dict, identify
 
@@ -14,4 +15,5 @@ __all__ = [
     "distillation_loss",
     "from_state_dict",
     "identify",
+    "load",
 ]

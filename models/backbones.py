@@ -1,5 +1,7 @@
 """Backbones: a network from images (N, 3, H, W) to features (N, width), with the width as an attribute."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -72,12 +74,14 @@ def build_backbone(arch: str) -> nn.Module:
     return backbone
 
 
+@functools.cache
+def backbone_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the parameters and buffers of a backbone; none of them is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in build_backbone(arch).state_dict().items()}
+
+
 def identify_backbone(state_dict: dict) -> str | None:
     """The arch whose parameters and buffers have exactly the names and shapes of a backbone's state dict, or None."""
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
-    for arch in ARCHS:
-        with torch.device("meta"):
-            candidate = build_backbone(arch).state_dict()
-        if {name: tuple(value.shape) for name, value in candidate.items()} == shapes:
-            return arch
-    return None
+    return next((arch for arch in ARCHS if backbone_shapes(arch) == shapes), None)

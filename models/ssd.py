@@ -162,30 +162,43 @@ class SDL(nn.Module):
 def identify(state_dict: dict) -> dict | None:
     """What a state dict holds, read from names and shapes: stage ("i", "ii", "iii"), arch, num_classes.
 
-    Of stage I dim and queue_size too. The arch is None where the backbone is none of ARCHS; all is None where the
-    names are of no stage.
+    Of stage I, if the queue is there, dim and queue_size too. The arch is None where the backbone is none of ARCHS; all
+    is None where the names are of no stage.
     """
     state_dict = strip_module(state_dict)
     signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}
     stage = next((s for s, prefix in signs.items() if any(k.startswith(prefix) for k in state_dict)), None)
     bias = state_dict.get("classifier.fc.bias" if stage == "ii" else "classifier.bias")
-    if stage is None or bias is None:
+    if stage is None or bias is None or bias.dim() != 1:
         return None
     encoder = submodule(state_dict, "encoder." if stage == "ii" else "encoder_q.")
     found = {"stage": stage, "arch": identify_backbone(encoder), "num_classes": len(bias)}
-    if stage == "i" and "queue" in state_dict:
-        found["dim"], found["queue_size"] = state_dict["queue"].shape
+    queue = state_dict.get("queue")
+    if stage == "i" and queue is not None and queue.dim() == 2:
+        found["dim"], found["queue_size"] = queue.shape
     return found
+
+
+def misfits(model: nn.Module, state_dict: dict) -> list[str]:
+    """The sorted names that a model and a state dict, without `module.`, do not share, or not with the same shape."""
+    here, there = ({name: value.shape for name, value in d.items()} for d in (model.state_dict(), state_dict))
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
 
 def from_state_dict(state_dict: dict) -> nn.Module:
     """The network of whichever stage the state dict is of, with its weights, in eval mode.
 
-    Raises ValueError where names or shapes are of no stage or of an unknown backbone.
+    Momentum and temperatures, which no state dict holds and only training uses, are the defaults. Raises ValueError,
+    in one line, where names or shapes are of no stage or of an unknown backbone.
     """
     found = identify(state_dict)
     if found is None or found["arch"] is None:
-        raise ValueError("the checkpoint's names and shapes are of no stage of SSD-LT with a known backbone")
-    model = {"i": SSFL, "ii": SLG, "iii": SDL}[found.pop("stage")](**found)
-    model.load_state_dict(strip_module(state_dict))
+        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
+    stage = found.pop("stage")
+    model = {"i": SSFL, "ii": SLG, "iii": SDL}[stage](**found)
+    state_dict = strip_module(state_dict)
+    wrong = misfits(model, state_dict)
+    if wrong:
+        raise ValueError(f"it does not fit stage {stage.upper()} at {wrong[0]}")
+    model.load_state_dict(state_dict)
     return model.eval()

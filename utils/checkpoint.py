@@ -143,9 +143,7 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        here = {name: value.shape for name, value in model.state_dict().items()}
-        there = {name: value.shape for name, value in state.items()}
-        wrong = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+        wrong = models.ssd.misfits(model, state)
         if "queue" in wrong and "queue" in state:
             dim, size = state["queue"].shape
             raise UserError(
