@@ -1,0 +1,44 @@
+"""Trees and trained stages that the tests share, and one thread, so that sums have one order."""
+
+import os
+import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+import pytest
+import torch
+
+from tests.helpers import LAST, train, write_tree
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def plain_tree(tmp_path_factory):
+    """Images at 32 pixels where the lists say, as in ILSVRC2012."""
+    return write_tree(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def reorganised_tree(tmp_path_factory):
+    """The same images and lists, in one folder a split."""
+    return write_tree(tmp_path_factory.mktemp("reorganised"), reorganised=True)
+
+
+@pytest.fixture(scope="session")
+def jpeg_tree(tmp_path_factory):
+    """Large JPEG files, few of them."""
+    counts = {"train": (9, 4, 2), "val": (1, 1, 1), "test": (2, 2, 2)}
+    return write_tree(tmp_path_factory.mktemp("jpeg"), counts, size=260, suffix=".JPEG")
+
+
+@pytest.fixture(scope="session")
+def trained(plain_tree, tmp_path_factory):
+    """Run folders, not to be changed, of stages i, ii, iii and the second ii, `tuned`, each on the one before."""
+    root = tmp_path_factory.mktemp("trained")
+    i = train("i", plain_tree, root / "i", "--cos")
+    ii = train("ii", plain_tree, root / "ii", "--cos", "--last_stage_ckpt", i / LAST)
+    iii = train("iii", plain_tree, root / "iii", "--cos", "--teacher_ckpt", ii / LAST)
+    tuned = train("ii", plain_tree, root / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
+    return {"i": i, "ii": ii, "iii": iii, "tuned": tuned}

@@ -1,0 +1,145 @@
+"""Small long-tailed image trees, and stages run on them: in this process, through the shell, or as ranks of a group."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
+
+ROOT = Path(__file__).resolve().parent.parent
+MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
+STAGES = tuple(MAINS)
+COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images a class; all three shot groups
+CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
+SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
+QUEUE = "--moco-k 50 --moco-dim 16 --moco-m 0.9"  # a queue that the batch does not divide
+LAST = "last_checkpoint.pth.tar"
+
+
+def class_image(random: np.random.Generator, label: int, size: int) -> Image.Image:
+    """Noise around a colour and a brightness gradient that tell the class."""
+    colour = np.array([(60 * label) % 256, (110 * label + 80) % 256, (170 * label + 40) % 256], dtype=float)
+    slope = np.linspace(-60, 60, size)[:, None, None] * (-1) ** label
+    pixels = colour + slope + random.normal(0, 40, (size, size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganised=False) -> Path:
+    """A tree and its lists. As in ImageNet-LT, validation images are named below train/ and test images below val/.
+
+    They lie where the lists say, or, reorganised, in one folder a split.
+    """
+    random = np.random.default_rng(0)
+    for split, named in (("train", "train"), ("val", "train"), ("test", "val")):
+        lines = []
+        for label, count in enumerate(counts[split]):
+            for number in range(count):
+                name = f"class{label}/{split}_{number}{suffix}"
+                file = root / (split if reorganised else named) / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                class_image(random, label, size).save(file)
+                lines.append(f"{named}/{name} {label}\n")
+        (root / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+class Outcome(NamedTuple):
+    """What a run of a stage gave: exit status and what it wrote to stdout and stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+def stage_flags(stage: str, data, out, flags) -> list[str]:
+    """The command line of a small run; later flags win over the defaults."""
+    defaults = f"{SMALL} {QUEUE}" if stage == "i" else SMALL
+    return [*defaults.split(), "--output_dir", str(out), *map(str, flags), str(data)]
+
+
+def call(stage: str, argv) -> Outcome:
+    """main(argv) in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = MAINS[stage](list(map(str, argv)))
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def run_stage(stage: str, data, out, *flags) -> Outcome:
+    """A small run in this process."""
+    return call(stage, stage_flags(stage, data, out, flags))
+
+
+def train(stage: str, data, out, *flags) -> Path:
+    """A small run in this process that has to succeed; returns its folder."""
+    outcome = run_stage(stage, data, out, *flags)
+    assert (outcome.status, outcome.err) == (0, "")
+    return Path(out)
+
+
+def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,), cwd=ROOT) -> Outcome:
+    """A small run as a user starts it."""
+    command = [*launcher, ROOT / f"ssd_stage_{stage}.py", *stage_flags(stage, data, out, flags)]
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def checkpoint(folder, name=LAST) -> dict:
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log_of(folder, *, timed=True) -> list[dict]:
+    """The records of log.txt; timed=False leaves out what depends on the clock."""
+    records = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+    if not timed:
+        records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+    return records
+
+
+def results_of(folder) -> list[dict]:
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def same(a, b) -> bool:
+    """Whether two nested values agree bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def _rank(function, rank, world, folder, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(function(rank, *args), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, function, *args) -> list:
+    """function(rank, *args) on each of `world` forked processes of a gloo group; what they return, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("fork")  # spawned ones would each import torch anew
+        ranks = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0] * world
+        return [torch.load(os.path.join(folder, str(rank)), weights_only=True) for rank in range(world)]

@@ -1,0 +1,156 @@
+"""The two losses against what their formulas say, written down naively."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import contrastive_loss, distillation_loss
+
+T, CLASSES = 0.2, 5
+
+
+def batch(n=7, dim=8, size=50, dtype=torch.float64):
+    """(q, k, labels, queue, label_queue), the queue with keys of no class among the others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(*shape, dim):
+        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=dim).to(dtype)
+
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    label_queue = torch.randint(-1, CLASSES, (size,), generator=generator)
+    return unit(n, dim, dim=1), unit(n, dim, dim=1), labels, unit(dim, size, dim=0), label_queue
+
+
+def naive_contrastive(q, k, labels, queue, label_queue):
+    losses = []
+    for i in range(len(q)):
+        positive = math.exp(float(q[i] @ k[i]) / T)
+        negatives = [
+            math.exp(float(q[i] @ queue[:, j]) / T) for j in range(queue.shape[1]) if label_queue[j] != labels[i]
+        ]
+        losses.append(-math.log(positive / (positive + sum(negatives))))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("block", [None, 1, 7, 16, 49, 50, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_contrastive_is_the_formula(block, dtype, tolerance):
+    given = batch(dtype=dtype)
+    loss = contrastive_loss(*given, T, block)
+    assert loss.shape == () and loss.dtype == dtype
+    assert float(loss) == pytest.approx(naive_contrastive(*batch()), rel=tolerance)
+
+
+@pytest.mark.parametrize("block", [None, 7, 50])
+def test_contrastive_gradient(block):
+    q, *others = batch()
+    assert torch.autograd.gradcheck(lambda q: 3 * contrastive_loss(q, *others, T, block), q.requires_grad_())
+
+
+def test_contrastive_gradient_is_that_of_the_dense_formula():
+    q, k, labels, queue, label_queue = batch(n=9, size=130)
+    q.requires_grad_()
+    (streamed,) = torch.autograd.grad(contrastive_loss(q, k, labels, queue, label_queue, T, 32), q)
+    negatives = (q @ queue / T).masked_fill(labels[:, None] == label_queue, -torch.inf)
+    logits = torch.cat([(q * k).sum(1, keepdim=True) / T, negatives], dim=1)
+    (dense,) = torch.autograd.grad(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)), q)
+    torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-12)
+
+
+def test_only_the_query_takes_a_gradient():
+    q, k, labels, queue, label_queue = batch()
+    q.requires_grad_()
+    k.requires_grad_()
+    contrastive_loss(q, k, labels, queue, label_queue, T).backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None
+
+
+def test_keys_of_the_same_class_do_not_count():
+    q, k, labels, queue, label_queue = batch()
+    labels[:] = 2
+    label_queue[::3] = 2
+    others = label_queue != 2
+    masked = contrastive_loss(q, k, labels, queue, label_queue, T)
+    torch.testing.assert_close(masked, contrastive_loss(q, k, labels, queue[:, others], label_queue[others], T))
+    moved = queue.clone()
+    moved[:, ~others] = q[0][:, None]  # wherever they are, they do not change the loss
+    torch.testing.assert_close(masked, contrastive_loss(q, k, labels, moved, label_queue, T))
+
+
+def test_a_key_of_no_class_is_a_negative_of_all():
+    q, k, labels, queue, _ = batch()
+    unlabelled = torch.full((queue.shape[1],), -1)
+    foreign = torch.full((queue.shape[1],), CLASSES + 1)
+    loss = contrastive_loss(q, k, labels, queue, unlabelled, T)
+    torch.testing.assert_close(loss, contrastive_loss(q, k, labels, queue, foreign, T), rtol=0, atol=0)
+    assert loss > contrastive_loss(q, k, labels, queue, batch()[-1], T)
+
+
+@pytest.mark.parametrize("block", [None, 7])
+def test_without_any_negative_the_loss_is_zero(block):
+    q, k, labels, queue, label_queue = batch()
+    q.requires_grad_()
+    labels[:], label_queue[:] = 1, 1
+    loss = contrastive_loss(q, k, labels, queue, label_queue, T, block)
+    loss.backward()
+    assert loss.item() == 0 and torch.all(q.grad == 0)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, labels, queue, label_queue = batch(dtype=torch.float32)
+    small = contrastive_loss(q, k, labels, queue, label_queue, 1e-3)
+    exact = contrastive_loss(*(x.double() if x.is_floating_point() else x for x in batch()), 1e-3)
+    assert float(small) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_contrastive_stays_in_full_precision_under_autocast(half):
+    given = batch(dtype=torch.float32)
+    with torch.autocast("cpu", half):
+        assert (given[0] @ given[3]).dtype == half
+        loss = contrastive_loss(*given, T)
+    torch.testing.assert_close(loss, contrastive_loss(*given, T), rtol=0, atol=0)
+
+
+def test_nothing_of_batch_times_queue_is_kept_for_backward():
+    q, k, labels, queue, label_queue = batch(n=16, size=4096)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        loss = contrastive_loss(q.requires_grad_(), k, labels, queue, label_queue, T, 256)
+    assert loss.requires_grad and 0 < sum(kept) <= 3 * q.numel()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+def test_distillation_is_the_formula(temperature):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 6, CLASSES, generator=generator, dtype=torch.float64) * 3
+    expected = 0.0
+    for s, t in zip((student / temperature).exp(), (teacher / temperature).exp(), strict=True):
+        p, r = t / t.sum(), s / s.sum()
+        expected += sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, r, strict=True))
+    loss = distillation_loss(student, teacher, temperature)
+    assert float(loss) == pytest.approx(temperature**2 * expected / 6, rel=1e-10)
+
+
+def test_distillation_gradients():
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = torch.randn(2, 4, CLASSES, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: distillation_loss(s, teacher, 2.0), student.clone().requires_grad_())
+    teacher.requires_grad_()
+    student.requires_grad_()
+    distillation_loss(student, teacher, 2.0).backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_distillation_of_equals_is_zero():
+    logits = torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
+    loss = distillation_loss(logits, logits, 2.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and logits.grad.abs().max() < 1e-12
+
+
+def test_distillation_of_an_impossible_class():
+    teacher = torch.tensor([[0.0, 0.0, -1e4]])  # a probability that underflows
+    assert distillation_loss(torch.zeros(1, 3), teacher, 1.0).item() == pytest.approx(math.log(1.5))

@@ -1,0 +1,347 @@
+"""Queue, momentum encoder and shuffling BN; what each network runs, trains and leaves alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from models.moco import enqueue, momentum_update, new_queue, shuffled
+from tests.helpers import on_ranks
+
+DIM, CLASSES = 4, 5
+
+
+def numbered(first, count):
+    """Keys and labels that tell which they are."""
+    numbers = torch.arange(first, first + count)
+    return numbers.float()[:, None].expand(count, DIM), numbers
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 3), (10, 4), (3, 3), (10, 1), (7, 6)])
+def test_the_queue_is_a_ring(size, batch):
+    state = new_queue(DIM, size)
+    expected, given = [-1] * size, 0
+    for _ in range(2 * size + 1):
+        keys, labels = numbered(given, batch)
+        enqueue(**state, keys=keys, labels=labels)
+        for number in range(given, given + batch):
+            expected[number % size] = number
+        given += batch
+        assert state["label_queue"].tolist() == expected
+        assert state["queue_ptr"].tolist() == [given % size]
+        filled = state["label_queue"] >= 0
+        assert torch.equal(state["queue"][:, filled], state["label_queue"][filled].float().expand(DIM, -1))
+
+
+def test_a_batch_larger_than_the_queue_is_refused():
+    state = new_queue(DIM, 3)
+    before = {name: value.clone() for name, value in state.items()}
+    with pytest.raises(ValueError, match="--moco-k"):
+        enqueue(**state, keys=torch.ones(4, DIM), labels=torch.arange(4))
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_a_fresh_queue_holds_unit_keys_of_no_class():
+    state = new_queue(DIM, 9)
+    torch.testing.assert_close(state["queue"].norm(dim=0), torch.ones(9))
+    assert state["label_queue"].tolist() == [-1] * 9 and state["queue_ptr"].tolist() == [0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_keys_that_are_not_finite_never_enter(bad):
+    state = new_queue(DIM, 5)
+    enqueue(**state, keys=torch.full((5, DIM), 9.0), labels=torch.full((5,), 9))
+    keys, labels = numbered(1, 3)
+    keys = keys.clone()
+    keys[1, 2] = bad
+    enqueue(**state, keys=keys, labels=labels)
+    assert state["label_queue"].tolist() == [1, 9, 3, 9, 9]
+    assert state["queue"][0].tolist() == [1, 9, 3, 9, 9]
+    assert state["queue_ptr"].tolist() == [3]
+
+
+def test_momentum_averages_parameters_not_statistics():
+    online, momentum = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        online.weight.copy_(torch.tensor([2.0, -1.0]))
+        online.running_mean.fill_(7)
+    momentum_update(online, momentum, 0.9)
+    torch.testing.assert_close(momentum.weight.detach(), torch.tensor([1.1, 0.8]))
+    assert momentum.running_mean.tolist() == [0, 0] and momentum.num_batches_tracked == 0
+    assert online.weight.tolist() == [2, -1]
+    momentum_update(online, momentum, 0.9)
+    torch.testing.assert_close(momentum.weight.detach(), torch.tensor([1.19, 0.62]))
+
+
+def test_momentum_of_an_encoder_without_parameters():
+    momentum_update(nn.Flatten(), nn.Flatten(), 0.9)
+
+
+class Pixels(nn.Module):
+    """An encoder without parameters, from images to their first 64 values."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :64]
+
+
+def ssfl(**options):
+    torch.manual_seed(0)
+    return models.SSFL("resnet8", CLASSES, **{"dim": DIM, "queue_size": 10, "momentum": 0.9} | options)
+
+
+def views(n=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    im_q, im_k = torch.randn(2, n, 3, 16, 16, generator=generator, dtype=dtype)
+    return im_q, im_k, torch.arange(n) % CLASSES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("encoder", [Pixels, lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 64))])
+def test_any_module_may_be_the_encoder(encoder, dtype):
+    im_q, im_k, labels = views(dtype=dtype)
+    one = ssfl()
+    one.encoder_q, one.encoder_k = encoder(), encoder()
+    logits, loss = one.to(dtype)(im_q, im_k, labels)
+    assert logits.shape == (6, CLASSES) and logits.dtype == loss.dtype == dtype and loss.isfinite()
+    two = models.SLG("resnet8", CLASSES)
+    two.encoder = encoder()
+    assert two.to(dtype)(im_q).dtype == dtype
+    three = models.SDL("resnet8", CLASSES)
+    three.encoder_q, three.encoder_t = encoder(), encoder()
+    hard, soft, distillation = three.to(dtype)(im_q)
+    assert hard.shape == soft.shape == (6, CLASSES) and distillation.dtype == dtype
+
+
+def test_encoders_without_parameters_give_the_formula():
+    """With pixels as features the whole forward pass can be written down."""
+    model, (im_q, im_k, labels) = ssfl().double(), views(dtype=torch.float64)
+    model.encoder_q, model.encoder_k = Pixels(), Pixels()
+    head = {name: value.clone() for name, value in model.k_fc.state_dict().items()}
+    with torch.no_grad():
+        model.q_fc[0].weight.mul_(2)
+    queue, label_queue = model.queue.clone(), torch.arange(10) % CLASSES
+    model.label_queue.copy_(label_queue)
+    logits, loss = model(im_q, im_k, labels)
+
+    pixels = [im.flatten(1)[:, :64] for im in (im_q, im_k)]
+    head["0.weight"] *= 1.1  # 0.9 + 0.1 * 2
+    q = F.normalize(model.q_fc(pixels[0]), dim=1)
+    k = F.linear(F.linear(pixels[1], head["0.weight"], head["0.bias"]).relu(), head["2.weight"], head["2.bias"])
+    k = F.normalize(k, dim=1)
+    negatives = (q @ queue / 0.2).masked_fill(labels[:, None] == label_queue, -torch.inf)
+    scores = torch.cat([(q * k).sum(1, keepdim=True) / 0.2, negatives], dim=1)
+    torch.testing.assert_close(loss, F.cross_entropy(scores, torch.zeros(6, dtype=torch.long)))
+    torch.testing.assert_close(logits, model.classifier(pixels[0]))
+    torch.testing.assert_close(model.queue[:, :6], k.T)
+    assert torch.equal(model.queue[:, 6:], queue[:, 6:])
+    assert model.label_queue.tolist() == labels.tolist() + label_queue[6:].tolist()
+
+
+def test_forward_returns_fresh_tensors_and_reads_the_position_from_its_buffer():
+    model, (im_q, im_k, labels) = ssfl(), views()
+    first = model(im_q, im_k, labels)
+    kept = [value.detach().clone() for value in first]
+    model.queue_ptr.fill_(2)
+    before = model.queue.clone()
+    second = model(im_q * 2, im_k, labels)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert not {value.data_ptr() for value in first} & {value.data_ptr() for value in second}
+    changed = (model.queue != before).any(dim=0)
+    assert changed.tolist() == [False] * 2 + [True] * 6 + [False] * 2
+
+
+def test_the_key_view_trains_nothing():
+    model, (im_q, im_k, labels) = ssfl().train(), views()
+    im_k.requires_grad_()
+    logits, loss = model(im_q, im_k, labels)
+    (F.cross_entropy(logits, labels) + loss).backward()
+    assert im_k.grad is None
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(("encoder_k.", "k_fc.")), name
+    assert model.encoder_k.bn1.num_batches_tracked == 1  # it runs in train mode all the same
+
+
+def test_key_encoder_starts_as_a_copy_and_follows():
+    model, (im_q, im_k, labels) = ssfl(momentum=0.75), views()
+    for online, key in ((model.encoder_q, model.encoder_k), (model.q_fc, model.k_fc)):
+        for a, b in zip(online.state_dict().values(), key.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        model.encoder_q.conv1.weight.add_(1)
+    start = model.encoder_k.conv1.weight.clone()
+    model(im_q, im_k, labels)
+    torch.testing.assert_close(model.encoder_k.conv1.weight, start + 0.25)
+
+
+class Forbidden(nn.Module):
+    """What must not be run."""
+
+    def forward(self, *_):
+        raise AssertionError("this must not run")
+
+
+def test_without_contrast_no_key_encoder_runs():
+    model, (im_q, _, labels) = ssfl(), views()
+    model.disable_contrast()
+    model.encoder_k = model.k_fc = model.q_fc = Forbidden()
+    before = model.queue.clone()
+    logits, loss = model(im_q, None, labels)
+    (F.cross_entropy(logits, labels) + loss).backward()
+    assert loss == 0 and torch.equal(model.queue, before) and model.queue_ptr == 0
+
+
+def test_without_distillation_no_teacher_runs():
+    model, (im_q, _, labels) = models.SDL("resnet8", CLASSES), views()
+    model.disable_distillation()
+    model.encoder_t = model.classifier_t = Forbidden()
+    hard, _, distillation = model(im_q)
+    (F.cross_entropy(hard, labels) + distillation).backward()
+    assert distillation == 0 and model.classifier_kd.weight.grad is None
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_only_training_changes_the_state(mode):
+    im_q, im_k, labels = views()
+    for model in (ssfl(), models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES)):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model.train(mode)
+        model(im_q, im_k, labels) if mode and isinstance(model, models.SSFL) else model(im_q)
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert bool(changed) == mode
+
+
+@pytest.mark.parametrize("freeze_bn", [False, True])
+def test_statistics_of_a_frozen_encoder_move_unless_frozen_too(freeze_bn):
+    images = views()[0]
+    for model, name in ((models.SLG, "encoder"), (models.SDL, "encoder_t")):
+        model = model("resnet8", CLASSES, freeze_bn=freeze_bn).train()
+        encoder = getattr(model, name)
+        weights = [parameter.clone() for parameter in encoder.parameters()]
+        model(images)
+        assert (encoder.bn1.num_batches_tracked == 0) == freeze_bn
+        assert torch.equal(encoder.bn1.running_mean, torch.zeros(16)) == freeze_bn
+        assert all(map(torch.equal, encoder.parameters(), weights))
+        assert model.training and not model.eval().training and not encoder.training
+
+
+def test_frozen_statistics_are_used():
+    images = views()[0]
+    model = models.SLG("resnet8", CLASSES, freeze_bn=True)
+    assert torch.equal(model.train()(images), model.eval()(images))
+    model = models.SLG("resnet8", CLASSES)
+    assert not torch.allclose(model.train()(images), model.eval()(images))
+
+
+def trainable(model):
+    return {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_which_parameters_train():
+    assert trainable(ssfl()) == {"encoder_q", "q_fc", "classifier"}
+    baseline = ssfl()
+    baseline.disable_contrast()
+    assert trainable(baseline) == {"encoder_q", "classifier"}
+    two = models.SLG("resnet8", CLASSES)
+    assert [name for name, p in two.named_parameters() if p.requires_grad] == ["classifier.scales"]
+    assert trainable(models.SDL("resnet8", CLASSES)) == {"encoder_q", "classifier", "classifier_kd"}
+    alone = models.SDL("resnet8", CLASSES)
+    alone.disable_distillation()
+    assert trainable(alone) == {"encoder_q", "classifier"}
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    """DistributedDataParallel refuses a network where it is otherwise."""
+    im_q, im_k, labels = views()
+    baseline, alone = ssfl(), models.SDL("resnet8", CLASSES)
+    baseline.disable_contrast()
+    alone.disable_distillation()
+    for model in (ssfl(), baseline, models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES), alone):
+        given = model(im_q, im_k, labels) if isinstance(model, models.SSFL) else model(im_q)
+        given = given if isinstance(given, tuple) else (given,)
+        used = given[:-2] + given[-1:] if alone is model else given  # without distillation nothing uses the soft logits
+        sum(value.square().sum() for value in used).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_hand_over_takes_the_named_classifier():
+    student = models.SDL("resnet8", CLASSES)
+    published = {f"module.{name}": value for name, value in student.state_dict().items()}
+    for name, source in (("hard", student.classifier), ("soft", student.classifier_kd)):
+        two = models.SLG("resnet8", CLASSES)
+        with torch.no_grad():
+            two.classifier.scales.fill_(3)
+        two.load_stage_i(published, name)
+        assert torch.equal(two.classifier.fc.weight, source.weight) and torch.all(two.classifier.scales == 1)
+        assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
+    with pytest.raises(ValueError, match="soft"):
+        models.SLG("resnet8", CLASSES).load_stage_i(ssfl().state_dict(), "soft")
+
+
+def test_teacher_is_stage_two():
+    two, three = models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES)
+    with torch.no_grad():
+        two.classifier.scales.uniform_()
+    three.load_teacher({f"module.{name}": value for name, value in two.state_dict().items()})
+    images = views()[0]
+    teacher = three.eval().classifier_t(three.encoder_t(images))
+    assert torch.equal(teacher, two.eval()(images))
+
+
+@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
+def test_a_network_is_known_by_its_state_dict(stage):
+    model = {"i": ssfl, "ii": lambda: models.SLG("resnet20", 7), "iii": lambda: models.SDL("resnet18", 3)}[stage]()
+    found = models.identify({f"module.{name}": value for name, value in model.state_dict().items()})
+    arch, classes = {"i": ("resnet8", CLASSES), "ii": ("resnet20", 7), "iii": ("resnet18", 3)}[stage]
+    assert (found["stage"], found["arch"], found["num_classes"]) == (stage, arch, classes)
+    again = models.from_state_dict(model.state_dict())
+    assert type(again) is type(model) and not again.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def shuffled_means(rank):
+    """Features of this rank's images through a BatchNorm encoder, and through one that tells image from image."""
+    torch.manual_seed(10 + rank)
+    images = torch.arange(4.0).view(4, 1) + 4 * rank
+    told = shuffled(nn.Identity(), images)
+    norm = nn.BatchNorm1d(1)
+    seen = []
+    norm.register_forward_hook(lambda _, given, __: seen.append(given[0].flatten()))
+    normed = shuffled(norm, images)
+    return [told.flatten(), seen[0], normed.detach().flatten()]
+
+
+def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
+    outcomes = on_ranks(2, shuffled_means)
+    for rank, (told, seen, _) in enumerate(outcomes):
+        own = torch.arange(4.0) + 4 * rank
+        assert torch.equal(told, own)
+        assert set(seen.tolist()) != set(own.tolist())  # statistics of other images too
+    batches = [seen for _, seen, _ in outcomes]
+    assert sorted(torch.cat(batches).tolist()) == list(range(8))
+    for rank, (_, _, normed) in enumerate(outcomes):
+        for position, feature in enumerate(normed.tolist()):
+            batch = next(b for b in batches if 4 * rank + position in b)
+            deviation = (4 * rank + position - batch.mean()) / (batch.var(correction=0) + 1e-5).sqrt()
+            assert feature == pytest.approx(float(deviation), abs=1e-5)
+
+
+def test_shuffling_in_one_process_is_the_encoder_itself():
+    images = torch.randn(4, 3)
+    assert torch.equal(shuffled(nn.Identity(), images), images)
+
+
+def trained_queue(rank):
+    model, (im_q, im_k, labels) = ssfl().train(), views(n=3)
+    model(im_q + rank, im_k - rank, (labels + rank) % CLASSES)
+    return [model.queue, model.label_queue, model.queue_ptr]
+
+
+def test_all_ranks_hold_the_keys_of_all():
+    first, second = on_ranks(2, trained_queue)
+    assert all(map(torch.equal, first, second))
+    queue, labels, position = first
+    assert labels.tolist() == [0, 1, 2, 1, 2, 3, -1, -1, -1, -1] and position == 6
+    torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
+    assert len(queue[:, :6].unique(dim=1).T) == 6
