@@ -308,7 +308,7 @@ class Run:
 
     def _build_loaders(self):
         args, place, pinned = self.args, self.place, self.device.type == "cuda"
-        dataset = self.splits["train"].dataset(Views(self.stage.views(args), args.image_size, args.seed))
+        dataset = self.splits["train"].dataset(Views(self.stage.views(args), args.image_size, args.seed, args.augment))
         self.loaders = {"train": build_loader(dataset, self.batch_sampler, self.workers, pinned)}
         for name in set(self.splits) - {"train"}:
             dataset = self.splits[name].dataset(Views(("eval",), args.image_size))
@@ -392,7 +392,8 @@ class Run:
 
     def _to_device(self, view):
         """A view of the loader's as normalised floats on the device."""
-        images = normalize(view.to(self.device, non_blocking=True))
+        images, parameters = view if isinstance(view, list) else (view, None)
+        images = normalize(images.to(self.device, non_blocking=True), parameters)
         return images.to(memory_format=torch.channels_last) if self.args.channels_last else images
 
     def _autocast(self):

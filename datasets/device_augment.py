@@ -1,0 +1,103 @@
+"""Colour operations of the views (DESIGN section 1) for whole batches on the training device (`--augment device`).
+
+The workers draw what is to be done to each image; here it is done to all of them at once: per-sample factors in
+per-sample order, then grayscale, then blur. Given equal parameters, the result is that of torchvision's functional
+operations on float images. Parameters are a row of WIDTH float32 an image: FACTORS (brightness, contrast, saturation,
+hue), ORDER (which of the four comes first, second, ...), GRAYSCALE (0 or 1), BLUR (radius in pixels, 0 for none).
+"""
+
+import torch
+import torch.nn.functional as F
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
+FACTORS, ORDER, GRAYSCALE, BLUR, WIDTH = slice(0, 4), slice(4, 8), 8, 9, 10
+BLUR_REACH = 8  # half the kernel, in pixels: four times the largest radius in use
+
+
+def recolour(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Applies the parameters (N, WIDTH) to the images (N, 3, H, W), floats in [0, 1]; changes and returns them.
+
+    The parameters come on the CPU, pinned or not: which images an operation concerns is decided there, so that a GPU
+    is never waited for.
+    """
+    device = images.device
+    hued = parameters[:, HUE] != 0
+    own = parameters.to(device, images.dtype, non_blocking=True)
+    for turn in range(4):
+        operations = parameters[:, ORDER][:, turn]
+        _blend(images, own[:, ORDER][:, turn], own)
+        _change(images, hued & (operations == HUE), lambda some, index: _shift_hue(some, own[index, HUE]))
+    _change(images, parameters[:, GRAYSCALE] != 0, lambda some, index: luminance(some).expand_as(some))
+    _change(images, parameters[:, BLUR] > 0, lambda some, index: _blur(some, own[index, BLUR]))
+    return images
+
+
+def luminance(images: torch.Tensor) -> torch.Tensor:
+    """Grey values (N, 1, H, W) of images (N, 3, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _change(images, chosen, operation):
+    """Puts operation(images, their numbers) in the place of the chosen images. chosen: bool (N,), on the CPU."""
+    index = chosen.nonzero()[:, 0]
+    if len(index) == 0:
+        return
+    if images.is_cuda:
+        index = index.pin_memory().to(images.device, non_blocking=True)
+    images.index_copy_(0, index, operation(images[index], index).contiguous())
+
+
+def _blend(images, operations, parameters):
+    """Brightness, contrast or saturation, in place: f x + (1 - f) r, where r is black, the mean grey or the grey.
+
+    operations (N,): which one of them an image gets; with HUE it stays as it is.
+    """
+
+    def column(values):
+        return values.to(images.dtype).view(-1, 1, 1, 1)
+
+    factors = torch.ones_like(operations)
+    for operation in (BRIGHTNESS, CONTRAST, SATURATION):
+        factors = torch.where(operations == operation, parameters[:, operation], factors)
+    grey = luminance(images)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    reference = grey.mul_(column(operations == SATURATION)).add_(mean * column(operations == CONTRAST))
+    factors = column(factors)
+    images.mul_(factors).add_(reference.mul_(1 - factors)).clamp_(0, 1)
+
+
+def _shift_hue(images, shift):
+    """Images (N, 3, H, W) with their hue moved by shift (N,), in turns of the colour circle; value and chroma stay.
+
+    With h in sixths of the circle, a channel of an HSV colour is v - c clip(min(k, 4 - k), 0, 1), where
+    k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = images.unbind(dim=1)
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = hue + 6 * shift.view(-1, 1, 1)
+    channels = []
+    for offset in (5, 3, 1):
+        k = (hue + offset).remainder_(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def _blur(images, radius):
+    """Images (N, 3, H, W) under Gaussians of standard deviation radius (N,), in pixels; reflected at the borders."""
+    count, channels, height, width = images.shape
+    offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device, dtype=images.dtype)
+    kernels = torch.softmax(-0.5 * (offsets / radius[:, None]) ** 2, dim=1).repeat_interleave(channels, dim=0)
+    planes = images.reshape(1, count * channels, height, width)  # a channel a plane: one kernel each
+    planes = F.pad(planes, (BLUR_REACH,) * 4, mode="reflect")
+    planes = F.conv2d(planes, kernels[:, None, None, :], groups=count * channels)
+    planes = F.conv2d(planes, kernels[:, None, :, None], groups=count * channels)
+    return planes.view_as(images)
