@@ -1,0 +1,143 @@
+"""The order of images: balance, shards, draws, and that it follows from seed and epoch alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from datasets.samplers import BatchSampler, ClassAwareSampler, EvalBatchSampler, ShuffledSampler, draws
+
+LABELS = np.repeat(np.arange(6), (50, 20, 10, 5, 3, 2))
+WORLDS = (1, 2, 3)
+
+
+def epochs(sampler, count=3):
+    return [sampler.epoch(epoch)[1] for epoch in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [([7, 3, 7, 7], [0, 0, 1, 2]), ([0], [0]), ([2, 2, 1, 1, 2], [0, 1, 0, 1, 2]), ([5, 4, 3], [0, 0, 0])],
+)
+def test_draws(indices, expected):
+    assert draws(np.array(indices)).tolist() == expected
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("size", [90, 91, 92])
+def test_shards_of_an_epoch_cover_all_images(size, world):
+    shards = [ShuffledSampler(size, 0, rank, world) for rank in range(world)]
+    drawn = [shard.epoch(4) for shard in shards]
+    assert {len(indices) for _, indices in drawn} == {len(shards[0])} == {-(-size // world)}
+    together = Counter((int(d), int(i)) for draw, index in drawn for d, i in zip(draw, index, strict=True))
+    assert set(together.values()) == {1}  # no image is augmented twice alike
+    assert {i for _, i in together} == set(range(size))
+    assert sum(d == 0 for d, _ in together) == size
+    assert all(d == 1 for d, _ in together if d)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_class_aware_shards_are_disjoint(world):
+    shards = [ClassAwareSampler(LABELS, 2, 0, rank, world) for rank in range(world)]
+    for epoch in range(3):
+        permutation = shards[0].permutation(epoch)
+        for rank, shard in enumerate(shards):
+            assert set(shard.epoch(epoch)[1]) <= set(permutation[rank::world])
+            assert len(shard.epoch(epoch)[1]) == len(shard)
+        if len(LABELS) % world == 0:
+            seen = [set(permutation[rank::world]) for rank in range(world)]
+            assert sum(map(len, seen)) == len(set.union(*seen)) == len(LABELS)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_classes_in_cyclic_order(samples):
+    """Every class once, for `samples` images, before any comes again; the order changes from round to round."""
+    sampler = ClassAwareSampler(LABELS, samples, 0)
+    for picked in epochs(sampler):
+        turns = LABELS[picked][: len(picked) // samples * samples].reshape(-1, samples)
+        assert (turns == turns[:, :1]).all()
+        rounds = [turns[start : start + 6, 0] for start in range(0, len(turns), 6)]
+        assert all(len(set(r)) == len(r) for r in rounds)
+        assert len({tuple(r) for r in rounds[:-1]}) > 1
+
+
+def test_classes_are_balanced():
+    counts = np.bincount(LABELS[np.concatenate(epochs(ClassAwareSampler(LABELS, 2, 0)))])
+    assert counts.min() > 0 and counts.max() - counts.min() <= 3 * 2
+
+
+def test_images_of_a_class_in_cyclic_order():
+    """Every image of a class once before any comes again, in an order that changes."""
+    for picked in epochs(ClassAwareSampler(LABELS, 2, 0)):
+        for label, size in enumerate(np.bincount(LABELS)):
+            own = picked[LABELS[picked] == label]
+            rounds = [tuple(own[start : start + size]) for start in range(0, len(own), size)]
+            assert all(len(set(r)) == len(r) for r in rounds)
+            if label == 4:
+                assert len(set(rounds[:-1])) > 1
+
+
+def test_a_rank_without_some_class_goes_on_with_the_others():
+    labels = np.array([0] * 9 + [1])
+    for rank in range(2):
+        sampler = ClassAwareSampler(labels, 2, 0, rank, 2)
+        picked = sampler.epoch(0)[1]
+        shard = sampler.permutation(0)[rank::2]
+        assert len(picked) == 5 and set(labels[picked]) == set(labels[shard])
+
+
+@pytest.mark.parametrize("sampler", [lambda *a: ShuffledSampler(90, *a), lambda *a: ClassAwareSampler(LABELS, 2, *a)])
+def test_order_follows_from_seed_epoch_and_rank(sampler):
+    orders = {
+        (seed, epoch, rank): tuple(sampler(seed, rank, 2).epoch(epoch)[1])
+        for seed in range(2) for epoch in range(2) for rank in range(2)
+    }  # fmt: skip
+    assert len(set(orders.values())) == len(orders)
+    used = sampler(0, 1, 2)
+    for epoch in (1, 0, 1):  # what was asked before does not matter
+        assert tuple(used.epoch(epoch)[1]) == orders[0, epoch, 1]
+
+
+@pytest.mark.parametrize("sampler", [ShuffledSampler(90, 0), ClassAwareSampler(LABELS, 2, 0)])
+def test_draws_count_up_within_an_epoch(sampler):
+    draw, index = sampler.epoch(1)
+    assert draw.tolist() == [int((index[:at] == index[at]).sum()) for at in range(len(index))]
+
+
+def test_batches_are_full_and_carry_the_epoch():
+    sampler = ClassAwareSampler(LABELS, 2, 0)
+    batches = BatchSampler(sampler, 8)
+    batches.start_at(5)
+    given = list(batches)
+    assert len(given) == len(batches) == batches.steps == 11  # 90 images, the last two left out
+    draw, index = sampler.epoch(5)
+    expected = [(5, int(d), int(i)) for d, i in zip(draw, index, strict=True)]
+    assert [item for batch in given for item in batch] == expected[:88]
+    assert list(batches) == given
+    batches.start_at(6)
+    assert list(batches) != given
+
+
+@pytest.mark.parametrize("step", [0, 1, 10, 11])
+def test_starting_within_an_epoch_gives_its_tail(step):
+    batches = BatchSampler(ShuffledSampler(90, 0), 8)
+    batches.start_at(2)
+    whole = list(batches)
+    batches.start_at(2, step)
+    assert list(batches) == whole[step:] and len(batches) == 11 - step
+
+
+def test_too_few_images_give_no_batch():
+    assert list(BatchSampler(ShuffledSampler(7, 0), 8)) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("size", [1, 2, 16, 101])
+def test_evaluation_takes_every_image_once(size, world):
+    shards = [EvalBatchSampler(size, 8, rank, world) for rank in range(world)]
+    for shard in shards:
+        given = list(shard)
+        assert len(given) == len(shard)
+        assert all(len(batch) == 8 for batch in given[:-1])
+    items = [item for shard in shards for batch in shard for item in batch]
+    assert sorted(items) == [(0, 0, i) for i in range(size)]
