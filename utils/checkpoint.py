@@ -31,15 +31,20 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        open_up(temporary)
         replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def open_up(temporary):
+    """Gives a temporary file, private when it was made, the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
 
 
 def replace(temporary, path):
