@@ -1,0 +1,172 @@
+"""Accuracies by group of classes against a naive computation, on any number of ranks, and the table of them."""
+
+import json
+
+import pytest
+import torch
+
+from datasets.samplers import EvalBatchSampler
+from tests.helpers import on_ranks
+from utils import report
+from utils.evaluate import Counts, evaluate, shot_groups
+
+CPU = torch.device("cpu")
+TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
+CLASSES, IMAGES = len(TRAIN_COUNTS), 101
+
+
+def predictions():
+    """Labels, the sixth class without any, and logits that are right about half the time."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, CLASSES - 1, (IMAGES,), generator=generator)
+    labels[labels == 5] = CLASSES - 1
+    logits = torch.randn(IMAGES, CLASSES, generator=generator)
+    logits[torch.arange(IMAGES), labels] += 1
+    return logits, labels
+
+
+def naive(logits, labels, train_counts):
+    """The record of results.json, one image after another."""
+    groups = ["many" if n > 100 else "few" if n < 20 else "medium" for n in train_counts.tolist()]
+    names, classes = ["many", "medium", "few"], range(len(groups))
+    ranked = [sorted(classes, key=lambda c, row=row: -row[c]) for row in logits.tolist()]
+    wanted = labels.tolist()
+    right = [[order[0] == label for order, label in zip(ranked, wanted, strict=True) if label == c] for c in classes]
+    per_class = [sum(hits) / len(hits) if hits else None for hits in right]
+
+    def mean(name):
+        values = [a for a, group in zip(per_class, groups, strict=True) if group == name and a is not None]
+        return sum(values) / len(values) if values else None
+
+    confusion = [[0] * 3 for _ in names]
+    for order, label in zip(ranked, wanted, strict=True):
+        confusion[names.index(groups[label])][names.index(groups[order[0]])] += 1
+    return {
+        "overall": sum(map(sum, right)) / len(wanted),
+        "top5": sum(label in order[:5] for order, label in zip(ranked, wanted, strict=True)) / len(wanted),
+        **{name: mean(name) for name in names},
+        "per_class": per_class,
+        "train_counts": train_counts.tolist(),
+        "count": len(wanted),
+        "confusion_groups": confusion,
+    }
+
+
+def counted(logits, labels, train_counts, batch=16):
+    counts = Counts(train_counts, CPU)
+    for start in range(0, len(labels), batch):
+        counts.update(logits[start : start + batch], labels[start : start + batch])
+    return counts.results()
+
+
+def test_thresholds():
+    assert shot_groups(torch.tensor([101, 100, 99, 20, 19, 0])).tolist() == [0, 1, 1, 1, 2, 2]
+
+
+def test_results_are_those_of_a_naive_computation():
+    results = counted(*predictions(), TRAIN_COUNTS)
+    assert results == naive(*predictions(), TRAIN_COUNTS)
+    assert results["per_class"][5] is None
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_groups_without_classes_or_without_images_are_null():
+    results = counted(*predictions(), torch.full((CLASSES,), 30))
+    assert results["many"] is None and results["few"] is None and results["medium"] is not None
+    results = counted(*predictions(), torch.tensor([500] * 5 + [3] + [500] * 2))  # the few-shot class has no image
+    assert results["few"] is None and results["many"] is not None
+
+
+def test_without_images_there_is_nothing_to_average():
+    results = counted(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.long), TRAIN_COUNTS)
+    assert results["count"] == 0
+    assert {results[name] for name in ("overall", "top5", "many", "medium", "few")} == {None}
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 5])
+def test_top5_of_five_classes_or_fewer_is_always_right(classes):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, classes, (20,), generator=generator)
+    logits = torch.randn(20, classes, generator=generator)
+    train_counts = TRAIN_COUNTS[:classes]
+    results = counted(logits, labels, train_counts)
+    assert results["top5"] == 1
+    assert results == naive(logits, labels, train_counts)
+
+
+def test_batches_do_not_matter():
+    results = [counted(*predictions(), TRAIN_COUNTS, batch) for batch in (1, 16, 200)]
+    assert results[0] == results[1] == results[2]
+
+
+def evaluated(rank, world=1):
+    """Two classifiers on this rank's shard of the 101 images, through the sampler that the loaders use."""
+    logits, labels = predictions()
+    shard = [torch.tensor([i for _, _, i in batch]) for batch in EvalBatchSampler(IMAGES, 8, rank, world)]
+    called = []
+    found = evaluate(
+        lambda images: (logits[images], -logits[images]),
+        ((images, labels[images]) for images in shard),
+        ("hard", "soft"), TRAIN_COUNTS, CPU, lambda: called.append(rank),
+    )  # fmt: skip
+    assert called == [rank]
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_image_counts_once_on_any_number_of_ranks(world):
+    logits, labels = predictions()
+    expected = {"hard": naive(logits, labels, TRAIN_COUNTS), "soft": naive(-logits, labels, TRAIN_COUNTS)}
+    assert expected["hard"]["count"] == IMAGES
+    assert on_ranks(world, evaluated, world) == [expected] * world
+
+
+def test_more_ranks_than_images():
+    assert on_ranks(3, two_images) == [naive(*(x[:2] for x in predictions()), TRAIN_COUNTS)] * 3
+
+
+def two_images(rank):
+    logits, labels = predictions()
+    mine = slice(rank, 2, 3)
+    return evaluate(lambda x: (x,), [(logits[mine], labels[mine])], ("linear",), TRAIN_COUNTS, CPU)["linear"]
+
+
+def test_evaluation_computes_no_gradient():
+    weights = torch.zeros(CLASSES, requires_grad=True)
+    logits, labels = predictions()
+    seen = []
+    evaluate(lambda x: (seen.append(x + weights) or seen[-1],), [(logits, labels)], ("linear",), TRAIN_COUNTS, CPU)
+    assert not seen[0].requires_grad
+
+
+RESULT = {"overall": 0.5536, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
+
+
+def test_table():
+    assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
+        "|                 | Many | Medium | Few | Overall | Top-5 |\n"
+        "|:----------------|-----:|-------:|----:|--------:|------:|\n"
+        "| hard classifier | 67.3 |      - | 0.0 |    55.4 | 100.0 |\n"
+        "| soft            | 67.3 |      - | 0.0 |   100.0 | 100.0 |"
+    )
+
+
+def test_report_of_several_runs(tmp_path, capsys):
+    for run, classifiers in (("one", ["linear"]), ("three", ["hard", "soft"])):
+        (tmp_path / run).mkdir()
+        records = [{"classifier": name, **RESULT} for name in classifiers]
+        (tmp_path / run / "results.json").write_text(json.dumps(records))
+    assert report.main([str(tmp_path / "one"), str(tmp_path / "three")]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        "one, linear classifier", "three, hard classifier", "three, soft classifier",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "{", ""])
+def test_report_without_results(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert report.main([str(tmp_path)]) == 2
+    written = capsys.readouterr()
+    assert written.err.count("\n") == 1 and "results.json" in written.err and written.out == ""
