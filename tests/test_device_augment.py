@@ -1,0 +1,247 @@
+"""--augment device: what the workers draw, what the device makes of it, and training with it."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import functional as TF
+
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
+from datasets import device_augment
+from datasets.device_augment import BLUR, FACTORS, GRAYSCALE, NEUTRAL, ORDER, recolour
+from datasets.loaders import collate
+from datasets.transforms import SMALL, Views, key_view, normalize, query_view
+
+DRAWS = 2000
+
+
+def photograph(height=150, width=200, seed=0) -> Image.Image:
+    """Smooth colours with some noise, the like of a photograph."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.int64)
+    return Image.fromarray((smooth + generator.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def row(factors=NEUTRAL, order=range(4), grayscale=0, radius=0.0):
+    return torch.tensor([*factors, *order, grayscale, radius], dtype=torch.float32)
+
+
+def one_by_one(images, parameters):
+    """torchvision's functional operations, image by image."""
+    changed = []
+    for image, values in zip(images, parameters, strict=True):
+        brightness, contrast, saturation, hue = values[FACTORS].tolist()
+        for operation in values[ORDER].int().tolist():
+            if operation == 0:
+                image = TF.adjust_brightness(image, brightness)
+            elif operation == 1:
+                image = TF.adjust_contrast(image, contrast)
+            elif operation == 2:
+                image = TF.adjust_saturation(image, saturation)
+            elif hue:
+                image = TF.adjust_hue(image, hue)
+        if values[GRAYSCALE]:
+            image = TF.rgb_to_grayscale(image, 3)
+        if values[BLUR] > 0:
+            image = TF.gaussian_blur(image, [2 * device_augment.BLUR_REACH + 1] * 2, [values[BLUR].item()] * 2)
+        changed.append(image)
+    return torch.stack(changed)
+
+
+def check(images, parameters):
+    torch.testing.assert_close(recolour(images.clone(), parameters), one_by_one(images, parameters), rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def images():
+    """24 float images (3, 40, 30), of noise and of photographs; some with grey, black and saturated pixels."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(12, 3, 40, 30, generator=generator)
+    noise[:, :, :4] = noise[:, :1, :4]
+    noise[:, :, 4:6], noise[:, 0, 6:8], noise[:, 1, 8:10] = 0, 1, noise[:, 2, 8:10]
+    photographs = [TF.to_tensor(photograph(40, 30, seed)) for seed in range(12)]
+    return torch.cat([noise, torch.stack(photographs)])
+
+
+@pytest.mark.parametrize("size", [160, 32])
+def test_equals_torchvision_at_drawn_parameters(size):
+    views = Views(("query", "key"), size, 3, "device")
+    batch = [views(photograph(seed=i), (0, i, 0)) for i in range(24)]
+    for pairs in zip(*batch, strict=True):
+        seen, parameters = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        assert seen.dtype == torch.uint8 and parameters.dtype == torch.float32
+        check(seen / 255, parameters)
+
+
+def test_every_order(images):
+    generator = torch.Generator().manual_seed(2)
+    low, high = torch.tensor([0.6, 0.6, 0.6, -0.1]), torch.tensor([1.4, 1.4, 1.4, 0.1])
+    factors = low + (high - low) * torch.rand(24, 4, generator=generator)
+    parameters = [row(f, order) for f, order in zip(factors, itertools.permutations(range(4)), strict=True)]
+    check(images, torch.stack(parameters))
+
+
+@pytest.mark.parametrize("number, values", [(0, (0.6, 1.4)), (1, (0.6, 1.4)), (2, (0.0, 1.4)), (3, (-0.5, 0.3))])
+def test_each_factor_alone(images, number, values):
+    rows = [row([value if i == number else n for i, n in enumerate(NEUTRAL)]) for value in values] * 12
+    check(images, torch.stack(rows))
+
+
+def test_grayscale_and_blur_of_some(images):
+    radii = [0.1, 0.5, 1.0, 2.0]
+    check(images, torch.stack([row(grayscale=i % 2, radius=radii[i % 4] if i % 3 else 0) for i in range(24)]))
+
+
+def test_neutral_parameters_change_nothing(images):
+    assert torch.equal(recolour(images.clone(), torch.stack([row()] * 24)), images)
+
+
+def test_an_image_does_not_depend_on_its_batch(images):
+    views = Views(("key",), 96, 0, "device")
+    pairs = [views(photograph(seed=i), (0, i, 0))[0] for i in range(8)]
+    seen, parameters = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    together = normalize(seen, parameters)
+    alone = torch.cat([normalize(seen[i : i + 1], parameters[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [160, 32])
+def test_takes_the_same_random_decisions_as_the_pil_path(size):
+    """Up to rounding to whole levels, and PIL's approximation of the blur, the same views come out."""
+    names = ("query", "key")
+    on_pil, on_device = Views(names, size, 7), Views(names, size, 7, "device")
+    for i in range(16):
+        place, image = (1, i, 0), photograph(seed=i)
+        for expected, (seen, parameters) in zip(on_pil(image, place), on_device(image, place), strict=True):
+            levels = recolour(seen[None] / 255, parameters[None])[0] * 255
+            assert (levels - expected).abs().mean() < 4
+
+
+def test_distributions():
+    torch.manual_seed(0)
+    for view, probabilities, hue in ((query_view(224), (1, 0, 0), 0), (key_view(224), (0.8, 0.2, 0.5), 0.1)):
+        drawn = torch.stack([view.colours.draw() for _ in range(DRAWS)])
+        factors, order = drawn[:, FACTORS], drawn[:, ORDER]
+        jittered = (factors != torch.tensor(NEUTRAL)).any(dim=1)
+        shares = jittered, drawn[:, GRAYSCALE] == 1, drawn[:, BLUR] > 0
+        for share, probability in zip(shares, probabilities, strict=True):
+            assert abs(share.float().mean() - probability) < 0.05
+        for column, (centre, reach) in enumerate([(1, 0.4), (1, 0.4), (1, 0.4), (0, hue)]):
+            values = factors[jittered, column] - centre
+            assert values.abs().max() <= reach + 1e-6
+            assert abs(values.mean()) <= 0.05 * reach
+            assert values.std() == pytest.approx(reach / 3**0.5, rel=0.05)
+        assert (order.sort(dim=1).values == torch.arange(4)).all()
+        counts = torch.unique(order[jittered], dim=0, return_counts=True)[1] / jittered.sum()
+        assert len(counts) == 24 and (counts - 1 / 24).abs().max() < 0.02
+        radii = drawn[drawn[:, BLUR] > 0, BLUR]
+        if len(radii):
+            assert radii.min() >= 0.1 and radii.max() <= 2 and abs(radii.mean() - 1.05) < 0.05
+    assert all(key_view(SMALL).colours.draw()[BLUR] == 0 for _ in range(50))
+
+
+def test_views_depend_on_their_place_alone():
+    image = photograph()
+    views, other_seed = (Views(("query", "key"), 96, seed, "device") for seed in (4, 5))
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    first = views(image, (1, 2, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+    views(image, (1, 3, 0))
+    torch.manual_seed(10)
+    again = views(image, (1, 2, 0))
+    for (seen, parameters), (seen_again, parameters_again) in zip(first, again, strict=True):
+        assert torch.equal(seen, seen_again) and torch.equal(parameters, parameters_again)
+    others = [views(image, place) for place in ((2, 2, 0), (1, 3, 0), (1, 2, 1))] + [other_seed(image, (1, 2, 0))]
+    assert not any(torch.equal(first[1][1], other[1][1]) for other in others)
+
+
+def test_collate_stacks_both():
+    views = Views(("query", "key"), 96, 0, "device")
+    (query, key), labels, indices = collate([(views(photograph(), (0, i, 0)), i, i) for i in range(3)])
+    for seen, parameters in (query, key):
+        assert seen.shape == (3, 3, 96, 96) and parameters.shape == (3, device_augment.WIDTH)
+    assert labels.tolist() == indices == [0, 1, 2]
+
+
+def test_evaluation_view_is_plain():
+    (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
+    assert seen.shape == (3, 96, 96)
+
+
+def test_normalize_without_parameters():
+    (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
+    expected = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(seen / 255)
+    torch.testing.assert_close(normalize(seen[None])[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu_without_waiting():
+    views = Views(("query", "key"), 160, 0, "device")
+    batch = [views(photograph(seed=i), (0, i, 0)) for i in range(16)]
+    for pairs in zip(*batch, strict=True):
+        seen, parameters = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        on_cuda = seen.cuda()
+        normalize(on_cuda, parameters.pin_memory())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = normalize(on_cuda, parameters.pin_memory())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(result.cpu(), normalize(seen, parameters), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """train/, val/, test/ of three classes, 8 small images each."""
+    root = tmp_path_factory.mktemp("tree")
+    for number, (split, name) in enumerate(itertools.product(("train", "val", "test"), "abc")):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            photograph(40, 36, 100 * number + i).save(folder / f"{i}.png")
+    return root
+
+
+def train(stage, tree, output, *flags):
+    common = ["--arch", "resnet8", "--image-size", "32", "-b", "8", "--epochs", "2", "-j", "0", "--seed", "1"]
+    common += ["--device", "cpu", "--augment", "device", "--lr", "0.02", "--output_dir", str(output), str(tree)]
+    assert stage.main([*common, *flags]) == 0
+    return torch.load(output / "last_checkpoint.pth.tar", weights_only=True)
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(first["state_dict"][name], second["state_dict"][name]) for name in first["state_dict"])
+
+
+STAGE_I = ("--moco-k", "16", "--moco-dim", "8")
+
+
+def test_training_of_all_stages(tree, tmp_path):
+    train(ssd_stage_i, tree, tmp_path / "i", *STAGE_I)
+    train(ssd_stage_ii, tree, tmp_path / "ii", "--last_stage_ckpt", str(tmp_path / "i" / "last_checkpoint.pth.tar"))
+    train(ssd_stage_iii, tree, tmp_path / "iii", "--teacher_ckpt", str(tmp_path / "ii" / "last_checkpoint.pth.tar"))
+    for stage in ("i", "ii", "iii"):
+        lines = [json.loads(line) for line in (tmp_path / stage / "log.txt").read_text().splitlines()]
+        assert len(lines) == 2 and all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_same_seed_same_result_whatever_the_workers(tree, tmp_path):
+    alone = train(ssd_stage_i, tree, tmp_path / "alone", *STAGE_I)
+    assert same(alone, train(ssd_stage_i, tree, tmp_path / "workers", *STAGE_I, "-j", "2"))
+    in_workers = train(ssd_stage_i, tree, tmp_path / "pil", *STAGE_I, "--augment", "pil")
+    assert not same(alone, in_workers)
+
+
+def test_resumed_run_equals_one_that_never_stopped(tree, tmp_path):
+    whole = train(ssd_stage_i, tree, tmp_path / "whole", *STAGE_I)
+    train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--epochs", "1")
+    assert same(whole, train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--resume", "auto"))
