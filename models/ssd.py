@@ -195,6 +195,8 @@ def from_state_dict(state_dict: dict) -> nn.Module:
     if found is None or found["arch"] is None:
         raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
     stage = found.pop("stage")
+    if stage == "i" and "queue_size" not in found:
+        raise ValueError("it is of stage I, but has no queue of (dim, K)")
     model = {"i": SSFL, "ii": SLG, "iii": SDL}[stage](**found)
     state_dict = strip_module(state_dict)
     wrong = misfits(model, state_dict)

@@ -156,10 +156,15 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
             ) from None
         first = wrong[0] if wrong else one_line(error)
         raise UserError(f"{path}: does not fit stage {STAGE_NAMES[stage]} at {first}; correct {flag}") from None
+    for name in ("epoch", "step", "best_acc1"):
+        try:
+            float(content.get(name, 0))
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"{path}: its {name} is not a number; correct {flag}") from None
     if optimizer is not None and content.get("optimizer"):
         try:
             optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: its optimizer does not fit ({one_line(error)}); correct {flag}") from None
     if scaler is not None and content.get("scaler"):
         scaler.load_state_dict(content["scaler"])
