@@ -1,0 +1,474 @@
+"""The stages from the command line to their files, on trees of real images in every layout and launch."""
+
+import gzip
+import json
+import os
+import socket
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
+from datasets import prepare
+from tests.helpers import (
+    CLASSES,
+    COUNTS,
+    IMAGES,
+    LAST,
+    STAGES,
+    call,
+    checkpoint,
+    class_image,
+    log_of,
+    results_of,
+    run_shell,
+    run_stage,
+    same,
+    stage_flags,
+    train,
+)
+
+PARSERS = {"i": ssd_stage_i.StageI(), "ii": ssd_stage_ii.StageII(), "iii": ssd_stage_iii.StageIII()}
+CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
+RUNS = tuple(CLASSIFIERS)
+TEST_IMAGES = sum(COUNTS["test"])
+
+
+def script(run):
+    """The stage whose script made a run of the fixture `trained`."""
+    return "ii" if run == "tuned" else run
+
+
+def all_stages(data, root, *flags, run=train):
+    """Stages i, ii, iii and the second ii, each on the one before, by run(stage, data, out, ...)."""
+    run("i", data, root / "i", *flags)
+    run("ii", data, root / "ii", *flags, "--last_stage_ckpt", root / "i" / LAST)
+    run("iii", data, root / "iii", *flags, "--teacher_ckpt", root / "ii" / LAST)
+    run("ii", data, root / "tuned", *flags, "--last_stage_ckpt", root / "iii" / LAST)
+
+
+def submodule(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+# ---- layouts, and data of other origin
+
+
+def test_the_reorganised_tree_gives_the_same_numbers(trained, reorganised_tree, tmp_path):
+    all_stages(reorganised_tree, tmp_path, "--cos")
+    for run in RUNS:
+        assert same(checkpoint(tmp_path / run)["state_dict"], checkpoint(trained[run])["state_dict"])
+        assert results_of(tmp_path / run) == results_of(trained[run])
+
+
+def test_class_folders_without_lists(reorganised_tree, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val", "test"):
+        (data / split).symlink_to(reorganised_tree / split)
+    (result,) = results_of(train("i", data, tmp_path / "i", "--epochs", 1))
+    assert result["train_counts"] == list(COUNTS["train"]) and result["count"] == TEST_IMAGES
+
+
+def test_lists_by_flag_come_first(plain_tree, tmp_path):
+    lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "half.txt").write_text("".join(lines[::2]))
+    (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--train-list", tmp_path / "half.txt"))
+    assert sum(result["train_counts"]) == -(-IMAGES // 2)
+
+
+def test_more_classes_than_the_lists_have(plain_tree, tmp_path):
+    (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--num-classes", 8))
+    assert result["train_counts"] == [*COUNTS["train"], 0, 0] and result["per_class"][6:] == [None, None]
+
+
+def write_idx(file, array):
+    """MNIST's format, gzipped as it is distributed."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    with gzip.open(f"{file}.gz", "wb") as out:
+        out.write(header + array.tobytes())
+
+
+def test_fashion_mnist_lt(tmp_path):
+    random, source, data = np.random.default_rng(0), tmp_path / "source", tmp_path / "data"
+    source.mkdir()
+    for name, each in (("train", 58), ("t10k", 2)):
+        labels = np.tile(np.arange(10, dtype=np.uint8), each)
+        images = np.stack([np.asarray(class_image(random, int(label), 28).convert("L")) for label in labels])
+        write_idx(source / f"{name}-images-idx3-ubyte", images)
+        write_idx(source / f"{name}-labels-idx1-ubyte", labels)
+    command = f"fashion-mnist-lt --out {data} --source {source} --imbalance 4 --max-per-class 8"
+    assert prepare.main(command.split()) == 0
+    all_stages(data, tmp_path, "--epochs", 1)
+    for run in RUNS:
+        for result in results_of(tmp_path / run):
+            assert result["train_counts"] == [8, 6, 5, 5, 4, 3, 3, 2, 2, 2] and result["count"] == 20
+            assert result["many"] is result["medium"] is None and result["few"] is not None
+
+
+def test_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
+    small = ["--arch", "resnet18", "--image-size", 224, "-b", 4, "--epochs", 1]
+
+    def run(stage, data, out, *flags):
+        outcome = run_shell(stage, data, out, *flags)
+        assert (outcome.status, outcome.err) == (0, "")
+
+    all_stages(jpeg_tree, tmp_path, *small, run=run)
+    for name in RUNS:
+        assert [(r["classifier"], r["count"]) for r in results_of(tmp_path / name)] == [
+            (classifier, 6) for classifier in CLASSIFIERS[name]
+        ]
+    again = tmp_path / "again"
+    outcome = run_shell("iii", jpeg_tree, again, *small, "--resume", tmp_path / "iii" / LAST, "--evaluate")
+    assert outcome.status == 0 and results_of(again) == results_of(tmp_path / "iii")
+
+
+# ---- what a run leaves behind
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_results(trained, run):
+    records = results_of(trained[run])
+    assert [record["classifier"] for record in records] == CLASSIFIERS[run]
+    for record in records:
+        assert list(record) == [
+            "phase", "classifier", "overall", "top5", "many", "medium", "few",
+            "per_class", "train_counts", "count", "confusion_groups",
+        ]  # fmt: skip
+        assert record["phase"] == "test" and record["count"] == TEST_IMAGES
+        assert record["train_counts"] == list(COUNTS["train"])
+        assert all(0 <= record[name] <= 1 for name in ("overall", "top5", "many", "medium", "few"))
+        assert record["overall"] == pytest.approx(np.mean(record["per_class"]))  # as many test images in every class
+        assert record["many"] == record["per_class"][0] and record["medium"] == record["per_class"][1]
+        assert np.sum(record["confusion_groups"], axis=1).tolist() == [5, 5, 20]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_log(trained, run):
+    parts = {"i": ["cross_entropy", "contrastive"], "ii": [], "iii": ["cross_entropy", "distillation"]}[script(run)]
+    accuracies = [f"{top}_{name}" for name in CLASSIFIERS[run] for top in ("top1", "top5")]
+    records = log_of(trained[run])
+    assert [record["epoch"] for record in records] == [0, 1]
+    lr = {"i": 0.1, "ii": 0.2, "iii": 0.1}[script(run)]
+    assert [record["lr"] for record in records] == pytest.approx([lr, lr / 2])  # half a cosine over two epochs
+    for record in records:
+        assert list(record) == [
+            "epoch", "lr", "loss", *parts, *accuracies, "val", "images_per_second", "seconds",
+        ]  # fmt: skip
+        assert list(record["val"]) == CLASSIFIERS[run]
+        for accuracy in record["val"].values():
+            assert list(accuracy) == ["overall", "top5", "many", "medium", "few"]
+        assert all(record[name] > 0 for name in ["loss", *parts, "images_per_second", "seconds"])
+        if parts:
+            assert record["loss"] == pytest.approx(sum(record[name] for name in parts), rel=1e-5)
+        assert all(0 <= record[name] <= 1 for name in accuracies)
+
+
+def test_stages_learn(trained):
+    for run in ("i", "iii"):
+        first, second = log_of(trained[run])
+        assert second["loss"] < first["loss"] and second[f"top1_{CLASSIFIERS[run][0]}"] > 0.75
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_arguments_are_kept(trained, plain_tree, run):
+    kept = json.loads((trained[run] / "args.json").read_text())
+    assert kept["data"] == str(plain_tree) and kept["output_dir"] == str(trained[run])
+    assert (kept["num_classes"], kept["seed"], kept["batch_size"], kept["lr"]) == (
+        CLASSES, 3, 16, 0.2 if script(run) == "ii" else 0.1,
+    )  # fmt: skip
+    versions = kept["environment"]
+    assert versions["torch"] == torch.__version__ and versions.keys() >= {"commit", "python", "torchvision"}
+
+
+NAMES = {
+    "i": ("encoder_q", "encoder_k", "q_fc", "k_fc", "classifier", "queue", "label_queue", "queue_ptr"),
+    "ii": ("encoder", "classifier"),
+    "iii": ("encoder_q", "encoder_t", "classifier", "classifier_kd", "classifier_t"),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_checkpoint(trained, run):
+    saved = checkpoint(trained[run])  # which loads plainly, by weights_only
+    assert saved["epoch"] == 2
+    assert {name.split(".")[1] for name in saved["state_dict"]} == set(NAMES[script(run)])
+    assert all(name.startswith("module.") for name in saved["state_dict"])
+    assert isinstance(saved["best_acc1"], torch.Tensor) and saved["best_acc1"].ndim == 0
+    accuracies = [record["val"][CLASSIFIERS[run][-1]]["overall"] for record in log_of(trained[run])]
+    assert float(saved["best_acc1"]) == max(accuracies)
+    best = checkpoint(trained[run], "best_checkpoint.pth.tar")
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1
+    assert sorted(file.name for file in trained[run].glob("*.tar")) == [
+        f"{name}_checkpoint.pth.tar" for name in ("best", "last", "previous")
+    ]
+    assert checkpoint(trained[run], "previous_checkpoint.pth.tar")["epoch"] == 1
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_optimizer_holds_what_the_published_one_holds(trained, run):
+    saved = checkpoint(trained[run])
+    names = [
+        name for name, value in saved["state_dict"].items() if value.is_floating_point() and "running_" not in name
+    ]
+    if script(run) == "i":
+        held = [name for name in names if name != "module.queue"]
+    elif script(run) == "ii":
+        held = ["module.classifier.scales"]
+    else:
+        held = [name for name in names if not name.startswith(("module.encoder_t.", "module.classifier_t."))]
+    (group,) = saved["optimizer"]["param_groups"]
+    assert len(group["params"]) == len(held)
+    moved = {index: held[index] for index in saved["optimizer"]["state"]}
+    still = {name for name in held if name.startswith(("module.encoder_k.", "module.k_fc."))}
+    assert set(moved.values()) == set(held) - still
+    for index, name in moved.items():
+        momentum = saved["optimizer"]["state"][index]["momentum_buffer"]
+        assert momentum.shape == saved["state_dict"][name].shape
+
+
+def test_hand_over(trained):
+    states = {run: submodule(checkpoint(trained[run])["state_dict"], "module.") for run in RUNS}
+
+    def parameters(run, prefix):
+        state = submodule(states[run], prefix)
+        return {name: value for name, value in state.items() if "running_" not in name and "num_batches" not in name}
+
+    assert same(parameters("ii", "encoder."), parameters("i", "encoder_q."))
+    assert same(parameters("ii", "classifier.fc."), parameters("i", "classifier."))
+    assert not torch.all(states["ii"]["classifier.scales"] == 1)
+    assert same(parameters("iii", "encoder_t."), parameters("ii", "encoder."))
+    assert same(parameters("iii", "classifier_t."), parameters("ii", "classifier."))
+    assert same(parameters("tuned", "encoder."), parameters("iii", "encoder_q."))
+    assert same(parameters("tuned", "classifier.fc."), parameters("iii", "classifier."))
+    for run, prefix in (("ii", "encoder."), ("iii", "encoder_t.")):  # frozen, but its statistics moved, as published
+        before = "encoder_q." if run == "ii" else "encoder."
+        source = {"ii": "i", "iii": "ii"}[run]
+        assert not torch.equal(states[run][f"{prefix}bn1.running_mean"], states[source][f"{before}bn1.running_mean"])
+
+
+def test_the_queue_went_round(trained):
+    saved = checkpoint(trained["i"])["state_dict"]
+    steps = 2 * (IMAGES // 16)
+    assert saved["module.queue_ptr"].tolist() == [steps * 16 % 50]
+    assert saved["module.label_queue"].min() >= 0
+    torch.testing.assert_close(saved["module.queue"].norm(dim=0), torch.ones(50))
+
+
+# ---- evaluation alone
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_evaluate(trained, plain_tree, tmp_path, run):
+    outcome = run_stage(script(run), plain_tree, tmp_path / "e", "--resume", trained[run] / LAST, "--evaluate")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert results_of(tmp_path / "e") == results_of(trained[run])
+    rows = [line for line in outcome.out.splitlines() if "classifier |" in line]
+    overall = [f"{100 * record['overall']:.1f}" for record in results_of(trained[run])]
+    assert [row.split("|")[5].strip() for row in rows] == overall
+    assert sorted(file.name for file in (tmp_path / "e").glob("[!.]*")) == ["results.json"]
+
+
+def without(flag, argv):
+    """The command line less a flag and its value."""
+    at = argv.index(flag)
+    return argv[:at] + argv[at + 2 :]
+
+
+def test_evaluate_writes_nothing_unless_told_where(trained, plain_tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = stage_flags("i", plain_tree, "unused", ["--resume", trained["i"] / LAST, "--evaluate"])
+    assert call("i", without("--output_dir", flags)).status == 0
+    assert os.listdir(tmp_path) == []
+
+
+# ---- switches
+
+
+def test_without_contrast(plain_tree, tmp_path):
+    folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0)
+    state = checkpoint(folder)["state_dict"]
+    assert all(record["contrastive"] == 0 for record in log_of(folder))
+    assert state["module.queue_ptr"] == 0 and torch.all(state["module.label_queue"] == -1)
+    assert state["module.encoder_k.bn1.num_batches_tracked"] == 0 < state["module.encoder_q.bn1.num_batches_tracked"]
+    train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", folder / LAST)
+
+
+def test_contrast_of_half_weight(plain_tree, tmp_path):
+    for record in log_of(train("i", plain_tree, tmp_path / "i", "--con-weight", 0.5)):
+        assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["contrastive"], rel=1e-5)
+
+
+def test_without_distillation(plain_tree, tmp_path):
+    folder = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0)
+    assert all(record["distillation"] == 0 for record in log_of(folder))
+    assert [record["classifier"] for record in results_of(folder)] == ["hard"]
+    flags = ["--epochs", 1, "--last_stage_ckpt", folder / LAST]
+    train("ii", plain_tree, tmp_path / "ii", *flags)
+
+
+def test_distillation_weight_and_temperature(trained, plain_tree, tmp_path):
+    flags = ["--epochs", 1, "--teacher_ckpt", trained["ii"] / LAST]
+    (record,) = log_of(train("iii", plain_tree, tmp_path / "w", *flags, "--kd-weight", 0.5))
+    assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["distillation"], rel=1e-5)
+    (other,) = log_of(train("iii", plain_tree, tmp_path / "t", *flags, "--kd-weight", 0.5, "--kd_t", 4))
+    assert other["distillation"] != record["distillation"]
+
+
+def test_the_soft_classifier_may_be_tuned(trained, plain_tree, tmp_path):
+    flags = ["--epochs", 1, "--last_stage_ckpt", trained["iii"] / LAST, "--classifier", "soft"]
+    tuned = checkpoint(train("ii", plain_tree, tmp_path / "soft", *flags))["state_dict"]
+    student = checkpoint(trained["iii"])["state_dict"]
+    assert same(submodule(tuned, "module.classifier.fc."), submodule(student, "module.classifier_kd."))
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "taken", "kept"),
+    [("ii", "i", "encoder_q.", "encoder."), ("iii", "ii", "encoder.", "encoder_t.")],
+)
+def test_frozen_statistics(trained, plain_tree, tmp_path, stage, before, taken, kept):
+    folder = train(stage, plain_tree, tmp_path / stage, *source(stage, trained), "--freeze-bn", "--epochs", 1)
+    given, now = (checkpoint(run)["state_dict"] for run in (trained[before], folder))
+    assert same(submodule(now, f"module.{kept}"), submodule(given, f"module.{taken}"))
+
+
+def test_the_rate_falls_in_steps_without_cosine(plain_tree, tmp_path):
+    folder = train("i", plain_tree, tmp_path / "i", "--schedule", 1, 2, "--epochs", 3, "--con-weight", 0)
+    assert [record["lr"] for record in log_of(folder)] == pytest.approx([0.1, 0.01, 0.001])
+    assert checkpoint(folder)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
+
+
+def source(stage, trained):
+    """What the stage takes of the one before."""
+    return {
+        "i": [], "ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--teacher_ckpt", trained["ii"] / LAST],
+    }[stage]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_numerics_change_the_result_but_little(trained, plain_tree, tmp_path, stage):
+    flags = [*source(stage, trained), "--epochs", 1, "--lr", 1e-3]  # at a large rate small differences grow
+    reference = train(stage, plain_tree, tmp_path / "reference", *flags)
+    (expected,), states = log_of(reference), [checkpoint(reference)["state_dict"]]
+    for numerics in (["--amp", "bf16"], ["--channels-last"], ["--augment", "device"]):
+        folder = train(stage, plain_tree, tmp_path / numerics[-1], *flags, *numerics)
+        (record,) = log_of(folder)
+        assert record["loss"] == pytest.approx(expected["loss"], rel=0.02), numerics
+        state = checkpoint(folder)["state_dict"]
+        assert [value.dtype for value in state.values()] == [value.dtype for value in states[0].values()]
+        states.append(state)
+    assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device did something
+
+
+def test_one_seed_one_result(trained, plain_tree, tmp_path):
+    again = train("i", plain_tree, tmp_path / "again", "--cos")
+    assert same(checkpoint(again), checkpoint(trained["i"]))
+    assert log_of(again, timed=False) == log_of(trained["i"], timed=False)
+    other = train("i", plain_tree, tmp_path / "other", "--cos", "--seed", 4)
+    assert not same(checkpoint(other)["state_dict"], checkpoint(trained["i"])["state_dict"])
+
+
+def test_a_seed_is_drawn_printed_and_kept(plain_tree, tmp_path):
+    seeds = []
+    for run in ("a", "b"):
+        outcome = call("i", without("--seed", stage_flags("i", plain_tree, tmp_path / run, ["--epochs", 1])))
+        seeds.append(json.loads((tmp_path / run / "args.json").read_text())["seed"])
+        assert f"seed {seeds[-1]}" in outcome.out
+        assert checkpoint(tmp_path / run)["run"]["seed"] == seeds[-1]
+    assert seeds[0] != seeds[1]
+    repeated = train("i", plain_tree, tmp_path / "c", "--epochs", 1, "--seed", seeds[0])
+    assert same(checkpoint(repeated)["state_dict"], checkpoint(tmp_path / "a")["state_dict"])
+
+
+def test_lines_of_progress(plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path / "i", "--epochs", 1, "-p", 4)
+    steps = [line.split()[2] for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
+    assert steps == ["[4/9]", "[8/9]", "[9/9]"]
+
+
+# ---- flags
+
+
+PUBLISHED = {
+    "--start-epoch": 0, "--schedule": [120, 160], "--momentum": 0.9, "--wd": 5e-4, "--weight-decay": 5e-4,
+    "-p": 10, "--print-freq": 10, "--resume": "", "-e": False, "--evaluate": False, "--world-size": -1, "--rank": -1,
+    "--dist-url": "tcp://224.66.41.62:23456", "--dist-backend": "nccl", "--seed": None, "--gpu": None,
+    "--multiprocessing-distributed": False, "--cos": False,
+}  # fmt: skip
+PUBLISHED_BY_STAGE = {
+    "i": {"-j": 32, "--epochs": 135, "-b": 256, "--lr": 0.1, "--output_dir": "weights/stage_i/",
+          "--moco-dim": 128, "--moco-k": 115712, "--moco-m": 0.999, "--moco-t": 0.2},
+    "ii": {"-j": 12, "--epochs": 5, "-b": 512, "--lr": 0.2, "--output_dir": "weights/stage_ii/",
+           "--last_stage_ckpt": "", "--num_samples_cls": 2},
+    "iii": {"-j": 32, "--epochs": 135, "-b": 256, "--lr": 0.1, "--output_dir": "weights/stage_iii/",
+            "--teacher_ckpt": None, "--kd_t": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_published_flags_and_defaults(stage):
+    parser = PARSERS[stage].parser()
+    args = parser.parse_args(["DIR"])
+    assert args.data == "DIR" and args.arch == "resnext50_32x4d" and args.image_size == 224
+    destination = {option: action.dest for action in parser._actions for option in action.option_strings}
+    for option, default in (PUBLISHED | PUBLISHED_BY_STAGE[stage]).items():
+        assert getattr(args, destination[option]) == default, option
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "name", "value"),
+    [
+        ("i", ["--moco_k", "7"], "moco_k", 7),
+        ("i", ["--moco-k=7"], "moco_k", 7),
+        ("i", ["--output-dir", "a_b-c"], "output_dir", "a_b-c"),
+        ("i", ["--batch_size", "7"], "batch_size", 7),
+        ("i", ["--dist_url", "tcp://a_b-c:1"], "dist_url", "tcp://a_b-c:1"),
+        ("i", ["--multiprocessing_distributed"], "multiprocessing_distributed", True),
+        ("ii", ["--last-stage-ckpt=a_b-c"], "last_stage_ckpt", "a_b-c"),
+        ("ii", ["--num-samples-cls", "3"], "num_samples_cls", 3),
+        ("ii", ["--freeze_bn"], "freeze_bn", True),
+        ("iii", ["--teacher-ckpt", "a_b-c"], "teacher_ckpt", "a_b-c"),
+        ("iii", ["--kd-t", "3"], "kd_t", 3.0),
+        ("iii", ["--kd_weight", "3"], "kd_weight", 3.0),
+    ],
+)
+def test_dashes_and_underscores_are_alike(stage, words, name, value):
+    args = PARSERS[stage].parser().parse_args([*words, "a_b-c"])
+    assert getattr(args, name) == value and args.data == "a_b-c" and args.given == sorted(["data", name])
+
+
+# ---- more than one process
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_spawned_or_under_torchrun(trained, plain_tree, tmp_path, stage):
+    flags = [*source(stage, trained), "--epochs", 1]
+    spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, "--multiprocessing-distributed", "--nproc", 2)
+    outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
+    assert outcome.status == 0, outcome.err
+    assert same(checkpoint(tmp_path / "torchrun"), checkpoint(spawned))
+    assert checkpoint(spawned)["run"]["world_size"] == 2
+    assert log_of(tmp_path / "torchrun", timed=False) == log_of(spawned, timed=False)
+    (record,), (alone, _) = log_of(spawned), log_of(trained[stage])
+    assert record["loss"] == pytest.approx(alone["loss"], rel=0.3)  # the same method, on other batches
+    assert [r["count"] for r in results_of(spawned)] == [TEST_IMAGES] * len(CLASSIFIERS[stage])
+    one = run_stage(stage, plain_tree, tmp_path / "one", "--resume", spawned / LAST, "--evaluate")
+    assert one.status == 0 and results_of(tmp_path / "one") == results_of(spawned)
+    if stage == "i":
+        assert checkpoint(spawned)["state_dict"]["module.queue_ptr"].tolist() == [9 * 16 % 50]
+
+
+def test_the_readmes_command_line(plain_tree, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--cos --dist-url tcp://localhost:{port} --multiprocessing-distributed --world-size 1 --rank 0 --epochs 1"
+    folder = train("i", plain_tree, tmp_path / "i", *flags.split())
+    assert len(log_of(folder)) == 1 and results_of(folder)[0]["count"] == TEST_IMAGES
