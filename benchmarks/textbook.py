@@ -1,0 +1,156 @@
+"""Plain versions of the three stages, as their published formulas read, to measure against.
+
+The same backbones and heads, float32, NCHW; no care is taken of memory or of waiting for the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import build_backbone
+from models.heads import LWS, projection_head
+
+
+def contrastive_loss(q, k, labels, queue, label_queue, temperature):
+    """Class-masked InfoNCE with the whole matrix of scores; arguments as in models.contrastive_loss."""
+    positive = torch.exp(torch.einsum("nc,nc->n", q, k) / temperature)
+    negative = torch.exp(torch.einsum("nc,ck->nk", q, queue.clone().detach()) / temperature)
+    negative = negative * (labels[:, None] != label_queue[None, :]).float()
+    return -torch.log(positive / (positive + negative.sum(dim=1))).mean()
+
+
+def distillation_loss(student, teacher, temperature):
+    """Cross entropy between softened outputs less the teacher's entropy, i.e. their divergence, times T^2."""
+    p = torch.softmax(teacher / temperature, dim=1)
+    return temperature**2 * (p * (p.log() - torch.log_softmax(student / temperature, dim=1))).sum(dim=1).mean()
+
+
+class StageI(nn.Module):
+    """Momentum contrast as it is usually written (He et al., 2020), with a classifier and labelled keys."""
+
+    views = 2
+
+    def __init__(self, arch, num_classes, queue_size, dim=128, momentum=0.999, temperature=0.2):
+        super().__init__()
+        self.size, self.m, self.temperature = queue_size, momentum, temperature
+        backbone_q, backbone_k = build_backbone(arch), build_backbone(arch)
+        width = backbone_q.width
+        self.encoder_q, self.encoder_k = backbone_q, backbone_k
+        self.q_fc, self.k_fc = projection_head(width, dim), projection_head(width, dim)
+        self.classifier = nn.Linear(width, num_classes)
+        for param_q, param_k in self.pairs():
+            param_k.data.copy_(param_q.data)
+            param_k.requires_grad = False
+        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
+        self.register_buffer("label_queue", torch.zeros(queue_size, dtype=torch.long))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def pairs(self):
+        yield from zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True)
+        yield from zip(self.q_fc.parameters(), self.k_fc.parameters(), strict=True)
+
+    @torch.no_grad()
+    def update_key_encoder(self):
+        for param_q, param_k in self.pairs():
+            param_k.data = param_k.data * self.m + param_q.data * (1.0 - self.m)
+
+    @torch.no_grad()
+    def enqueue(self, keys, labels):
+        pointer, count = int(self.queue_ptr), len(keys)
+        if pointer + count > self.size:
+            pointer = 0
+        self.queue[:, pointer : pointer + count] = keys.T
+        self.label_queue[pointer : pointer + count] = labels
+        self.queue_ptr[0] = (pointer + count) % self.size
+
+    def forward(self, im_q, im_k, labels):
+        features = self.encoder_q(im_q)
+        logits = self.classifier(features)
+        q = F.normalize(self.q_fc(features), dim=1)
+        with torch.no_grad():
+            self.update_key_encoder()
+            k = F.normalize(self.k_fc(self.encoder_k(im_k)), dim=1)
+        contrast = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
+        self.enqueue(k, labels)
+        return {"linear": logits}, [F.cross_entropy(logits, labels), contrast]
+
+
+class StageII(nn.Module):
+    """A frozen encoder under learnable weight scaling."""
+
+    views = 1
+
+    def __init__(self, arch, num_classes, queue_size=None):
+        super().__init__()
+        self.encoder = build_backbone(arch)
+        for parameter in self.encoder.parameters():
+            parameter.requires_grad = False
+        self.classifier = LWS(self.encoder.width, num_classes)
+
+    def forward(self, im, labels):
+        logits = self.classifier(self.encoder(im))
+        return {"lws": logits}, [F.cross_entropy(logits, labels)]
+
+
+class StageIII(nn.Module):
+    """A student with two classifiers and a frozen teacher."""
+
+    views = 1
+
+    def __init__(self, arch, num_classes, queue_size=None, temperature=2.0):
+        super().__init__()
+        self.temperature = temperature
+        self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
+        width = self.encoder_q.width
+        self.classifier, self.classifier_kd = nn.Linear(width, num_classes), nn.Linear(width, num_classes)
+        self.classifier_t = LWS(width, num_classes)
+        for module in (self.encoder_t, self.classifier_t):
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def forward(self, im, labels):
+        features = self.encoder_q(im)
+        hard, soft = self.classifier(features), self.classifier_kd(features)
+        teacher = self.classifier_t(self.encoder_t(im))
+        losses = [F.cross_entropy(hard, labels), distillation_loss(soft, teacher.detach(), self.temperature)]
+        return {"hard": hard, "soft": soft}, losses
+
+
+STAGES = {"i": StageI, "ii": StageII, "iii": StageIII}
+
+
+def accuracy(logits, labels, k):
+    """Top-k accuracy in per cent, as PyTorch's ImageNet example has it."""
+    _, predicted = logits.topk(min(k, logits.shape[1]), 1, True, True)
+    correct = predicted.t().eq(labels.view(1, -1).expand_as(predicted.t()))
+    return correct.reshape(-1).float().sum() * 100 / len(labels)
+
+
+def step(model, optimizer, images, labels) -> list[float]:
+    """A training step that reads every loss and accuracy; images: the model's views, normalised floats."""
+    logits, losses = model(*images, labels)
+    loss = sum(losses)
+    read = [part.item() for part in (loss, *losses)]
+    read += [accuracy(scores, labels, k).item() for scores in logits.values() for k in (1, 5)]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return read
+
+
+@torch.no_grad()
+def evaluate(predict, batches, num_classes) -> dict[str, float]:
+    """Overall and per-class accuracy from the logits of all images, kept until the end."""
+    all_logits, all_labels = [], []
+    for images, labels in batches:
+        all_logits.append(predict(images).float())
+        all_labels.append(labels)
+    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
+    predicted = torch.softmax(logits, dim=1).max(dim=1).indices
+    top5 = logits.topk(min(5, num_classes), dim=1).indices
+    per_class = [(predicted[labels == c] == c).float().mean().item() for c in range(num_classes)]
+    return {
+        "overall": (predicted == labels).float().mean().item(),
+        "top5": (top5 == labels[:, None]).any(dim=1).float().mean().item(),
+        "per_class": per_class,
+    }
