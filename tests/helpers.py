@@ -71,9 +71,9 @@ def stage_flags(stage: str, data, out, flags) -> list[str]:
     return [*defaults.split(), "--output_dir", str(out), *map(str, flags), str(data)]
 
 
-def call(stage: str, argv) -> Outcome:
+def call(stage: str, argv, out=None) -> Outcome:
     """main(argv) in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = out or io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = MAINS[stage](list(map(str, argv)))
     return Outcome(status, out.getvalue(), err.getvalue())

@@ -1,0 +1,174 @@
+"""A run that stopped and went on is the run that did not stop, bit for bit."""
+
+import io
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import LAST, STAGES, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
+
+PREVIOUS, BEST = "previous_checkpoint.pth.tar", "best_checkpoint.pth.tar"
+TWO = ["--multiprocessing-distributed", "--nproc", 2]
+
+
+def assert_same_run(folder, reference):
+    """Weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
+    for name in (LAST, BEST):
+        assert same(checkpoint(folder, name), checkpoint(reference, name)), name
+    assert log_of(folder, timed=False) == log_of(reference, timed=False)
+    assert results_of(folder) == results_of(reference)
+
+
+def resumed(stage, data, run, to, *flags, at=PREVIOUS):
+    """A copy of a run's folder, gone on from its checkpoint `at` as if what came after had been lost."""
+    shutil.copytree(run, to)
+    (to / "results.json").unlink()
+    shutil.copy(run / at, to / LAST)
+    if at != BEST and checkpoint(run, at)["epoch"] < checkpoint(run, BEST)["epoch"]:
+        (to / BEST).unlink()
+    return train(stage, data, to, "--cos", *flags, "--resume", to / LAST)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_after_an_epoch(trained, plain_tree, tmp_path, stage):
+    assert checkpoint(trained[stage], PREVIOUS)["epoch"] == 1
+    assert_same_run(resumed(stage, plain_tree, trained[stage], tmp_path / "again"), trained[stage])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_an_epoch_with_other_workers(trained, plain_tree, tmp_path, workers):
+    again = resumed("i", plain_tree, trained["i"], tmp_path / "again", "-j", workers)
+    assert_same_run(again, trained["i"])
+
+
+@pytest.fixture(scope="module")
+def saved_often(trained, plain_tree, tmp_path_factory):
+    """Runs as `trained` whose last checkpoint but one was written in the midst of an epoch."""
+    root = tmp_path_factory.mktemp("often")
+    source = {
+        "i": [],
+        "ii": ["--last_stage_ckpt", trained["i"] / LAST],
+        "iii": ["--teacher_ckpt", trained["ii"] / LAST],
+    }
+    flags = ["--cos", "--save-every-steps", 5, "-j", 1]
+    return {stage: train(stage, plain_tree, root / stage, *flags, *source[stage]) for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_saving_in_the_midst_of_epochs_changes_nothing(trained, saved_often, stage):
+    assert_same_run(saved_often[stage], trained[stage])
+
+
+@pytest.mark.parametrize(("stage", "workers"), [("i", 0), ("i", 1), ("i", 2), ("ii", 0), ("iii", 0)])
+def test_in_the_midst_of_an_epoch(saved_often, plain_tree, tmp_path, stage, workers):
+    stopped = checkpoint(saved_often[stage], PREVIOUS)
+    assert (stopped["epoch"], stopped["step"]) == (1, 5)
+    again = resumed(stage, plain_tree, saved_often[stage], tmp_path / "again", "-j", workers)
+    assert_same_run(again, saved_often[stage])
+
+
+def test_two_processes(plain_tree, tmp_path):
+    whole = train("i", plain_tree, tmp_path / "whole", "--cos", "--save-every-steps", 5, *TWO)
+    assert checkpoint(whole, PREVIOUS)["step"] == 5
+    assert_same_run(resumed("i", plain_tree, whole, tmp_path / "midst", *TWO), whole)
+    assert (checkpoint(whole, BEST)["epoch"], checkpoint(whole, BEST)["step"]) == (1, 0)
+    assert_same_run(resumed("i", plain_tree, whole, tmp_path / "after", *TWO, at=BEST), whole)
+
+
+# ---- --resume auto
+
+
+def test_auto_starts_anew_where_there_is_nothing(trained, plain_tree, tmp_path):
+    assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
+
+
+def test_auto_goes_on(trained, plain_tree, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained["i"], folder)
+    shutil.copy(folder / PREVIOUS, folder / LAST)
+    (folder / "results.json").unlink()
+    assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
+
+
+def test_auto_passes_over_a_damaged_checkpoint(trained, plain_tree, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained["i"], folder)
+    whole = (folder / LAST).read_bytes()
+    (folder / LAST).unlink()  # best_checkpoint may be the same file
+    (folder / LAST).write_bytes(whole[: len(whole) // 2])
+    with (folder / "log.txt").open("a") as log:
+        log.write('{"epoch": 2, "lr"')  # cut short, as by a crash
+    outcome = run_stage("i", plain_tree, folder, "--cos", "--resume", "auto")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"passed over {folder / LAST}" in outcome.out
+    assert_same_run(folder, trained["i"])
+
+
+def test_auto_of_a_finished_run_trains_no_more(trained, plain_tree, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained["i"], folder)
+    (folder / "results.json").unlink()
+    assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
+
+
+class Interruption(io.StringIO):
+    """A stdout that asks for a stop when it reads a certain line."""
+
+    def __init__(self, line):
+        super().__init__()
+        self.line = line
+
+    def write(self, text):
+        if text.startswith(self.line):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("line", ["epoch 1/2 [3/9]", "epoch 2/2 [8/9]", "val", "epoch 1/2:"])
+def test_a_run_that_is_asked_to_stop_can_go_on(trained, plain_tree, tmp_path, line):
+    folder = tmp_path / "run"
+    outcome = call("i", stage_flags("i", plain_tree, folder, ["--cos", "-p", 1]), out=Interruption(line))
+    assert outcome.status == 75 and outcome.err.count("\n") == 1 and "--resume auto" in outcome.err
+    assert len(log_of(folder) if (folder / "log.txt").exists() else []) < 2
+    assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
+
+
+# ---- checkpoints of other origin
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("best", [float, torch.tensor, np.float64])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, prefix, best):
+    """They hold these five entries only, best_acc1 as whatever the accuracy came as."""
+    saved = checkpoint(trained[stage], PREVIOUS)
+    published = {name: saved[name] for name in ("epoch", "arch", "optimizer")}
+    published["best_acc1"] = best(float(saved["best_acc1"]))
+    published["state_dict"] = {prefix + k.removeprefix("module."): v for k, v in saved["state_dict"].items()}
+    torch.save(published, tmp_path / "published.tar")
+    folder = train(stage, plain_tree, tmp_path / "run", "--cos", "--resume", tmp_path / "published.tar")
+    for name in ("state_dict", "optimizer", "best_acc1", "epoch"):
+        assert same(checkpoint(folder)[name], checkpoint(trained[stage])[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_needs_no_earlier_stage(trained, plain_tree, tmp_path, stage):
+    outcome = run_stage(stage, plain_tree, tmp_path / "e", "--cos", "--resume", trained[stage] / PREVIOUS)
+    assert outcome.status == 0
+    assert same(checkpoint(tmp_path / "e"), checkpoint(trained[stage]))
+
+
+def test_the_saved_seed_is_taken_up(trained, plain_tree, tmp_path):
+    flags = stage_flags("i", plain_tree, tmp_path / "run", ["--cos", "--resume", trained["i"] / PREVIOUS])
+    at = flags.index("--seed")
+    outcome = call("i", flags[:at] + flags[at + 2 :])
+    assert outcome.status == 0 and "seed 3, as saved" in outcome.out
+    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
+
+
+def test_another_batch_is_warned_of(trained, plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--cos", "-b", 12, "--resume", trained["i"] / PREVIOUS)
+    assert outcome.status == 0 and "warning: batch_size is 12, it was 16" in outcome.out
