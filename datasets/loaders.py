@@ -43,3 +43,10 @@ def batches(loader):
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def close(loader):
+    """Ends the loader's workers. They ignore the signals by which an exit would end them, so this must be called."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

@@ -292,16 +292,14 @@ def run_rank(work, args, place: Place, store=None) -> tuple[int, str]:
             torch.set_num_threads(max(1, torch.get_num_threads() // place.local_world))
         join_group(args, place, device, store)
         work(args, place, device)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0, ""
     except Exception as error:
         status, text = describe_failure(error)
         if getattr(error, "everywhere", False) and place.rank > 0:
             text = ""  # rank 0 says it
-        return status, text
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group()
+    return status, text
 
 
 def launch(work, args) -> int:
@@ -411,8 +409,7 @@ def child(work, args, place: Place, host: str, port: int, channel):
     except Exception as error:
         status, text = describe_failure(error)
     channel.send((status, text))
-    sys.stdout.flush()
-    os._exit(status)  # a group that lost a member would wait for it at the interpreter's end
+    sys.exit(status)
 
 
 class StopRequest:

@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets.loaders import batches, build_loader
+from datasets.loaders import batches, build_loader, close
 from datasets.samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
 from datasets.splits import find_splits
 from datasets.transforms import Views, normalize
@@ -81,9 +81,13 @@ def run_process(stage: Stage, args, place, device):
     """One process's part of the run; the others, if any, are at the same line."""
     with StopRequest() as stop:
         process = Run(stage, args, place, device, stop)
-        if not args.evaluate:
-            process.train()
-        process.test()
+        try:
+            if not args.evaluate:
+                process.train()
+            process.test()
+        finally:
+            for loader in process.loaders.values():
+                close(loader)
 
 
 class Averages:
@@ -148,9 +152,7 @@ class Run:
                 getattr(self.network, name).compile()
         self.model = self.network
         if distributed.world() > 1 and not args.evaluate:
-            self.model = DistributedDataParallel(
-                self.network, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+            self.model = data_parallel(self.network, device)
         with together():
             self._remember()
 
@@ -496,6 +498,17 @@ class Run:
         if self.writes:
             records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]
             log.write_json(self.folder / "results.json", records)
+
+
+def data_parallel(network, device) -> DistributedDataParallel:
+    """The network with its gradients averaged over ranks, and no buffer ever sent.
+
+    The queue is the same everywhere by construction, and large; BatchNorm's running statistics serve evaluation alone,
+    which takes rank 0's.
+    """
+    buffers = [name for name, _ in network.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
+    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 class Verdict:
