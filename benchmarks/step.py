@@ -178,32 +178,27 @@ def tables(args, argv) -> list[common.Table]:
 # ---- drift
 
 
-def coloured_images(args) -> tuple[torch.Tensor, torch.Tensor]:
-    """512 images and labels on the device: each class has its pattern, under noise, so that there is much to learn."""
+def drift_batches(stage, args):
+    """Batches (views, labels) to learn from: a view is the pattern of its class under fresh noise."""
     generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(args.classes, (512,), generator=generator)
     patterns = torch.rand(args.classes, 3, args.size // 4, args.size // 4, generator=generator)
     patterns = torch.nn.functional.interpolate(patterns, size=(args.size, args.size), mode="bilinear")
-    noise = 0.3 * torch.randn(512, 3, args.size, args.size, generator=generator)
-    images = (patterns[labels] + noise).clamp_(0, 1).mul_(255).to(torch.uint8)
-    return images.to(args.device), labels.to(args.device)
+    for _ in range(args.steps):
+        labels = torch.randint(args.classes, (args.batch,), generator=generator)
+        noise = torch.randn(textbook.STAGES[stage].views, args.batch, *patterns.shape[1:], generator=generator)
+        views = (patterns[labels] + 0.3 * noise).clamp_(0, 1).mul_(255).to(torch.uint8)
+        yield list(views.to(args.device)), labels.to(args.device)
 
 
 def losses(stage, variant, args) -> list[float]:
-    """Of each step of a training run from one seed, on batches in one order."""
-    images, labels = coloured_images(args)
-    step, generator, found = Ours(stage, variant, args), torch.Generator().manual_seed(2), []
-    for _ in range(args.steps):
-        first, second = (torch.randint(512, (args.batch,), generator=generator) for _ in range(2))
-        # The second view of an image is another one of its class: images are given in the order of their classes.
-        chosen = labels[first].argsort(), labels[second].argsort()
-        views = [images[first[chosen[0].cpu()]], images[second[chosen[1].cpu()]]]
-        found.append(step(views[: textbook.STAGES[stage].views], labels[first[chosen[0].cpu()]]).item())
-    return found
+    """Of each step of a training run: from one seed, on the same batches, whatever the variant."""
+    step = Ours(stage, variant, args)
+    return [step(views, labels).item() for views, labels in drift_batches(stage, args)]
 
 
 def drift_tables(args, argv) -> list[common.Table]:
-    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; mean loss and mean distance"
+    measured = "mean loss, and mean distance to float32's"
+    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; {measured}"
     spans = [(first, min(last, args.steps)) for first, last in DRIFT_SPANS if first < args.steps]
     headers = ("stage", "version", *(f"steps {first + 1} to {last}" for first, last in spans))
     lines = []
@@ -219,8 +214,8 @@ def drift_tables(args, argv) -> list[common.Table]:
     return [common.Table("drift", title, headers, lines)]
 
 
-def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+def parse(argv):
+    """The options."""
     drift = "--drift" in argv  # has its own defaults
     parser = common.argument_parser(__doc__, repeats=5)
     parser.add_argument("--drift", action="store_true", help="how far the switches move the losses, on small images")
@@ -237,7 +232,12 @@ def main(argv=None) -> int:
     on_cpu = half_and_compiled if drift else ["float32", "channels_last", "bf16"]
     default = half_and_compiled if torch.cuda.is_available() else on_cpu
     parser.add_argument("--variants", nargs="+", default=default, choices=VARIANTS)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse(argv)
     if args.measure:
         measure(args.measure, args)
     else:
