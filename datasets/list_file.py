@@ -173,7 +173,8 @@ def load_rgb(file) -> Image.Image:
             if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
                 levels = np.asarray(image).clip(0, 65535) // 257
                 image = Image.fromarray(levels.astype(np.uint8))
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image
     except FileNotFoundError:
         raise UserError(f"{file}: no such image") from None
     except UnidentifiedImageError:
