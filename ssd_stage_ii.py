@@ -14,6 +14,7 @@ Input: the checkpoint of stage I or III. Output: weights/stage_ii/last_checkpoin
 table has one row, of the scaled classifier (lws). No figure of stage II alone is published.
 """
 
+import functools
 import sys
 
 import torch.nn.functional as F
@@ -56,8 +57,8 @@ class StageII(Stage):
             if not args.last_stage_ckpt:
                 raise UserError("--last_stage_ckpt is missing: name the checkpoint of stage I (or III) to start from")
             stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-            state_dict = checkpoint.of_stage(args.last_stage_ckpt, "--last_stage_ckpt", stages, args)
-            model.load_stage_i(state_dict, args.classifier)
+            load = functools.partial(model.load_stage_i, classifier=args.classifier)
+            checkpoint.hand_over(load, args.last_stage_ckpt, "--last_stage_ckpt", stages, args)
         return model
 
     def step(self, model, views, labels, args):

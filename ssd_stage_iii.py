@@ -51,7 +51,7 @@ class StageIII(Stage):
         elif not args.resume:
             if not args.teacher_ckpt:
                 raise UserError("--teacher_ckpt is missing: name the checkpoint of stage II (--kd-weight 0 needs none)")
-            model.load_teacher(checkpoint.of_stage(args.teacher_ckpt, "--teacher_ckpt", ("ii",), args))
+            checkpoint.hand_over(model.load_teacher, args.teacher_ckpt, "--teacher_ckpt", ("ii",), args)
         return model
 
     def step(self, model, views, labels, args):

@@ -170,8 +170,12 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
         scaler.load_state_dict(content["scaler"])
 
 
-def of_stage(path, flag: str, stages: tuple[str, ...], args) -> dict:
-    """The state dict of an earlier stage's checkpoint. Raises UserError where it cannot serve this run."""
+def hand_over(load, path, flag: str, stages: tuple[str, ...], args):
+    """load(the state dict of an earlier stage's checkpoint). Raises UserError where it cannot serve this run."""
     state_dict = read(path, flag)["state_dict"]
     agree(path, flag, state_dict, stages, args.arch, args.num_classes)
-    return state_dict
+    try:
+        load(state_dict)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()[:200]
+        raise UserError(f"{path}: its weights are not whole ({detail}); correct {flag}") from None
