@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The whole method on a CPU: makes .venv, gets Fashion-MNIST and cuts it to a long tail, trains stages I, II and III and
+# runs stage II once more, on stage III's soft classifier; ends with one table of all of them.
+#   bash scripts/demo.sh            about five minutes on 2 cores, after the installation
+#   bash scripts/demo.sh --smoke    one epoch a stage
+# Run again, it goes on where it was stopped; runs/demo holds everything, and can be deleted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+
+out=runs/demo
+epochs_i=30 epochs_ii=5 epochs_iii=40
+case "${1:-}" in
+  "") ;;
+  --smoke) out=runs/demo-smoke epochs_i=1 epochs_ii=1 epochs_iii=1 ;;
+  *) echo "demo.sh: $1: unknown; --smoke is the only option" >&2; exit 2 ;;
+esac
+
+need_venv requirements.txt
+data=runs/fashion-mnist-lt
+prepare() { "$python" -m datasets.prepare fashion-mnist-lt --out "$data" --imbalance 100 --max-per-class 500; }
+prepare || { as_root_install dataset-fashion-mnist && prepare; }
+
+common=(--arch resnet20 --image-size 28 --cos --seed 0 --batch-size 64 --eval-batch-size 250 --print-freq 1000
+  --channels-last --resume auto "$data")
+set -x
+"$python" ssd_stage_i.py --epochs $epochs_i --moco-k 1216 --moco-m 0.99 --output_dir $out/stage_i "${common[@]}"
+"$python" ssd_stage_ii.py --epochs $epochs_ii --last_stage_ckpt $out/stage_i/last_checkpoint.pth.tar \
+  --output_dir $out/stage_ii "${common[@]}"
+"$python" ssd_stage_iii.py --epochs $epochs_iii --teacher_ckpt $out/stage_ii/last_checkpoint.pth.tar \
+  --output_dir $out/stage_iii "${common[@]}"
+"$python" ssd_stage_ii.py --epochs $epochs_ii --last_stage_ckpt $out/stage_iii/last_checkpoint.pth.tar \
+  --classifier soft --output_dir $out/stage_iii_tuned "${common[@]}"
+{ set +x; } 2>/dev/null
+echo
+"$python" -m utils.report $out/stage_i $out/stage_ii $out/stage_iii $out/stage_iii_tuned

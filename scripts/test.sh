@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Checks the project: makes .venv, installs requirements-dev.txt, runs ruff and pytest.
+#   bash scripts/test.sh            the suite, under ten minutes on 2 cores
+#   bash scripts/test.sh --full     with the tests that take minutes each
+#   bash scripts/test.sh ARGS       what follows goes to pytest, e.g. tests/test_losses.py -x
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+
+marks="not full"
+if [ "${1:-}" = --full ]; then
+  marks="full or not full"
+  shift
+fi
+need_venv requirements-dev.txt
+"$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
+exec "$python" -m pytest -m "$marks" "$@"

@@ -1,0 +1,27 @@
+# Sourced by demo.sh and test.sh: a virtual environment in .venv with what a requirements file asks for.
+# PYTHON names the interpreter to make it with; an environment that is there is used as it is.
+
+# need_venv FILE: leaves the environment's interpreter in $python.
+need_venv() {
+  if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    local interpreter=${PYTHON:-python3}
+    "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
+      echo "$0: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+      return 2
+    }
+    if ! "$interpreter" -m venv .venv >/dev/null 2>&1; then
+      as_root_install python3-venv && "$interpreter" -m venv .venv || {
+        echo "$0: $interpreter cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
+        return 2
+      }
+    fi
+  fi
+  python=$PWD/.venv/bin/python
+  "$python" -m pip install --quiet --disable-pip-version-check --requirement "$1"
+}
+
+# as_root_install PACKAGE: installs a Debian package, where this is Debian or Ubuntu and root asks.
+as_root_install() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >/dev/null
+}
