@@ -7,7 +7,7 @@ python -m benchmarks.all --quick                    tiny sizes: tries the machin
 import argparse
 import sys
 
-from benchmarks import evaluate, loader, loss, step
+from benchmarks import arithmetic, common, evaluate, loader, loss, step
 
 SMALL_NETWORK = "--arch resnet8 --size 32 --batch 4 --classes 5"
 QUICK = {  # options by benchmark
@@ -15,6 +15,7 @@ QUICK = {  # options by benchmark
     "step": f"{SMALL_NETWORK} --queue 16 --product 32 --scaling-batches 2 --repeats 1",
     "drift": f"{SMALL_NETWORK} --queue 16 --steps 12",
     "loader": "--images 8 --size 72 --batch 4 --workers 0 --scaling-workers 1 --repeats 1",
+    "arithmetic": "--arch resnet8 --size 32 --classes 5",
     "evaluate": f"{SMALL_NETWORK} --images 8 --scaling-images 64 --repeats 1",
 }
 MAINS = {
@@ -23,7 +24,15 @@ MAINS = {
     "drift": lambda argv: step.main(["--drift", *argv]),
     "loader": loader.main,
     "evaluate": evaluate.main,
+    "arithmetic": lambda argv: arithmetic.main(without_measuring(argv)),
 }
+
+
+def without_measuring(argv) -> list[str]:
+    """The options less those that only a measurement has."""
+    parser = common.argument_parser("", repeats=1)
+    args, rest = parser.parse_known_args(argv)
+    return [*rest, *(["--write", args.write] if args.write else [])]
 
 
 def main(argv=None) -> int:

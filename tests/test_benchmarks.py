@@ -1,6 +1,5 @@
 """The benchmarks run and print their tables, at tiny sizes; no timing is asserted."""
 
-
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from benchmarks.all import MAINS, QUICK
 from models import contrastive_loss, distillation_loss
 
 CPU = ["--device", "cpu"]
-ROWS = {"loss": 2, "step": 12, "drift": 3, "loader": 6, "evaluate": 4}
+ROWS = {"loss": 2, "step": 12, "drift": 3, "loader": 6, "evaluate": 4, "arithmetic": 12}
 VARIANTS = ["--variants", "float32", "channels_last", "bf16"]
 
 
@@ -30,7 +29,7 @@ def test_prints_a_table(name, capsys):
     output = capsys.readouterr().out
     assert table_rows(output) == ROWS[name]
     assert f"python -m benchmarks.{'step' if name == 'drift' else name} " in output
-    assert torch.__version__ in output
+    assert torch.__version__ in output or name == "arithmetic"
 
 
 @pytest.mark.parametrize("name, more", [("loss", 4), ("step", 12), ("loader", 3), ("evaluate", 2)])
@@ -39,12 +38,16 @@ def test_scaling_adds_tables(name, more, capsys):
     assert table_rows(capsys.readouterr().out) == ROWS[name] + more
 
 
-def test_peak_memory_is_that_of_a_fresh_process():
-    step_of = common.in_fresh_process("benchmarks.step", options("step"), "i:bf16")
-    assert 50 * common.MIB < step_of < 4096 * common.MIB
+@pytest.mark.parametrize("name, version", [("step", "iii:bf16"), ("step", "i:textbook"), ("evaluate", "textbook")])
+def test_measuring_prints_bytes(name, version, capsys):
+    assert MAINS[name]([*options(name), "--measure", version]) == 0
+    assert 50 * common.MIB < int(capsys.readouterr().out) < 8192 * common.MIB
+
+
+def test_peak_memory_of_fresh_processes():
     large = ["--queue", "65536", "--dim", "8", "--batch", "64", *CPU]  # 64 x 65,536 scores are 16 MiB
     ours, whole = (common.in_fresh_process("benchmarks.loss", large, name) for name in ("ours", "textbook"))
-    assert ours < 10 * common.MIB < 32 * common.MIB < whole
+    assert 2 * ours < whole and whole > 32 * common.MIB
 
 
 def test_all_writes_its_tables_at_their_marks(tmp_path, capsys):
