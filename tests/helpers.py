@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,11 +92,18 @@ def train(stage: str, data, out, *flags) -> Path:
     return Path(out)
 
 
-def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,), cwd=ROOT) -> Outcome:
+def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outcome:
     """A small run as a user starts it."""
     command = [*launcher, ROOT / f"ssd_stage_{stage}.py", *stage_flags(stage, data, out, flags)]
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:  # a pipe may outlive the run
+        done = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True)
+        try:
+            done.wait(120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)  # what it has left behind, or itself where it hangs
+        written = [file.seek(0) or file.read() for file in (stdout, stderr)]
+    return Outcome(done.returncode, *written)
 
 
 def checkpoint(folder, name=LAST) -> dict:

@@ -1,0 +1,445 @@
+"""Every mistake of a user's ends in status 2 and one line naming the file and line or the flag, and harms nothing."""
+
+import fcntl
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import (
+    COUNTS,
+    LAST,
+    STAGES,
+    call,
+    checkpoint,
+    log_of,
+    run_shell,
+    run_stage,
+    same,
+    train,
+    write_tree,
+)
+
+
+def assert_mistake(outcome, *words):
+    assert outcome.status == 2, outcome
+    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+    assert "Error(" not in outcome.err  # no exception's repr either
+    for word in map(str, words):
+        assert word in outcome.err, (word, outcome.err)
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("i", ["-b", 0], ["--batch-size 0"]),
+        ("i", ["-b", -16], ["--batch-size -16"]),
+        ("i", ["-b", 1], ["--batch-size 1", "two images"]),
+        ("i", ["-b", 1.5], ["--batch-size", "1.5"]),
+        ("i", ["-b", "many"], ["--batch-size", "many"]),
+        ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
+        ("ii", ["-b", 155, "--last_stage_ckpt", "unused"], ["--batch-size 155", "no full step"]),
+        ("i", ["--epochs", 0], ["--epochs 0"]),
+        ("i", ["--epochs", -1], ["--epochs -1"]),
+        ("i", ["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
+        ("i", ["--start-epoch", -1], ["--start-epoch -1"]),
+        ("i", ["--lr", -0.1], ["--lr -0.1"]),
+        ("i", ["--lr", "nan"], ["--lr nan"]),
+        ("i", ["--lr", "inf"], ["--lr inf"]),
+        ("i", ["--lr", "fast"], ["--lr", "fast"]),
+        ("i", ["--wd", -1], ["--wd -1"]),
+        ("i", ["--momentum", "nan"], ["--momentum nan"]),
+        ("i", ["--schedule", -1, "--cos"], ["--schedule"]),
+        ("i", ["--moco-k", 0], ["--moco-k 0"]),
+        ("i", ["--moco-k", -5], ["--moco-k -5"]),
+        ("i", ["--moco-k", 15], ["--moco-k 15", "16 keys"]),
+        ("i", ["--moco-dim", 0], ["--moco-dim 0"]),
+        ("i", ["--moco-m", 1.5], ["--moco-m 1.5"]),
+        ("i", ["--moco-m", "nan"], ["--moco-m nan"]),
+        ("i", ["--moco-t", 0], ["--moco-t 0"]),
+        ("i", ["--con-weight", -1], ["--con-weight -1"]),
+        ("i", ["-j", -1], ["--workers -1"]),
+        ("i", ["-p", 0], ["--print-freq 0"]),
+        ("i", ["--image-size", 4], ["--image-size 4"]),
+        ("i", ["--image-size", 0], ["--image-size 0"]),
+        ("i", ["--num-classes", 0], ["--num-classes 0"]),
+        ("i", ["--eval-batch-size", 0], ["--eval-batch-size 0"]),
+        ("i", ["--save-every-steps", -1], ["--save-every-steps -1"]),
+        ("i", ["--seed", -1], ["--seed -1"]),
+        ("i", ["--seed", 2**63], ["--seed"]),
+        ("i", ["--arch", "resnet9"], ["--arch", "resnet9"]),
+        ("i", ["--amp", "fp8"], ["--amp", "fp8"]),
+        ("i", ["--device", "tpu"], ["--device", "tpu"]),
+        ("i", ["--gpu", 0], ["--gpu 0", "--device cpu"]),
+        ("i", ["--nproc", 0], ["--nproc 0"]),
+        ("i", ["--output_dir", ""], ["--output_dir"]),
+        ("i", ["--train-list", ""], ["--train-list"]),
+        ("i", ["--colour", "red"], ["--colour"]),
+        ("i", ["--world-size", 2], ["--rank -1", "--world-size 2"]),
+        ("i", ["--world-size", 2, "--rank", 0], ["--dist-url"]),
+        ("i", ["--dist-url", "env://"], ["--dist-url env://"]),
+        ("i", ["--multiprocessing-distributed", "--dist-url", "localhost"], ["--dist-url localhost"]),
+        ("i", ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:high"], ["--dist-url"]),
+        ("ii", ["--num_samples_cls", 0], ["--num_samples_cls 0"]),
+        ("ii", ["--classifier", "linear"], ["--classifier", "linear"]),
+        ("ii", [], ["--last_stage_ckpt"]),
+        ("iii", [], ["--teacher_ckpt"]),
+        ("iii", ["--kd_t", 0], ["--kd_t 0"]),
+        ("iii", ["--kd-weight", "nan"], ["--kd-weight nan"]),
+        *((stage, ["--evaluate"], ["--evaluate", "--resume"]) for stage in STAGES),
+        *((stage, ["--evaluate", "--resume", "auto"], ["--resume auto"]) for stage in STAGES),
+    ],
+)
+def test_flags_that_make_no_sense(plain_tree, tmp_path, stage, flags, words):
+    assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", *flags), *words)
+    assert not list(tmp_path.glob("**/*.tar"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the device exists")
+def test_a_device_that_is_not_there(plain_tree, tmp_path):
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--device", "cuda"), "--device cuda")
+
+
+def test_no_folder_at_all():
+    assert_mistake(call("i", []), "DIR")
+
+
+def test_a_rate_at_which_the_loss_explodes(plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--lr", 1e30)
+    assert_mistake(outcome, "--lr", "epoch 1, step", "train.txt, lines")
+
+
+# ---- data
+
+
+def test_no_such_folder(tmp_path):
+    assert_mistake(run_stage("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none", "DIR")
+
+
+def test_a_file_in_the_folders_place(plain_tree, tmp_path):
+    assert_mistake(run_stage("i", plain_tree / "train.txt", tmp_path / "run"), plain_tree / "train.txt", "DIR")
+
+
+@pytest.mark.parametrize("flag", ["--train-list", "--val-list", "--test-list"])
+def test_no_such_list(plain_tree, tmp_path, flag):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", flag, tmp_path / "none.txt")
+    assert_mistake(outcome, tmp_path / "none.txt", flag)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree of its own, to be spoilt."""
+    return write_tree(tmp_path / "tree", COUNTS | {"train": (20, 4, 4, 4, 4, 4)})
+
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_list_of_the_folder_is_missing(tree, tmp_path, split):
+    (tree / f"{split}.txt").unlink()
+    assert_mistake(run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", f"--{split}-list")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("line", ["train/class0/train_0.png", "train/class0/train_0.png zero", "/etc/passwd 0"])
+def test_a_malformed_line(tree, tmp_path, split, line):
+    spoil_list(tree / f"{split}.txt", line)
+    assert_mistake(run_stage("i", tree, tmp_path / "run"), f"{tree / split}.txt, line 3:")
+
+
+def spoil_list(file, line, number=3):
+    lines = file.read_text().splitlines()
+    lines[number - 1] = line
+    file.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_empty_list(tree, tmp_path, split):
+    (tree / f"{split}.txt").write_text("\n")
+    assert_mistake(run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", "empty")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_label_that_training_does_not_have(tree, tmp_path, split):
+    spoil_list(tree / f"{split}.txt", "train/class0/train_0.png 6")
+    outcome = run_stage("i", tree, tmp_path / "run")
+    assert_mistake(outcome, f"{tree / split}.txt, line 3:", "label 6", "--num-classes 7")
+
+
+def test_a_label_out_of_range_of_the_classes(tree, tmp_path):
+    outcome = run_stage("i", tree, tmp_path / "run", "--num-classes", 3)
+    assert_mistake(outcome, f"{tree}/train.txt, line 37:", "--num-classes 6")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_missing_images(tree, tmp_path, split):
+    lines = (tree / f"{split}.txt").read_text().splitlines()[:2]
+    for line in lines:
+        (tree / line.split()[0]).unlink()
+    count = {"train": 40, "val": 24, "test": 30}[split]
+    outcome = run_stage("i", tree, tmp_path / "run")
+    assert_mistake(outcome, f"{split}.txt: 2 of {count} files", tree, lines[0].split()[0])
+
+
+def spoil_image(tree, split, content=None):
+    """Cuts the first image of a split short, or puts other content in its place; returns the file."""
+    file = tree / (tree / f"{split}.txt").read_text().split()[0]
+    file.write_bytes(file.read_bytes()[:500] if content is None else content)
+    return file
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_truncated_image(tree, tmp_path, split, workers):
+    file = spoil_image(tree, split)
+    outcome = run_stage("i", tree, tmp_path / "run", "-j", workers, "--epochs", 1, "-b", 8)
+    assert_mistake(outcome, file, f"{split}.txt, line 1")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all"])
+def test_a_file_that_is_no_image(tree, tmp_path, content):
+    file = spoil_image(tree, "test", content)
+    assert_mistake(run_stage("i", tree, tmp_path / "run", "--epochs", 1), file, "test.txt, line 1")
+
+
+# ---- checkpoints
+
+FLAGS = {"--resume": ("i", "i"), "--last_stage_ckpt": ("ii", "i"), "--teacher_ckpt": ("iii", "ii")}  # run, made by
+every_flag = pytest.mark.parametrize("flag", FLAGS)
+
+
+def start_from(flag, file, data, out, *flags):
+    return run_stage(FLAGS[flag][0], data, out, flag, file, *flags)
+
+
+@every_flag
+def test_no_such_checkpoint(plain_tree, tmp_path, flag):
+    assert_mistake(start_from(flag, tmp_path / "none.tar", plain_tree, tmp_path / "run"), tmp_path / "none.tar", flag)
+    assert_mistake(start_from(flag, tmp_path, plain_tree, tmp_path / "run"), tmp_path, flag)
+
+
+class RunsCode:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def spoilt_checkpoint(kind, whole: Path, folder: Path) -> Path:
+    """A file of a kind that is no good, by the side of a whole checkpoint."""
+    file, content = folder / "spoilt.tar", whole.read_bytes()
+    if kind == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "a byte short":
+        file.write_bytes(content[:-1])
+    elif kind == "empty":
+        file.touch()
+    elif kind == "text":
+        file.write_text("no checkpoint\n" * 100)
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps(RunsCode(folder / "harm")))
+    elif kind == "archive that runs code":
+        torch.save(checkpoint(whole.parent) | {"extra": RunsCode(folder / "harm")}, file)
+    elif kind == "old format that runs code":
+        torch.save({"state_dict": RunsCode(folder / "harm")}, file, _use_new_zipfile_serialization=False)
+    elif kind == "list":
+        torch.save([1, 2], file)
+    elif kind == "no weights":
+        torch.save({"epoch": 1}, file)
+    elif kind == "weights of something else":
+        torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, file)
+    elif kind == "weights that are none":
+        torch.save({"state_dict": {"module.conv1.weight": 3}}, file)
+    return file
+
+
+@every_flag
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated", "a byte short", "empty", "text", "pickle", "archive that runs code", "old format that runs code",
+        "list", "no weights", "weights of something else", "weights that are none",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_checkpoint(trained, plain_tree, tmp_path, flag, kind):
+    file = spoilt_checkpoint(kind, trained[FLAGS[flag][1]] / LAST, tmp_path)
+    assert_mistake(start_from(flag, file, plain_tree, tmp_path / "run"), file, flag)
+    assert not (tmp_path / "harm").exists()
+
+
+@every_flag
+def test_a_checkpoint_of_another_arch(trained, plain_tree, tmp_path, flag):
+    file = trained[FLAGS[flag][1]] / LAST
+    outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--arch", "resnet20")
+    assert_mistake(outcome, file, "resnet8", "resnet20", "--arch", flag)
+
+
+@every_flag
+def test_a_checkpoint_of_another_number_of_classes(trained, plain_tree, tmp_path, flag):
+    file = trained[FLAGS[flag][1]] / LAST
+    outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--num-classes", 9)
+    assert_mistake(outcome, file, "6 classes", "9", "--num-classes", flag)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "given"),
+    [
+        *((stage, "--resume", other) for stage in STAGES for other in STAGES if other != stage),
+        ("ii", "--last_stage_ckpt", "ii"), ("iii", "--teacher_ckpt", "i"), ("iii", "--teacher_ckpt", "iii"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_stage(trained, plain_tree, tmp_path, stage, flag, given):
+    file = trained[given] / LAST
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", flag, file)
+    assert_mistake(outcome, file, f"stage {given.upper()};", flag)
+
+
+def test_a_soft_classifier_of_stage_one(trained, plain_tree, tmp_path):
+    file = trained["i"] / LAST
+    outcome = run_stage("ii", plain_tree, tmp_path / "run", "--last_stage_ckpt", file, "--classifier", "soft")
+    assert_mistake(outcome, file, "--last_stage_ckpt")
+
+
+@pytest.mark.parametrize("flags", [["--moco-k", 64], ["--moco-dim", 8]])
+def test_another_queue(trained, plain_tree, tmp_path, flags):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", trained["i"] / LAST, "--epochs", 3, *flags)
+    assert_mistake(outcome, trained["i"] / LAST, "--moco-k 50 --moco-dim 16")
+
+
+def changed(run, file, change):
+    content = checkpoint(run)
+    change(content)
+    torch.save(content, file)
+    return file
+
+
+@every_flag
+def test_a_checkpoint_that_lacks_weights(trained, plain_tree, tmp_path, flag):
+    made_by = FLAGS[flag][1]
+    name = {"i": "module.classifier.weight", "ii": "module.classifier.fc.weight"}[made_by]
+    file = changed(trained[made_by], tmp_path / "lacks.tar", lambda content: content["state_dict"].pop(name))
+    outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--epochs", 3)
+    assert_mistake(outcome, file, flag)
+
+
+def test_an_optimizer_that_does_not_fit(trained, plain_tree, tmp_path):
+    source, file = checkpoint(trained["ii"])["optimizer"], tmp_path / "other.tar"
+    changed(trained["i"], file, lambda content: content.update(optimizer=source))
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file, "--epochs", 3)
+    assert_mistake(outcome, file, "optimizer")
+
+
+# ---- the output folder
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of a finished run of stage i."""
+    return Path(shutil.copytree(trained["i"], tmp_path / "finished"))
+
+
+@pytest.mark.parametrize("name", [LAST, "previous_checkpoint.pth.tar", "best_checkpoint.pth.tar"])
+def test_a_finished_run_is_not_written_over(trained, plain_tree, tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(trained["i"] / name, folder)
+    before = (folder / name).read_bytes()
+    for flags in ([], ["--resume", trained["i"] / LAST, "--epochs", 3]):  # not even by resuming another run
+        outcome = run_stage("i", plain_tree, folder, *flags)
+        assert_mistake(outcome, f"--output_dir {folder}", name, "--overwrite", "--resume")
+    assert (folder / name).read_bytes() == before
+
+
+def test_overwrite_starts_anew(finished, trained, plain_tree):
+    train("i", plain_tree, finished, "--cos", "--overwrite", "--epochs", 1)
+    assert [record["epoch"] for record in log_of(finished)] == [0]
+    assert checkpoint(finished)["epoch"] == 1 and not (finished / "previous_checkpoint.pth.tar").exists()
+    assert not same(checkpoint(finished)["state_dict"], checkpoint(trained["i"])["state_dict"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--test-list", "none.txt"], ["--num-classes", 3], ["-b", 1000], ["--arch", "none"], ["--resume", "none"]]
+)
+def test_a_mistake_does_not_cost_the_run_to_be_overwritten(finished, plain_tree, flags):
+    before = {file: file.read_bytes() for file in finished.glob("[!.]*")}
+    assert run_stage("i", plain_tree, finished, "--overwrite", *flags).status == 2
+    assert {file: file.read_bytes() for file in finished.glob("[!.]*")} == before
+
+
+def test_a_file_in_the_output_folders_place(plain_tree, tmp_path):
+    (tmp_path / "file").touch()
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "file"), f"--output_dir {tmp_path / 'file'}")
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "file" / "run"), f"--output_dir {tmp_path / 'file' / 'run'}")
+
+
+def test_an_output_folder_that_cannot_be_written(plain_tree, tmp_path):
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):  # root may write anywhere but here
+        folder = Path("/proc")
+    assert_mistake(run_stage("i", plain_tree, folder), f"--output_dir {folder}")
+
+
+def hold(file, ready, done):
+    with open(file, "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        ready.set()
+        done.wait(60)
+
+
+def test_two_runs_in_one_folder(plain_tree, tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / ".lock", ready, done))
+    other.start()
+    assert ready.wait(60)
+    assert_mistake(run_stage("i", plain_tree, tmp_path), f"--output_dir {tmp_path}", "another run")
+    done.set()
+    other.join()
+
+
+# ---- through the shell, where nothing else may be on stderr either
+
+
+def test_shell_no_such_folder(tmp_path):
+    assert_mistake(run_shell("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none")
+
+
+def test_shell_truncated_image_in_a_worker(tree, tmp_path):
+    file = spoil_image(tree, "train")
+    outcome = run_shell("i", tree, tmp_path / "run", "-j", 2, "--epochs", 1, "-b", 8)
+    assert_mistake(outcome, file, "train.txt, line 1")
+
+
+TWO = ["--multiprocessing-distributed", "--nproc", 2]
+
+
+def test_shell_truncated_image_in_one_of_two_processes(tree, tmp_path):
+    file = spoil_image(tree, "val")
+    outcome = run_shell("i", tree, tmp_path / "run", *TWO, "-j", 2, "--epochs", 1)
+    assert_mistake(outcome, file, "val.txt, line 1")
+
+
+def test_shell_one_image_a_process(plain_tree, tmp_path):
+    outcome = run_shell("i", plain_tree, tmp_path / "run", *TWO, "-b", 3)
+    assert_mistake(outcome, "--batch-size 3", "2 processes", "at least 4")
+
+
+def test_shell_pickle_in_two_processes(trained, plain_tree, tmp_path):
+    file = spoilt_checkpoint("pickle", trained["i"] / LAST, tmp_path)
+    outcome = run_shell("ii", plain_tree, tmp_path / "run", *TWO, "--last_stage_ckpt", file)
+    assert_mistake(outcome, file, "--last_stage_ckpt")
+    assert not (tmp_path / "harm").exists()
