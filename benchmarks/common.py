@@ -132,6 +132,12 @@ class Table(NamedTuple):
         return "\n".join([self.title, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
+def note(line: tuple[str, ...]) -> tuple[str, ...]:
+    """Shows a line of a table on stderr as soon as it is known; a long run's results are not lost if it is ended."""
+    print(" | ".join(line), file=sys.stderr, flush=True)
+    return line
+
+
 def insert(text: str, table: Table) -> str:
     """The text with the table between `<!-- table: NAME -->` and `<!-- end -->`; ValueError where there is no mark."""
     mark = f"<!-- table: {table.name} -->"

@@ -150,10 +150,10 @@ def rows(stage, batch, args, argv, rates) -> list[tuple[str, ...]]:
             options = [*argv, "--batch", str(batch)]
             peak = common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
         rate = rates[version.split()[0] if version.split()[0] in HALF else "float32"]
-        lines.append((
+        lines.append(common.note((
             f"{stage.upper()}, {batch}", version, f"{batch / taken[version]:.2f}",
             f"{taken['textbook'] / taken[version]:.2f}", common.mib(peak), f"{flops / taken[version] / rate:.0%}",
-        ))  # fmt: skip
+        )))  # fmt: skip
     return lines
 
 
