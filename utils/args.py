@@ -75,6 +75,8 @@ def stage_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Argumen
     add("--overwrite", action="store_true", help="start anew in an --output_dir that already holds a checkpoint")
     add("--save-every-steps", default=0, type=int, metavar="N",
         help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)")
+    add("--tensorboard", action="store_true",
+        help="also write the epochs' figures for TensorBoard to --output_dir (pip install tensorboard)")
     add("--seed", default=None, type=int,
         help="seed of everything random; also asks CUDA for deterministic algorithms (default: drawn and printed)")
 

@@ -24,7 +24,7 @@ from datasets.transforms import Views, normalize
 
 from . import args as arguments
 from . import checkpoint, distributed, log, report
-from .distributed import Stopped, StopRequest, gather_objects, together
+from .distributed import Stopped, gather_objects, together
 from .errors import UserError
 from .evaluate import evaluate
 from .schedule import learning_rate
@@ -77,17 +77,17 @@ def run(stage: Stage, argv=None) -> int:
         return distributed.USER_ERROR
 
 
-def run_process(stage: Stage, args, place, device):
+def run_process(stage: Stage, args, place, device, stop):
     """One process's part of the run; the others, if any, are at the same line."""
-    with StopRequest() as stop:
-        process = Run(stage, args, place, device, stop)
-        try:
-            if not args.evaluate:
-                process.train()
-            process.test()
-        finally:
-            for loader in process.loaders.values():
-                close(loader)
+    process = Run(stage, args, place, device, stop)
+    stop.defer()
+    try:
+        if not args.evaluate:
+            process.train()
+        process.test()
+    finally:
+        for loader in process.loaders.values():
+            close(loader)
 
 
 class Averages:
@@ -173,7 +173,7 @@ class Run:
                         raise UserError(f"--resume auto: no checkpoint in {self.folder}; name one")
             self.args.resume = str(gather_objects(found)[0] or "")
         with together():
-            return checkpoint.read(self.args.resume, "--resume") if self.args.resume else None
+            return checkpoint.read_run(self.args.resume, "--resume") if self.args.resume else None
 
     def _settle_defaults(self, content):
         """Chooses what the user left open or what cannot serve here, and says what was chosen."""
@@ -230,6 +230,7 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
+        checkpoint.remove_leftovers(folder)
         files = [folder / name for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)]
         present = [file for file in files if file.exists()]
         inside = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
@@ -292,6 +293,7 @@ class Run:
         self.network.to(device=self.device, memory_format=layout)
         parameters = [p for p in self.network.parameters() if p.requires_grad or stage.optimize_frozen]
         hyperparameters = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+        hyperparameters["fused"] = args.amp == "fp16" or None  # skips an overflowed step without asking the host
         self.optimizer = torch.optim.SGD(parameters, lr=args.lr, **hyperparameters)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         if content is None:
@@ -323,10 +325,13 @@ class Run:
         if self.main and not self.args.evaluate:
             for file in self.obsolete:
                 file.unlink()
+            if self.args.resume:
+                checkpoint.set_aside_unreadable(self.folder, self.args.resume)
             log.write_json(
                 self.folder / "args.json", arguments.resolved(self.args) | {"environment": log.environment()}
             )
-            log.keep_epochs(self.folder, self.epoch)
+            log.keep_epochs(self.folder, self.epoch if self.args.resume else 0)
+            self.board = log.open_board(self.folder, self.epoch) if self.args.tensorboard else None
 
     # ---- training
 
@@ -349,15 +354,8 @@ class Run:
             self.best = max(best_of, self.best)
             self.epoch, self.step, self.partial = self.epoch + 1, 0, None
             if self.main:
-                kept = ("overall", "top5", "many", "medium", "few")
-                log.append_epoch(self.folder, {
-                    "epoch": self.epoch - 1, "lr": lr, **means,
-                    "val": {name: {key: result[key] for key in kept} for name, result in results.items()},
-                    "images_per_second": images / seconds, "seconds": seconds,
-                })  # fmt: skip
-                summary = ", ".join(f"{name} {report.percent(r['overall'])} %" for name, r in results.items())
-                losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if "top" not in name)
-                self.say(f"epoch {self.epoch}/{args.epochs}: {losses}; validation {summary}; {seconds:.0f} s")
+                speed = {"images_per_second": images / seconds, "seconds": seconds}
+                self._log_epoch({"epoch": self.epoch - 1, "lr": lr, **means}, results, speed)
             self.save(is_best)
             self._leave_if_asked()
 
@@ -392,6 +390,20 @@ class Run:
         progress.close()
         return averages
 
+    def _log_epoch(self, means: dict, results: dict[str, dict], speed: dict):
+        """A line in log.txt and on screen, and TensorBoard's figures where asked for."""
+        kept = ("overall", "top5", "many", "medium", "few")
+        validation = {name: {key: result[key] for key in kept} for name, result in results.items()}
+        record = {**means, "val": validation, **speed}
+        log.append_epoch(self.folder, record)
+        if self.board is not None:
+            log.add_scalars(self.board, record)
+        shown = [
+            f"{name} {value:.4f}" for name, value in means.items() if name not in ("epoch", "lr") and "top" not in name
+        ]
+        shown += [f"validation {name} {report.percent(r['overall'])} %" for name, r in results.items()]
+        self.say(f"epoch {self.epoch}/{self.args.epochs}: {', '.join(shown)}; {speed['seconds']:.0f} s")
+
     def _to_device(self, view):
         """A view of the loader's as normalised floats on the device."""
         images, parameters = view if isinstance(view, list) else (view, None)
@@ -409,8 +421,8 @@ class Run:
             mine = f"batch of {index.name}, lines {lines}"
         culprit = next(text for text in gather_objects(mine) if text)
         error = UserError(
-            f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, rate {lr:g}; the weights "
-            f"and checkpoints are as they were; lower --lr, or look at the {culprit}"
+            f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate {lr:g}; weights "
+            f"and checkpoints stay as they were; lower --lr, or look at the {culprit}"
         )
         error.everywhere = True
         raise error
@@ -448,7 +460,13 @@ class Run:
         self._leave()
 
     def _leave(self):
-        error = Stopped(f"stopped on request at epoch {self.epoch + 1}, step {self.step}; continue with --resume auto")
+        if self.args.evaluate:
+            error = Stopped("stopped on request; evaluate again with the same command")
+        elif self.epoch == self.args.epochs:
+            error = Stopped("stopped on request before the test evaluation was done; continue with --resume auto")
+        else:
+            place = f"epoch {self.epoch + 1}, step {self.step}"
+            error = Stopped(f"stopped on request at {place}; continue with --resume auto")
         error.everywhere = True
         raise error
 
@@ -518,8 +536,10 @@ class Verdict:
     """
 
     def __init__(self, loss, stop: bool):
-        flags = torch.stack([~loss.detach().isfinite(), torch.tensor(stop, device=loss.device)]).to(torch.int32)
-        self.flags = distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX).to("cpu", non_blocking=True)
+        broken = ~loss.detach().isfinite()
+        flags = torch.stack([broken, torch.full_like(broken, stop)]).to(torch.int32)
+        distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self.flags = torch.empty(2, dtype=torch.int32, pin_memory=loss.is_cuda).copy_(flags, non_blocking=True)
         self.copied = torch.cuda.Event() if loss.is_cuda else None
         if self.copied is not None:
             self.copied.record()

@@ -14,6 +14,7 @@ import torchvision
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
+from .errors import UserError
 
 
 class Progress:
@@ -48,10 +49,38 @@ def write_json(path, value):
 
 def append_epoch(folder, record: dict):
     """Adds a line to log.txt."""
-    with (Path(folder) / "log.txt").open("a") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = Path(folder) / "log.txt"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the checkpoints are kept") from None
+
+
+def open_board(folder, first_epoch: int):
+    """TensorBoard's writer; what a former run wrote from first_epoch on is purged. UserError without tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+def add_scalars(board, record: dict):
+    """Gives an epoch's record to TensorBoard, nested names joined by a slash."""
+
+    def flat(values, prefix=""):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}/")
+            elif value is not None and name != "epoch":
+                yield prefix + name, value
+
+    for name, value in flat(record):
+        board.add_scalar(name, value, record["epoch"])
+    board.flush()
 
 
 def keep_epochs(folder, before: int):

@@ -1,0 +1,61 @@
+"""What only a CUDA device shows; run by hand where there is one: pytest -m gpu."""
+
+import pytest
+import torch
+
+from models import SSFL, contrastive_loss
+from tests.helpers import LAST, call, stage_flags
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def run(stage, data, out, *flags):
+    outcome = call(stage, stage_flags(stage, data, out, ["--device", "cuda", *flags]))
+    assert outcome.status == 0, outcome.err
+    return torch.load(out / LAST, weights_only=True)
+
+
+@pytest.mark.parametrize("numerics", ["--amp bf16", "--amp fp16", "--channels-last --tf32", "--augment device"])
+def test_three_stages(plain_tree, tmp_path, numerics):
+    flags = numerics.split()
+    run("i", plain_tree, tmp_path / "i", *flags)
+    run("ii", plain_tree, tmp_path / "ii", *flags, "--last_stage_ckpt", tmp_path / "i" / LAST)
+    run("iii", plain_tree, tmp_path / "iii", *flags, "--teacher_ckpt", tmp_path / "ii" / LAST)
+
+
+def test_compiled_and_resumed(plain_tree, tmp_path):
+    first = run("i", plain_tree, tmp_path, "--compile", "--epochs", 1)
+    second = run("i", plain_tree, tmp_path, "--compile", "--epochs", 2, "--resume", "auto")
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert not any("_orig_mod" in name for name in second["state_dict"])
+
+
+def test_resume_is_exact_with_deterministic_algorithms(plain_tree, tmp_path):
+    whole = run("i", plain_tree, tmp_path / "whole", "--epochs", 2, "--cos")
+    for epochs in (1, 2):
+        flags = ["--schedule", 1] if epochs == 1 else ["--cos", "--resume", "auto"]
+        parts = run("i", plain_tree, tmp_path / "parts", "--epochs", epochs, *flags)
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+
+
+def test_contrastive_loss_equals_the_cpu_s():
+    torch.manual_seed(0)
+    q, k = (torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for _ in range(2))
+    queue = torch.nn.functional.normalize(torch.randn(32, 5000), dim=0)
+    labels, label_queue = torch.randint(0, 7, (16,)), torch.randint(0, 7, (5000,))
+    arguments = (q, k, labels, queue, label_queue)
+    expected = contrastive_loss(*arguments, 0.2)
+    actual = contrastive_loss(*(value.cuda() for value in arguments), 0.2)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_never_waits_for_the_device():
+    model = SSFL("resnet8", 5, dim=16, queue_size=64).cuda().train()
+    images, labels = torch.randn(2, 8, 3, 32, 32, device="cuda"), torch.randint(0, 5, (8,), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits, contrastive = model(images[0], images[1], labels)
+        (torch.nn.functional.cross_entropy(logits, labels) + contrastive).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

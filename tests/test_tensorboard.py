@@ -1,0 +1,28 @@
+"""--tensorboard writes the figures of log.txt; without the package it says so in one line."""
+
+import json
+import sys
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers import call, stage_flags
+
+
+def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
+    assert call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard", "--con-weight", 0])).status == 0
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name, values in (
+        ("loss", [record["loss"] for record in records]),
+        ("val/linear/overall", [record["val"]["linear"]["overall"] for record in records]),
+    ):
+        written = events.Scalars(name)
+        assert [event.step for event in written] == [0, 1]
+        assert [round(event.value, 5) for event in written] == [round(value, 5) for value in values]
+
+
+def test_missing_package_is_one_line(plain_tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    outcome = call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard"]))
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1 and "--tensorboard" in outcome.err and "pip install tensorboard" in outcome.err
