@@ -49,13 +49,18 @@ def test_contrastive_gradient(block):
     assert torch.autograd.gradcheck(lambda q: 3 * contrastive_loss(q, *others, T, block), q.requires_grad_())
 
 
+def dense_contrastive(q, k, labels, queue, label_queue, temperature):
+    """The formula as one cross entropy over all scores at once."""
+    negatives = (q @ queue / temperature).masked_fill(labels[:, None] == label_queue, -torch.inf)
+    scores = torch.cat([(q * k).sum(1, keepdim=True) / temperature, negatives], dim=1)
+    return F.cross_entropy(scores, torch.zeros(len(q), dtype=torch.long))
+
+
 def test_contrastive_gradient_is_that_of_the_dense_formula():
-    q, k, labels, queue, label_queue = batch(n=9, size=130)
+    q, *others = batch(n=9, size=130)
     q.requires_grad_()
-    (streamed,) = torch.autograd.grad(contrastive_loss(q, k, labels, queue, label_queue, T, 32), q)
-    negatives = (q @ queue / T).masked_fill(labels[:, None] == label_queue, -torch.inf)
-    logits = torch.cat([(q * k).sum(1, keepdim=True) / T, negatives], dim=1)
-    (dense,) = torch.autograd.grad(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)), q)
+    (streamed,) = torch.autograd.grad(contrastive_loss(q, *others, T, 32), q)
+    (dense,) = torch.autograd.grad(dense_contrastive(q, *others, T), q)
     torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-12)
 
 
@@ -98,11 +103,15 @@ def test_without_any_negative_the_loss_is_zero(block):
     assert loss.item() == 0 and torch.all(q.grad == 0)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, labels, queue, label_queue = batch(dtype=torch.float32)
-    small = contrastive_loss(q, k, labels, queue, label_queue, 1e-3)
-    exact = contrastive_loss(*(x.double() if x.is_floating_point() else x for x in batch()), 1e-3)
-    assert float(small) == pytest.approx(float(exact), rel=1e-5)
+@pytest.mark.parametrize("block", [None, 7])
+@pytest.mark.parametrize("towards", [1, -1])
+def test_large_scores_do_not_overflow(block, towards):
+    """Scores of up to 1,000, whose exponentials no float holds, with the positive at the top and at the bottom."""
+    q, _, labels, queue, label_queue = batch(dtype=torch.float32)
+    given = q, towards * q, labels, queue, label_queue
+    loss = contrastive_loss(*given, 1e-3, block)
+    exact = dense_contrastive(*(x.double() if x.is_floating_point() else x for x in given), 1e-3)
+    assert loss.isfinite() and float(loss) == pytest.approx(float(exact), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
