@@ -1,4 +1,4 @@
-"""Stage I of SSD-LT: self-supervised guided feature learning (paper, section 3.1).
+r"""Stage I of SSD-LT: self-supervised guided feature learning (paper, section 3.1).
 
 A backbone learns from cross entropy and, beside it, from momentum contrast against the keys of other classes.
 

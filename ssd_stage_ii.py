@@ -1,4 +1,4 @@
-"""Stage II of SSD-LT: soft label generation (paper, section 3.2).
+r"""Stage II of SSD-LT: soft label generation (paper, section 3.2).
 
 Stage I's network is frozen; under class-aware sampling one scale a class is trained (learnable weight scaling), which
 balances the classifier that will teach stage III. The script runs once more, on stage III's checkpoint, for the

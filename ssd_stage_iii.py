@@ -1,4 +1,4 @@
-"""Stage III of SSD-LT: joint training with self-distillation (paper, section 3.3).
+r"""Stage III of SSD-LT: joint training with self-distillation (paper, section 3.3).
 
 A new student with two classifiers: the hard one learns the labels, the soft one stage II's frozen network.
 
