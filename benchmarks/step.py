@@ -4,7 +4,7 @@
     python -m benchmarks.step --drift                         how far each switch moves the losses over 200 steps
 
 A step of ours is what the training loop does with a batch of the loader's, normalisation included; the textbook's is
-given normalised images. Memory is the peak of a process that makes three steps. The share of the peak is that of the
+given normalised images. Memory is the peak of a process that makes two steps. The share of the peak is that of the
 rate that a matrix product reaches in the same run, in the same type.
 """
 
@@ -126,15 +126,15 @@ def step_flops(stage, args) -> float:
 
 
 def measure(name, args):
-    """A fresh process's part: the peak memory of three steps. name: stage:version."""
+    """A fresh process's part: the peak memory of two steps. name: stage:version."""
     stage, version = name.split(":")
 
-    def three_steps():
+    def two_steps():
         step = stepper(stage, version, args.batch, args)
-        for _ in range(3):
+        for _ in range(2):
             step()
 
-    common.report_peak(three_steps, args.device, above=False)
+    common.report_peak(two_steps, args.device, above=False)
 
 
 def rows(stage, batch, args, argv, rates) -> list[tuple[str, ...]]:
