@@ -153,7 +153,7 @@ def missing_entries(index: ListIndex, root, place, split, progress=iter) -> list
 
 
 def find_place(index: ListIndex, root, split, progress=iter):
-    """(place, missing): the layout under which most of the list's files exist below root, and the entries still missing."""
+    """(place, missing): the layout under which most of the files exist below root, and the entries still missing."""
     place, missing = plain_place, missing_entries(index, root, plain_place, split, progress)
     if missing:
         others = missing_entries(index, root, reorganised_place, split, progress)
@@ -217,7 +217,7 @@ class ListFileDataset(torch.utils.data.Dataset):
         return self.transform(image, (epoch, i, draw)), int(self.index.labels[i]), i
 
     def __getitems__(self, items):
-        """What the loader's workers call. An error is handed over as a value: raised, it would come with their traceback."""
+        """What the loader's workers call. An error is handed over as a value: raised, it would bring their traceback."""
         try:
             return [self[item] for item in items]
         except UserError as error:

@@ -59,7 +59,7 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
     """The wanted splits, each with the layout its files were found in; given: split -> list file, or None.
 
     progress wraps the iterator over the pool's results. Missing files are noted, not raised (Split.require does that);
-    check=False leaves the looking to a neighbour process. Raises UserError for DIR, lists or folders that cannot be read.
+    check=False leaves the looking to a neighbour process. Raises UserError for what cannot be read.
     """
     lists = choose_lists(root, given, wanted)
     splits, classes = {}, None
