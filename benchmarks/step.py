@@ -69,10 +69,10 @@ class Ours:
         images = [normalize(view) for view in views]
         if self.channels_last:
             images = [view.to(memory_format=torch.channels_last) for view in images]
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, AUTOCAST.get(self.amp), enabled=self.amp != "none"):
             loss, parts, logits = self.stage.step(self.model, images, labels, WEIGHTS)
         verdict = Verdict(loss, False)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         verdict.bad()
         self.scaler.step(self.optimizer)

@@ -217,7 +217,7 @@ class ListFileDataset(torch.utils.data.Dataset):
         return self.transform(image, (epoch, i, draw)), int(self.index.labels[i]), i
 
     def __getitems__(self, items):
-        """What the loader's workers call. An error is handed over as a value: raised, it would bring their traceback."""
+        """What the loader's workers call. An error is handed over as a value: raised, it would bring a traceback."""
         try:
             return [self[item] for item in items]
         except UserError as error:

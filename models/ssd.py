@@ -51,21 +51,23 @@ class SSFL(nn.Module):
         self.contrast = False
         self.q_fc.requires_grad_(False)
 
-    def _key(self, images):
-        return F.normalize(full_precision(self.k_fc(self.encoder_k(images))), dim=1)
+    @torch.no_grad()
+    def _keys(self, images):
+        """Normalised keys (N, dim) of the momentum encoder, after its update."""
+        momentum_update(self.encoder_q, self.encoder_k, self.momentum)
+        momentum_update(self.q_fc, self.k_fc, self.momentum)
+        return shuffled(lambda x: F.normalize(full_precision(self.k_fc(self.encoder_k(x))), dim=1), images)
 
     def forward(self, im_q, im_k=None, labels=None):
+        contrast = self.training and self.contrast
+        k = self._keys(im_k) if contrast else None  # first, while no activations of the query are kept
         features = self.encoder_q(im_q)
         logits = full_precision(self.classifier(features))
         if not self.training:
             return logits
-        if not self.contrast:
+        if not contrast:
             return logits, logits.new_zeros(())
         q = F.normalize(full_precision(self.q_fc(features)), dim=1)
-        with torch.no_grad():
-            momentum_update(self.encoder_q, self.encoder_k, self.momentum)
-            momentum_update(self.q_fc, self.k_fc, self.momentum)
-            k = shuffled(self._key, im_k)
         loss = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
         enqueue(self.queue, self.label_queue, self.queue_ptr, all_gather(k), all_gather(labels))
         return logits, loss
@@ -148,14 +150,16 @@ class SDL(nn.Module):
         self.classifier_kd.requires_grad_(False)
 
     def forward(self, im):
+        distill = self.training and self.distill
+        if distill:  # first, while no activations of the student are kept
+            with torch.no_grad():
+                teacher = self.classifier_t(self.encoder_t(im))
         features = self.encoder_q(im)
         hard, soft = full_precision(self.classifier(features)), full_precision(self.classifier_kd(features))
         if not self.training:
             return hard, soft
-        if not self.distill:
+        if not distill:
             return hard, soft, hard.new_zeros(())
-        with torch.no_grad():
-            teacher = self.classifier_t(self.encoder_t(im))
         return hard, soft, distillation_loss(soft, full_precision(teacher), self.temperature)
 
 

@@ -371,10 +371,10 @@ class Run:
         for views, labels, indices in batches(self.loaders["train"]):
             seed_everything(args.seed, self.epoch, self.step, self.place.rank)
             views, labels = [self._to_device(view) for view in views], labels.to(self.device, non_blocking=True)
+            self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
             with self._autocast():
                 loss, parts, logits = self.stage.step(self.model, views, labels, args)
             verdict = Verdict(loss, self.stop.asked)
-            self.optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             if verdict.bad():
                 self._report_bad_numbers(loss, lr, indices)
