@@ -1,10 +1,9 @@
 """Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
 
-import signal
-
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from utils.distributed import held_signals
 from utils.errors import UserError
 
 
@@ -16,12 +15,6 @@ def collate(items):
     return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
 
 
-def ignore_signals(worker_id):
-    """Workers outlive the signals that ask the run to stop: the run stops them itself, after its checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader over the batch sampler's batches; the training loop takes them through `batches`."""
     return DataLoader(
@@ -30,7 +23,6 @@ def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False)
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one
@@ -38,8 +30,13 @@ def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False)
 
 
 def batches(loader):
-    """The loader's batches. Raises UserError, without a worker's traceback, for an image that cannot be read."""
-    for batch in loader:
+    """The loader's batches. Raises UserError, without a worker's traceback, for an image that cannot be read.
+
+    The workers never see the signals that ask for a stop: the run ends them itself, after its checkpoint.
+    """
+    with held_signals():
+        iterator = iter(loader)
+    for batch in iterator:
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -1,6 +1,7 @@
 """Long-tailed versions of small balanced data sets (CIFAR, Fashion-MNIST), written as PNG files and lists."""
 
 import os
+import tarfile
 import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
@@ -112,7 +113,8 @@ def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallIm
         raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
     with tempfile.TemporaryDirectory() as unpacked:
         try:
-            extract_archive(str(archive), unpacked)
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")  # which refuses what would land outside
         except Exception as error:  # truncated, not an archive, disk full
             raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
         return load_cifar(original, Path(unpacked), named=archive)

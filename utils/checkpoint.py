@@ -1,7 +1,9 @@
 """Checkpoints: written so that a crash cannot spoil them, read so that they cannot harm, checked before use."""
 
+import math
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,11 +19,11 @@ LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previ
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, before_replacing=lambda: None):
     """Calls write(file) on a temporary file beside `path`, flushes it to the disk, and puts it in path's place.
 
-    Whatever happens, path is the old file or the whole new one. Raises UserError naming path where the disk is full,
-    the folder is read-only or the like.
+    Whatever happens, path is the old file or the whole new one. before_replacing is called when the new one is whole.
+    Raises UserError naming path where the disk is full, the folder is read-only or the like.
     """
     path = Path(path)
     temporary = None
@@ -32,12 +34,21 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         open_up(temporary)
+        before_replacing()
         replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
+        raise UserError(f"{path}: cannot be written ({reason(error)}); the file before it is kept") from None
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Removes what a process that was killed while it wrote left behind; the folder's lock must be held."""
+    random = "?" * 8
+    for pattern in (f".*.tar.{random}", "*.tar.link", f".*.json.{random}", f".log.txt.{random}"):
+        for file in Path(folder).glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def open_up(temporary):
@@ -59,18 +70,31 @@ def replace(temporary, path):
 
 def link(source, target):
     """A second name for a file that is never written in place; a copy where the file system has no links."""
-    temporary = f"{target}.link"
-    if os.path.exists(temporary):
-        os.unlink(temporary)
+    temporary = Path(f"{target}.link")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with open(source, "rb") as original, open(temporary, "wb") as copy:
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # replacing a name of the same file does nothing
 
 
 def one_line(error) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+def reason(error) -> str:
+    """Why writing failed: the system's word for it, which torch's writer buries beneath errors of its own."""
+    cause = error
+    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    return one_line(cause if isinstance(cause, OSError) else error)
 
 
 def save(folder, state: dict, is_best: bool = False):
@@ -80,10 +104,13 @@ def save(folder, state: dict, is_best: bool = False):
     """
     folder = Path(folder)
     last = folder / LAST
-    try:
+
+    def keep_previous():
         if last.exists():
             link(last, folder / PREVIOUS)
-        write_atomically(last, lambda file: torch.save(state, file))
+
+    try:
+        write_atomically(last, lambda file: torch.save(state, file), keep_previous)
         if is_best:
             link(last, folder / BEST)
     except OSError as error:
@@ -102,21 +129,68 @@ def read(path, flag: str) -> dict:
         raise UserError(f"{error} ({flag})") from None
 
 
-def newest(folder) -> Path | None:
-    """The newest readable checkpoint of a run: last, or previous where last is damaged; None where there is none.
+def read_run(path, flag: str) -> dict:
+    """As read, of a run that is to go on or to be evaluated: what it says of its progress must make sense too."""
+    content = read(path, flag)
+    for name, (is_sound, wanted) in PROGRESS.items():
+        try:
+            sound = name not in content or is_sound(content[name])
+        except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+            sound = False
+        if not sound:
+            raise UserError(f"{path}: its {name} is not {wanted}; correct {flag}")
+    return content
 
-    Says on screen which file it passes over. Raises UserError where there are files and none can be read.
+
+def is_whole(value) -> bool:
+    return 0 <= float(value) < 2**31 and float(value) == int(value)
+
+
+def is_run(value) -> bool:
+    return all(isinstance(number, int) and number >= 0 for number in value.values())
+
+
+def is_averages(value) -> bool:
+    if value is None:
+        return True
+    rows, width = value["sums"], len(value["names"])
+    return is_whole(value["steps"]) and len(rows) > 0 and all(len(list(map(float, row))) == width for row in rows)
+
+
+PROGRESS = {
+    "epoch": (is_whole, "a whole number"),
+    "step": (is_whole, "a whole number"),
+    "best_acc1": (lambda value: math.isfinite(value), "a number"),
+    "run": (is_run, "a record of seed, batch and processes"),
+    "averages": (is_averages, "a record of sums"),
+}
+
+
+def newest(folder) -> Path | None:
+    """The newest readable checkpoint of a run: last, where it is damaged previous, then best; None where none is there.
+
+    Says on stderr which file it passes over. Raises UserError where there are files and none can be read.
     """
-    present = [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
+    present = [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if (Path(folder) / name).exists()]
     for path in present:
         try:
-            read(path, "--resume auto")
+            read_run(path, "--resume auto")
             return path
         except UserError as error:
-            print(f"passed over {error}", flush=True)
+            print(f"passed over {error}", file=sys.stderr, flush=True)
     if present:
         raise UserError(f"{folder}: no checkpoint in it can be read; start anew with --overwrite")
     return None
+
+
+def set_aside_unreadable(folder, resumed):
+    """Renames a last checkpoint that --resume auto passed over, which the next save would keep as the previous one."""
+    last = Path(folder) / LAST
+    if Path(resumed).name != LAST and last.exists():
+        try:
+            read(last, "--resume")
+        except UserError:
+            os.replace(last, f"{last}.unreadable")
 
 
 def agree(path, flag: str, state_dict: dict, stages: tuple[str, ...], arch: str, num_classes: int):
@@ -156,18 +230,19 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
             ) from None
         first = wrong[0] if wrong else one_line(error)
         raise UserError(f"{path}: does not fit stage {STAGE_NAMES[stage]} at {first}; correct {flag}") from None
-    for name in ("epoch", "step", "best_acc1"):
-        try:
-            float(content.get(name, 0))
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"{path}: its {name} is not a number; correct {flag}") from None
-    if optimizer is not None and content.get("optimizer"):
-        try:
-            optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its optimizer does not fit ({one_line(error)}); correct {flag}") from None
-    if scaler is not None and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
+    try:
+        part = "optimizer"
+        if optimizer is not None and content.get(part):
+            optimizer.load_state_dict(content[part])
+            for parameter, values in optimizer.state.items():
+                momentum = values.get("momentum_buffer")
+                if momentum is not None and momentum.shape != parameter.shape:
+                    raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
+        part = "scaler"
+        if scaler is not None and content.get(part):
+            scaler.load_state_dict(content[part])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: its {part} does not fit ({one_line(error)}); correct {flag}") from None
 
 
 def hand_over(load, path, flag: str, stages: tuple[str, ...], args):

@@ -5,7 +5,10 @@ starts one a GPU, or --nproc, and watches them), torchrun and srun (they start t
 """
 
 import contextlib
+import errno
+import functools
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -14,7 +17,7 @@ import threading
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,13 +27,28 @@ import torch.multiprocessing as mp
 
 from .errors import UserError
 
-USER_ERROR, TRY_AGAIN = 2, 75
+USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 5  # seconds in which the other ranks may say what they know of a failure
+LOST_CONTACT = "lost contact with another process of the run"
+STOPPED_EARLY = "stopped on request before the first step; start again with the same command"
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written its checkpoint."""
+    """The run was asked to stop; what there was to save is written."""
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Keeps the signals that ask for a stop from this thread and, for good, from the processes started within.
+
+    What is held reaches this thread at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Place(NamedTuple):
@@ -194,6 +212,27 @@ def loopback_interface() -> str:
     return "lo0" if sys.platform == "darwin" else "lo"
 
 
+def is_loopback_name(url: str) -> bool:
+    """Whether a URL names this machine's loopback outright, as a run of several nodes on one machine does."""
+    name = urlsplit(url).hostname
+    return name == "localhost" or name.startswith("127.")
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface whose address this machine uses towards host; None where that cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # of a datagram socket: sends nothing, picks the route
+            address = probe.getsockname()[0]
+        except OSError:
+            return None
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(UserError):
+            if interface_address(name) == address:
+                return name
+    return None
+
+
 def open_store(args, place: Place, first: bool):
     """The key-value store at which the processes meet; `first`: this process holds it.
 
@@ -203,35 +242,94 @@ def open_store(args, place: Place, first: bool):
     host, port = address_of(place.url) if place.url else ("127.0.0.1", 0)
     timeout = timedelta(seconds=args.dist_timeout)
     listener = None
+    if place.nodes == 1:
+        is_local(host, place.url)
+        host = "127.0.0.1"
     if first:
-        if place.nodes == 1:
-            at = "127.0.0.1"
-        elif args.dist_interface:
-            at = interface_address(args.dist_interface)
-        else:
-            at = "" if host.startswith("127.") else host
+        at = interface_address(args.dist_interface) if args.dist_interface and place.nodes > 1 else host
+        if place.nodes > 1 and at.startswith("127.") and not is_loopback_name(place.url) and not args.dist_interface:
+            raise UserError(
+                f"--dist-url {place.url}: its name is {at} on node 0, which no other node reaches; "
+                "give node 0's address, or --dist-interface"
+            )
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            if place.nodes == 1:
-                is_local(host, place.url)
             listener.bind((at, port))
             listener.listen(2048)
         except OSError as error:
             reason = error.strerror.lower() if error.strerror else error
             raise UserError(f"--dist-url {place.url}: cannot listen there ({reason}); choose another port") from None
         host, port = listener.getsockname()
-        host = "127.0.0.1" if host == "0.0.0.0" else host
     try:
-        return dist.TCPStore(
-            host, port, None, is_master=first, wait_for_workers=False, timeout=timeout,
+        if not first:
+            wait_for_listener(host, port, args.dist_timeout)
+        make = functools.partial(
+            dist.TCPStore, host, port, None, is_master=first, wait_for_workers=False, timeout=timeout,
             master_listen_fd=listener.detach() if listener else None,
         )  # fmt: skip
-    except dist.DistError as error:
+        with native_messages_hidden():
+            return in_time(make, args.dist_timeout)
+    except (OSError, dist.DistError) as error:
         raise UserError(
             f"--dist-url {place.url}: node 0 is not reached within --dist-timeout {args.dist_timeout:g} s "
-            f"({type(error).__name__}); start node 0, or correct host and port"
+            f"({one_line(error)}); start node 0, or correct host and port"
         ) from None
+
+
+def wait_for_listener(host: str, port: int, timeout: float):
+    """Returns when something listens at host and port. Raises OSError, the last attempt's, after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.2)
+
+
+def in_time(make, timeout: float):
+    """make(), in a thread that is given up after `timeout` seconds: a TCPStore waits for ever for a peer that is mute.
+
+    Raises what make raises, or TimeoutError.
+    """
+    results = queue.SimpleQueue()
+
+    def attempt():
+        try:
+            results.put((make(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=attempt, daemon=True).start()
+    try:
+        value, error = results.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError(errno.ETIMEDOUT, "it does not answer as node 0 would") from None
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def native_messages_hidden():
+    """Keeps torch.distributed's C++ parts from writing their traces to stderr; what they raise says enough."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def one_line(error) -> str:
+    """The system's word for an error, or the name of its class: torch.distributed's texts run over many lines."""
+    return (getattr(error, "strerror", None) or str(error).partition("\n")[0][:100] or type(error).__name__).lower()
 
 
 def is_local(host: str, url):
@@ -250,17 +348,26 @@ def join_group(args, place: Place, device, store=None):
     if place.launcher == "plain":
         return
     backend = "gloo" if device.type == "cpu" else args.dist_backend
-    interface = args.dist_interface or (loopback_interface() if place.nodes == 1 else None)
+    if args.dist_interface:
+        interface_address(args.dist_interface)
+        interface = args.dist_interface
+    elif place.nodes == 1:
+        interface = loopback_interface()
+    else:
+        known = place.url == "env://"
+        interface = interface_towards(os.environ.get("MASTER_ADDR", "") if known else address_of(place.url)[0])
     if interface:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, interface)
     timeout = timedelta(seconds=args.dist_timeout)
+    if place.launcher == "torchrun":
+        where = {"init_method": "env://"}
+    else:
+        store = store or open_store(args, place, first=place.rank == 0)
+        where = {"store": store, "rank": place.rank, "world_size": place.world}
     try:
-        if place.launcher == "torchrun":
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
-        else:
-            store = store or open_store(args, place, first=place.rank == 0)
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+        with native_messages_hidden():
+            dist.init_process_group(backend, timeout=timeout, **where)
     except dist.DistError as error:
         raise UserError(
             f"the {place.world} processes did not meet within --dist-timeout {args.dist_timeout:g} s "
@@ -275,27 +382,29 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return USER_ERROR, text
     if isinstance(error, Stopped):
         return TRY_AGAIN, text
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; what was saved before is whole: continue with --resume auto"
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return 1, f"a data loading worker died ({text[:200]}); give the run more memory or fewer --workers"
     if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
-        return 1, "lost contact with another process of the run; its own message, if it had one, says why"
+        return 1, f"{LOST_CONTACT}; its own message, if it had one, says why"
     return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
-def run_rank(work, args, place: Place, store=None) -> tuple[int, str]:
+def run_rank(work, args, place: Place, stop: "StopRequest", store=None) -> tuple[int, str]:
     """One process of the run, from joining the group to leaving it; returns (exit status, message or "")."""
     try:
         device = pick_device(args, place)
         if place.local_world > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // place.local_world))
         join_group(args, place, device, store)
-        work(args, place, device)
+        work(args, place, device, stop)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0, ""
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         status, text = describe_failure(error)
         if getattr(error, "everywhere", False) and place.rank > 0:
             text = ""  # rank 0 says it
@@ -303,7 +412,7 @@ def run_rank(work, args, place: Place, store=None) -> tuple[int, str]:
 
 
 def launch(work, args) -> int:
-    """Runs work(args, place, device) in this process or in those it starts, and returns the exit status.
+    """Runs work(args, place, device, stop) in this process or in those it starts, and returns the exit status.
 
     0; 2 after a user's mistake; 75 where the run was stopped and can go on; 1 after any other failure. What there is
     to say stands in one line on stderr.
@@ -312,9 +421,12 @@ def launch(work, args) -> int:
     if place.launcher == "spawn":
         status, text = Spawned(work, args, place).run()
     else:
-        status, text = run_rank(work, args, place)
+        with StopRequest(args.program) as stop:
+            status, text = run_rank(work, args, place, stop)
     if text:
         print(f"{args.program}: {text}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # only after a failure
+        leave(status)
     return status
 
 
@@ -322,24 +434,14 @@ class Spawned:
     """The processes of this node under --multiprocessing-distributed, and the store that they meet at."""
 
     def __init__(self, work, args, place: Place):
-        self.args, self.place = args, place
-        self.store = open_store(args, place, first=place.rank == 0)
-        port = self.store.port
-        context = mp.get_context("spawn")
-        self.processes, self.channels = [], []
-        for local in range(place.local_world):
-            receive, send = context.Pipe(duplex=False)
-            mine = place._replace(rank=place.rank + local, local_rank=local)
-            process = context.Process(target=child, args=(work, args, mine, self.store.host, port, send))
-            process.start()
-            send.close()
-            self.processes.append(process)
-            self.channels.append(receive)
+        self.work, self.args, self.place = work, args, place
+        self.processes, self.channels, self.asked = [], [], False
 
     def run(self) -> tuple[int, str]:
-        """Waits for all to end; where one fails, ends the others. Returns the exit status and what to say."""
+        """Starts all, waits for all to end; where one fails, ends the others. Returns exit status and what to say."""
         handlers = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS if in_main_thread()}
         try:
+            self._start()
             running, failed_at = set(self.processes), None
             while running:
                 patience = None if failed_at is None else max(0, failed_at + GRACE - time.monotonic())
@@ -351,12 +453,34 @@ class Spawned:
                     break
             self._kill(running)
             return self._verdict(running)
+        except KeyboardInterrupt as error:
+            self._kill(self.processes)
+            return describe_failure(error)
         except BaseException:
             self._kill(self.processes)
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _start(self):
+        with StopRequest(self.args.program):
+            store = self.store = open_store(self.args, self.place, first=self.place.rank == 0)
+        context = mp.get_context("spawn")
+        with held_signals():  # until they are ready to heed them; the tracker would die of some
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which it may have undone
+            for local in range(self.place.local_world):
+                receive, send = context.Pipe(duplex=False)
+                mine = self.place._replace(rank=self.place.rank + local, local_rank=local)
+                arguments = (self.work, self.args, mine, store.host, store.port, send)
+                process = context.Process(target=child, args=arguments)
+                process.start()
+                send.close()
+                self.processes.append(process)
+                self.channels.append(receive)
+        if self.asked:  # before they were there
+            self._pass_on(signal.SIGTERM, None)
 
     @staticmethod
     def _kill(processes):
@@ -365,12 +489,15 @@ class Spawned:
             process.join()
 
     def _pass_on(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
     def _verdict(self, killed) -> tuple[int, str]:
-        """The most telling outcome: a user's mistake, then a process that died, then any other failure, then a stop."""
+        """The most telling outcome: a user's mistake, another failure, a stop, and last a lost contact."""
         outcomes = []
         for local, (process, channel) in enumerate(zip(self.processes, self.channels, strict=True)):
             said = None
@@ -378,6 +505,8 @@ class Spawned:
                 said = channel.recv() if channel.poll() else None
             if said is not None:
                 outcomes.append(said)
+            elif process.exitcode == TRY_AGAIN:
+                outcomes.append((TRY_AGAIN, STOPPED_EARLY))
             elif process not in killed and process.exitcode:
                 number = self.place.rank + local
                 cause = f"exit status {process.exitcode}"
@@ -386,8 +515,9 @@ class Spawned:
                         "; out of memory?" if process.exitcode == -9 else ""
                     )
                 outcomes.append((1, f"rank {number} died ({cause}); continue with --resume auto"))
-        lost = "lost contact"
-        outcomes.sort(key=lambda o: (o[0] == 0, o[0] == TRY_AGAIN, o[0] != USER_ERROR, lost in o[1], not o[1]))
+        outcomes.sort(
+            key=lambda o: (o[0] == 0, o[1].startswith(LOST_CONTACT), o[0] == TRY_AGAIN, o[0] != USER_ERROR, not o[1])
+        )
         return outcomes[0] if outcomes else (1, "the processes ended without a word")
 
 
@@ -397,36 +527,77 @@ def in_main_thread() -> bool:
 
 def child(work, args, place: Place, host: str, port: int, channel):
     """A started process: meets the others, works, reports through the channel, and dies with its parent."""
+    # Its data workers start as those of a plain run do: spawned as it was itself, each would import everything anew.
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)
 
     def die_with_parent():
         connection.wait([mp.parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=die_with_parent, daemon=True).start()
-    try:
-        store = dist.TCPStore(host, port, None, False, timedelta(seconds=args.dist_timeout), wait_for_workers=False)
-        status, text = run_rank(work, args, place, store)
-    except Exception as error:
-        status, text = describe_failure(error)
-    channel.send((status, text))
-    sys.exit(status)
+    with StopRequest() as stop:
+        try:
+            timeout = timedelta(seconds=args.dist_timeout)
+            store = dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+            status, text = run_rank(work, args, place, stop, store)
+        except (Exception, KeyboardInterrupt) as error:
+            status, text = describe_failure(error)
+        channel.send((status, text))
+        leave(status)
+
+
+def leave(status: int):
+    """Ends the process without the interpreter's clearing up, in which a group that broke would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class StopRequest:
-    """Notes the signals that ask for a stop. A second SIGINT, from an impatient Ctrl-C, ends the process at once."""
+    """Heeds the signals that ask for a stop.
 
-    def __init__(self):
-        self.asked = False
+    At first there is nothing to save, and the process leaves at once with status 75, even from a wait for others.
+    From defer() on, a signal is noted in `asked`, for the run to leave after its checkpoint; a second SIGINT, from an
+    impatient Ctrl-C, raises KeyboardInterrupt. program: who says so on stderr when it leaves at once; None: nobody.
+    """
+
+    def __init__(self, program: str | None = None):
+        self.program, self.asked, self.deferred, self.before = program, False, False, {}
+        self.stderr = os.dup(2)  # whatever fd 2 may be when it is needed
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS if in_main_thread()}
+        if in_main_thread():
+            self.receive, self.send = os.pipe()
+            os.set_blocking(self.send, False)
+            self.wakeup = signal.set_wakeup_fd(self.send, warn_on_full_buffer=False)
+            self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            threading.Thread(target=self._leave_at_once, daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
+
+    def defer(self):
+        """From now on there may be something to save first."""
+        self.deferred = True
 
     def _note(self, number, frame):
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
+    def _leave_at_once(self):
+        """Runs in a thread: a handler would wait for the main thread, which may wait for other processes for long."""
+        while number := os.read(self.receive, 1)[0]:
+            if number in STOP_SIGNALS and not self.deferred:
+                if self.program:
+                    os.write(self.stderr, f"{self.program}: {STOPPED_EARLY}\n".encode())
+                os._exit(TRY_AGAIN)
+        os.close(self.receive)
+
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        os.close(self.stderr)
+        if self.before:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.wakeup)
+            os.write(self.send, b"\0")
+            os.close(self.send)

@@ -1,0 +1,137 @@
+"""Runs in processes of their own: started, watched, sent signals to, and looked for afterwards."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.helpers import ROOT, Outcome, stage_flags
+
+TWO = ["--multiprocessing-distributed", "--nproc", 2]
+PATIENCE = 120  # seconds until a test gives up; what it waits for takes a fraction
+
+
+def wait_until(condition, what, patience=PATIENCE):
+    """The first true value of condition(); fails when there is none for so long."""
+    end = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"waited {patience} s for {what}"
+        time.sleep(0.02)
+
+
+def children(pid) -> list[int]:
+    """Of every thread of a process."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, file.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def descendants(pid) -> list[int]:
+    """A process and all that it started, and what those started."""
+    return [pid, *(below for child in children(pid) for below in descendants(child))]
+
+
+def alive(pid) -> bool:
+    """Whether a process still runs; one that has ended and waits to be asked for its status does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
+    except OSError:
+        return False
+
+
+class Job:
+    """A small run of a stage in a process of its own; its output goes to files."""
+
+    def __init__(self, stage, data, out, *flags, launcher=(sys.executable,), env=None, cwd=ROOT, limit=None):
+        self.out = Path(out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.files = [self.out.with_name(f"{self.out.name}.{name}") for name in ("stdout", "stderr")]
+        command = [*launcher, ROOT / f"ssd_stage_{stage}.py", *stage_flags(stage, data, out, ("-p", 1, *flags))]
+        with open(self.files[0], "w") as stdout, open(self.files[1], "w") as stderr:
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=cwd, stdout=stdout, stderr=stderr, env=os.environ | (env or {}),
+                start_new_session=True, preexec_fn=limit,
+            )  # fmt: skip
+        self.pid = self.process.pid
+        self.seen = set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for pid in filter(alive, self.note()):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def stdout(self):
+        return self.files[0].read_text()
+
+    @property
+    def stderr(self):
+        return self.files[1].read_text()
+
+    def note(self) -> set[int]:
+        """All processes that were ever seen to be of the job."""
+        self.seen.update(descendants(self.pid))
+        return self.seen
+
+    def wait_for(self, pattern):
+        """Until a line of stdout begins so."""
+        self.note()
+        wait_until(
+            lambda: re.search(f"^{pattern}", self.stdout, re.M) or self.process.poll() is not None,
+            f"{pattern!r} in {self.stdout[-500:]}",
+        )
+        self.note()
+        assert re.search(f"^{pattern}", self.stdout, re.M), (self.stdout[-500:], self.stderr)
+        return self
+
+    def ranks(self) -> list[int]:
+        """The processes of --multiprocessing-distributed."""
+        return [pid for pid in children(self.pid) if "spawn_main" in command_of(pid)]
+
+    def workers(self) -> list[int]:
+        """Data workers."""
+        return [pid for rank in self.ranks() or [self.pid] for pid in children(rank) if "resource_tracker" not in command_of(pid)]
+
+    def send(self, number, pid=None):
+        os.kill(pid or self.pid, number)
+        return self
+
+    def end(self, patience=PATIENCE) -> Outcome:
+        """What became of it, when it has ended and none of its processes is left. Data workers take 5 s to notice."""
+        self.note()
+        self.process.wait(timeout=patience)
+        wait_until(lambda: not any(map(alive, self.seen)), "its processes to end", patience)
+        return Outcome(self.process.returncode, self.stdout, self.stderr)
+
+
+def listening(pids) -> set[str]:
+    """Addresses at which these processes listen, over IPv4 and IPv6, in hexadecimal as the kernel lists them."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(descriptor))
+            except OSError:  # closed meanwhile
+                continue
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+def command_of(pid) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
