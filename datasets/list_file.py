@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from utils.errors import UserError
 
 LARGEST_LABEL = 2**31 - 1
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow hands EPS files, programs, to Ghostscript
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read all the same
 
 
@@ -169,7 +170,7 @@ def load_rgb(file) -> Image.Image:
     against decompression bombs, Image.MAX_IMAGE_PIXELS, doubled.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
                 levels = np.asarray(image).clip(0, 65535) // 257
                 image = Image.fromarray(levels.astype(np.uint8))
