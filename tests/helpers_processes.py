@@ -103,7 +103,8 @@ class Job:
 
     def workers(self) -> list[int]:
         """Data workers."""
-        return [pid for rank in self.ranks() or [self.pid] for pid in children(rank) if "resource_tracker" not in command_of(pid)]
+        below = [pid for rank in self.ranks() or [self.pid] for pid in children(rank)]
+        return [pid for pid in below if "resource_tracker" not in command_of(pid)]
 
     def send(self, number, pid=None):
         os.kill(pid or self.pid, number)
@@ -126,7 +127,8 @@ def listening(pids) -> set[str]:
                 sockets.add(os.readlink(descriptor))
             except OSError:  # closed meanwhile
                 continue
-    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    rows = map(str.split, lines)
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 
 

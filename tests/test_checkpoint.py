@@ -1,0 +1,322 @@
+"""Checkpoints under a full disk, without permission, killed in the midst: what was whole before stays whole."""
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import LAST, call, checkpoint, results_of, run_stage, same, stage_flags, train
+from tests.helpers_processes import TWO, Job
+from utils import checkpoint as under_test
+from utils.errors import UserError
+
+PREVIOUS, BEST = under_test.PREVIOUS, under_test.BEST
+
+
+def state(number) -> dict:
+    """What save takes; large enough that a writer needs more than one block."""
+    return {"epoch": number, "state_dict": {"module.w": torch.full((20000,), float(number))}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With three saves behind it, the second the best."""
+    for number in (1, 2, 3):
+        under_test.save(tmp_path, state(number), is_best=number == 2)
+    return tmp_path
+
+
+def contents(folder) -> dict:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def epochs(folder) -> dict:
+    return {file.name: checkpoint(folder, file.name)["epoch"] for file in Path(folder).iterdir()}
+
+
+def test_last_previous_and_best(folder):
+    assert epochs(folder) == {LAST: 3, PREVIOUS: 2, BEST: 2}
+    under_test.save(folder, state(4), is_best=True)
+    assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
+
+
+def test_without_links_they_are_copies(folder, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    under_test.save(folder, state(4), is_best=True)
+    assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
+
+
+def test_a_second_name_of_the_same_file_leaves_nothing_behind(folder):
+    """Where a save was killed after it had named the last checkpoint previous, both are one file."""
+    under_test.link(folder / LAST, folder / PREVIOUS)
+    under_test.link(folder / LAST, folder / PREVIOUS)
+    assert epochs(folder) == {LAST: 3, PREVIOUS: 3, BEST: 2}
+
+
+def test_file_and_folder_are_flushed_before_and_after_the_name_changes(folder, monkeypatch):
+    done = []
+
+    def fsync(descriptor, real=os.fsync):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        real(descriptor)
+
+    def replace(source, target, real=os.replace):
+        done.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    under_test.save(folder, state(4))
+    assert done == ["file", PREVIOUS, "folder", LAST, "folder"]
+
+
+# ---- faults in the writer
+
+
+def failing(number):
+    """A function that raises the system's error of this number."""
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+FAULTS = {
+    "read-only": ("tempfile.NamedTemporaryFile", errno.EROFS, "Read-only file system"),
+    "no permission": ("tempfile.NamedTemporaryFile", errno.EACCES, "Permission denied"),
+    "full at the flush": ("os.fsync", errno.ENOSPC, "No space left on device"),
+    "full at the name": ("os.replace", errno.ENOSPC, "No space left on device"),
+    "broken disk": ("os.fsync", errno.EIO, "Input/output error"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_written_costs_nothing(folder, monkeypatch, fault):
+    place, number, told = FAULTS[fault]
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing(number))
+        with pytest.raises(UserError, match=told) as caught:
+            under_test.save(folder, state(4), is_best=True)
+    assert str(folder / LAST) in str(caught.value) or str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value) and contents(folder) == before
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file of this process may grow beyond it: a disk that is full after so many bytes, as the kernel tells it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1000, 50_000])
+def test_a_write_that_ends_half_way(folder, size):
+    before = contents(folder)
+    with pytest.raises(UserError, match="File too large") as caught, file_size_limit(size):
+        under_test.save(folder, state(4))
+    assert str(folder / LAST) in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 320 KiB, where this user may mount one."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", root]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield root
+    subprocess.run(["umount", "-l", root], check=True)
+
+
+def test_a_full_disk(small_disk):
+    for number in (1, 2):
+        under_test.save(small_disk, state(number))
+    (small_disk / "other").write_bytes(b"x" * 120_000)
+    before = contents(small_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        under_test.save(small_disk, state(3))
+    assert contents(small_disk) == before
+    (small_disk / "other").unlink()
+    under_test.save(small_disk, state(3))
+    assert epochs(small_disk) == {LAST: 3, PREVIOUS: 2}
+
+
+def test_a_read_only_disk(small_disk):
+    under_test.save(small_disk, state(1))
+    before = contents(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match="Read-only file system"):
+        under_test.save(small_disk, state(2))
+    assert contents(small_disk) == before
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.link", "os.replace"])
+def test_a_kill_during_a_save(folder, monkeypatch, moment):
+    """Before the flush, before previous gets its name, before last does: nothing is lost, and no rest stays."""
+    before = contents(folder)
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        under_test.save(folder, state(4))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert set(contents(folder)) - set(before), "there has to be a rest for this test to mean anything"
+    assert {name: contents(folder)[name] for name in before} == before
+    under_test.remove_leftovers(folder)
+    assert contents(folder) == before
+    assert under_test.newest(folder) == folder / LAST
+
+
+def test_only_rests_are_removed(folder):
+    keep = ("log.txt", "args.json", "results.json", ".lock", "notes.tar", ".last_checkpoint.pth.tar", "model.link")
+    for name in keep:
+        (folder / name).touch()
+    before = set(contents(folder))
+    for name in (f".{LAST}.abcd_123", f"{BEST}.link", ".args.json.abcd_123", ".log.txt.abcd_123"):
+        (folder / name).touch()
+    under_test.remove_leftovers(folder)
+    assert set(contents(folder)) == before
+
+
+# ---- which one goes on
+
+
+@pytest.mark.parametrize("spoilt", [(LAST,), (LAST, PREVIOUS)])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", b"\x80\x02c"])
+def test_the_newest_that_can_be_read(folder, capsys, spoilt, content):
+    for name in spoilt:
+        (folder / name).unlink()  # it may share its file with another
+        (folder / name).write_bytes(content)
+    assert under_test.newest(folder) == folder / (PREVIOUS, BEST)[len(spoilt) - 1]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(spoilt) and all(str(folder / name) in line for name, line in zip(spoilt, said, strict=True))
+
+
+def test_none_that_can_be_read(folder, tmp_path):
+    for name in (LAST, PREVIOUS, BEST):
+        (folder / name).unlink()
+        (folder / name).write_bytes(b"nothing")
+    with pytest.raises(UserError, match="--overwrite"):
+        under_test.newest(folder)
+    assert under_test.newest(tmp_path / "new") is None
+
+
+def test_a_damaged_file_never_takes_the_place_of_the_previous_one(folder):
+    whole = (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(whole[:1000])
+    under_test.set_aside_unreadable(folder, folder / PREVIOUS)
+    with pytest.raises(UserError), file_size_limit(1000):
+        under_test.save(folder, state(4))
+    assert checkpoint(folder, PREVIOUS)["epoch"] == 2 and not (folder / LAST).exists()
+    under_test.save(folder, state(3))
+    assert checkpoint(folder, LAST)["epoch"] == 3 and checkpoint(folder, PREVIOUS)["epoch"] == 2
+
+
+def test_a_readable_file_is_not_set_aside(folder):
+    before = contents(folder)
+    for name in (LAST, PREVIOUS):
+        under_test.set_aside_unreadable(folder, folder / name)
+    assert contents(folder) == before
+
+
+# ---- in a run
+
+
+def test_a_run_whose_disk_fills_stops_and_can_go_on(trained, plain_tree, tmp_path):
+    """Its second checkpoint of an epoch does not fit any more; the first is kept."""
+    run = tmp_path / "run"
+
+    class FullAtTheSecond(io.StringIO):
+        def write(self, text):
+            if text.startswith("epoch 2/2 [1/"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return super().write(text)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=FullAtTheSecond())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert f"{run / LAST}: cannot be written (File too large)" in outcome.err
+    assert checkpoint(run)["epoch"] == 1 and not list(run.glob(".*.tar.*"))
+    train("i", plain_tree, run, "--cos", "--resume", "auto")
+    assert same(checkpoint(run), checkpoint(trained["i"])) and results_of(run) == results_of(trained["i"])
+
+
+@pytest.mark.parametrize("name", ["log.txt", "results.json"])
+def test_other_files_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(trained["i"], run)
+    (run / name).unlink()
+    shutil.copy(run / PREVIOUS, run / LAST)
+    before = (run / LAST).read_bytes()
+
+    class InTheWay(io.StringIO):
+        """A folder of the file's name appears, when training has begun."""
+
+        def write(self, text):
+            if text.startswith("epoch 2/2 [1/"):
+                (run / name).unlink(missing_ok=True)
+                (run / name).mkdir()
+            return super().write(text)
+
+    flags = ["--cos", "-p", 1, "--resume", "auto"]
+    outcome = call("i", stage_flags("i", plain_tree, run, flags), out=InTheWay())
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and f"{run / name}: cannot be written" in outcome.err
+    assert checkpoint(run)["epoch"] == 2 if name == "results.json" else (run / LAST).read_bytes() == before
+
+
+def test_rests_are_removed_at_the_next_start(trained, plain_tree, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["i"], run)
+    for name in (f".{LAST}.abcd_123", f"{PREVIOUS}.link"):
+        (run / name).write_bytes(b"half")
+    before = {name for name in os.listdir(trained["i"]) if not name.endswith(".link")}
+    train("i", plain_tree, run, "--cos", "--resume", "auto")
+    assert set(os.listdir(run)) == before
+
+
+def test_a_damaged_last_checkpoint_is_set_aside_in_a_run(trained, plain_tree, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["i"], run)
+    (run / LAST).unlink()
+    (run / LAST).write_bytes(b"foreign")
+    outcome = run_stage("i", plain_tree, run, "--cos", "--resume", "auto")
+    assert outcome.status == 0 and outcome.err.startswith(f"passed over {run / LAST}")
+    assert (run / f"{LAST}.unreadable").read_bytes() == b"foreign"
+    assert same(checkpoint(run), checkpoint(trained["i"]))
+    assert checkpoint(run, PREVIOUS)["epoch"] == 1
+
+
+def test_more_epochs_continue_a_finished_run(trained, plain_tree, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["i"], run)
+    train("i", plain_tree, run, "--cos", "--resume", "auto", "--epochs", 3)
+    assert checkpoint(run)["epoch"] == 3 and checkpoint(run, PREVIOUS)["epoch"] == 2
+    assert same(checkpoint(run, PREVIOUS)["state_dict"], checkpoint(trained["i"])["state_dict"])
+
+
+def test_two_processes_with_a_full_disk(plain_tree, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    with Job("i", plain_tree, tmp_path / "run", *TWO, "--save-every-steps", 2, limit=limit) as job:
+        outcome = job.end()
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert f"{tmp_path / 'run' / LAST}: cannot be written (File too large)" in outcome.err

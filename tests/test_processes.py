@@ -1,0 +1,335 @@
+"""Processes that are asked to stop, die, or never meet: one line, a telling status, and none of them left behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+
+import pytest
+
+from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
+from tests.helpers_processes import TWO, Job, alive, listening, wait_until
+from tests.test_resume import Interruption, assert_same_run
+
+LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
+SEVERAL_WORKERS = ["-j", 2]
+LONG = ["--cos", "--epochs", 1000]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_one_line(outcome, status, *words):
+    assert outcome.status == status, outcome
+    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+def assert_stopped(outcome):
+    assert_one_line(outcome, 75, "stopped on request at epoch 1, step", "--resume auto")
+
+
+@pytest.fixture
+def interface_is_chosen_by_the_run(monkeypatch):
+    """As for a user: what the tests set for gloo is gone."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(plain_tree, tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)
+
+
+# ---- asked to stop
+
+
+def test_a_signal_to_all_processes_of_a_run(trained, plain_tree, tmp_path, interface_is_chosen_by_the_run):
+    """As a scheduler and a terminal send it: data workers get it too, and must not die of it."""
+    run = tmp_path / "run"
+    with Job("i", plain_tree, run, "--cos", *SEVERAL_WORKERS) as job:
+        job.wait_for(r"epoch 1/2 \[1/")
+        assert len(job.workers()) >= 2 and listening(job.note()) == set()
+        os.killpg(job.pid, signal.SIGUSR1)
+        assert_stopped(job.end())
+    assert 0 < checkpoint(run)["step"] <= 9 and checkpoint(run)["epoch"] == 0
+    assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.full),
+        *(pytest.param(n, None, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
+    ],
+)
+def test_a_signal_to_one_of_two_processes(
+    whole_of_two, plain_tree, tmp_path, number, rank, interface_is_chosen_by_the_run
+):
+    """Or to the one that started them (None)."""
+    run = tmp_path / "run"
+    with Job("i", plain_tree, run, "--cos", *TWO, *SEVERAL_WORKERS) as job:
+        job.wait_for(r"epoch 1/2 \[1/")
+        assert len(job.ranks()) == 2 and listening(job.note()) == {LOOPBACK}
+        job.send(number, None if rank is None else job.ranks()[rank])
+        assert_stopped(job.end())
+    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+def test_a_signal_to_a_process_that_waits_for_others(plain_tree, tmp_path, number):
+    flags = ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
+        wait_until(lambda: listening([job.pid]), "the meeting place")
+        assert_one_line(job.send(number).end(30), 75, "before the first step", "same command")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
+def test_a_signal_while_processes_start(plain_tree, tmp_path, number):
+    with Job("i", plain_tree, tmp_path / "run", *TWO) as job:
+        wait_until(lambda: len(job.ranks()) == 2, "the processes")
+        assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
+    assert not (tmp_path / "run" / LAST).exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", [[], TWO])
+def test_an_impatient_second_interrupt(plain_tree, tmp_path, flags):
+    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, "--save-every-steps", 1) as job:
+        job.wait_for(r"epoch 1/1000 \[2/")
+        for pid in job.ranks() or [job.pid]:  # they cannot answer the first before the second comes
+            os.kill(pid, signal.SIGSTOP)
+        for _ in range(2):
+            for pid in (*job.ranks(), job.pid):
+                os.kill(pid, signal.SIGINT)
+        for pid in job.ranks() or [job.pid]:
+            os.kill(pid, signal.SIGCONT)
+        outcome = job.end()
+    assert outcome.status in (75, 130)  # the system may merge the two into one
+    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
+    assert checkpoint(tmp_path / "run")["epoch"] == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
+    run = tmp_path / "run"
+    with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN) as job:
+        job.wait_for(r"epoch 1/2 \[1/")
+        outcome = job.send(number).end()
+    assert outcome.status == 1  # torchrun's own
+    assert outcome.err.count("stopped on request at epoch 1, step") == 1
+    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
+
+
+def test_a_stop_in_the_test_evaluation(trained, plain_tree, tmp_path):
+    run = tmp_path / "run"
+    outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("test"))
+    assert_one_line(outcome, 75, "before the test evaluation was done", "--resume auto")
+    assert not (run / "results.json").exists()
+    assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
+
+
+def test_a_stop_of_an_evaluation(trained, plain_tree, tmp_path):
+    flags = ["--evaluate", "--resume", trained["i"] / LAST, "-p", 1]
+    outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", flags), out=Interruption("test"))
+    assert_one_line(outcome, 75, "evaluate again")
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+def test_a_stop_during_a_save(trained, plain_tree, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def fsync(descriptor, real=os.fsync):
+        if f".{LAST}." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            signal.raise_signal(signal.SIGTERM)
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        outcome = run_stage("i", plain_tree, run, "--cos", "--save-every-steps", 4)
+    assert_stopped(outcome)
+    assert checkpoint(run)["step"] == 5  # the step after the save that it came in
+    assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
+
+
+def test_a_stop_in_validation_trains_no_step_again(trained, plain_tree, tmp_path):
+    run = tmp_path / "run"
+    call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("val"))
+    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
+    outcome = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
+    assert "epoch 1/2 [" not in outcome.out and "epoch 1/2: " in outcome.out
+    assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
+
+
+# ---- killed
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_a_process_that_is_killed_ends_the_run(plain_tree, tmp_path, rank):
+    with Job("i", plain_tree, tmp_path / "run", *LONG, *TWO, *SEVERAL_WORKERS) as job:
+        job.wait_for(r"epoch 1/1000 \[2/")
+        outcome = job.send(signal.SIGKILL, job.ranks()[rank]).end(30)
+    assert_one_line(outcome, 1, f"rank {rank} died (SIGKILL", "--resume auto")
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
+def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
+    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, *SEVERAL_WORKERS) as job:
+        job.wait_for(r"epoch 1/1000 \[2/")
+        victim = job.workers()[-1]
+        outcome = job.send(signal.SIGKILL, victim).end(30)
+    assert_one_line(outcome, 1, "a data loading worker died", str(victim))
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
+def test_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, tmp_path, flags):
+    run = tmp_path / "run"
+    with Job("i", plain_tree, run, "--cos", "--save-every-steps", 1, *flags, *SEVERAL_WORKERS) as job:
+        job.wait_for(r"epoch 1/2 \[2/")
+        assert_one_line(run_stage("i", plain_tree, run, "--cos", "--resume", "auto"), 2, "another run is writing there")
+        workers = job.workers()
+        for worker in workers:  # a worker that hangs in a slow read
+            os.kill(worker, signal.SIGSTOP)
+        job.note()
+        job.send(signal.SIGKILL).process.wait()
+        if flags:
+            wait_until(lambda: not any(alive(pid) for pid in job.seen - set(workers)), "the ranks to end")
+        assert all(map(alive, workers))
+        train("i", plain_tree, run, "--cos", "--resume", "auto")
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+        job.end(30)
+    if not flags:
+        assert_same_run(run, trained["i"])
+
+
+def test_out_of_memory_is_one_line(plain_tree, tmp_path):
+    """Of the system's allocator: no machine has this much."""
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 10**12)
+    assert_one_line(outcome, 2, "out of memory")
+
+
+# ---- never meeting
+
+
+@pytest.fixture
+def mute_port():
+    """Of a listener that never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "url", "words"),
+    [
+        (0, "tcp://127.0.0.1:FREE", ["the 2 processes did not meet within --dist-timeout 1 s"]),
+        (1, "tcp://127.0.0.1:FREE", ["node 0 is not reached within --dist-timeout 1 s", "connection refused"]),
+        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # an address of no one
+        (0, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "cannot listen there"]),
+        (0, "tcp://127.0.0.1:MUTE", ["cannot listen there (address already in use)"]),
+        (1, "tcp://no.such.host.invalid:2345", ["no.such.host.invalid is not known"]),
+        (0, "tcp://127.0.0.1:99999", ["must be tcp://HOST:PORT"]),
+        (0, "http://127.0.0.1:2345", ["must be tcp://HOST:PORT"]),
+    ],
+)
+def test_processes_that_do_not_meet(plain_tree, tmp_path, capfd, mute_port, rank, url, words):
+    url = url.replace("FREE", str(free_port())).replace("MUTE", str(mute_port))
+    flags = ["--world-size", 2, "--rank", rank, "--dist-url", url, "--dist-timeout", 1]
+    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, *words)
+    assert capfd.readouterr().err == ""  # not from torch.distributed's C++ either
+
+
+def test_a_port_where_something_else_listens(plain_tree, tmp_path, mute_port):
+    flags = ["--world-size", 2, "--rank", 1, "--dist-url", f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1]
+    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
+        assert_one_line(job.end(30), 2, "node 0 is not reached within --dist-timeout 1 s", "does not answer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dist-url", "tcp://127.0.0.1:MUTE"], ["cannot listen there (address already in use)"]),
+        (["--dist-url", "tcp://192.0.2.77:2345"], ["no address of this machine"]),
+        (["--world-size", 2, "--rank", 1, "--dist-url", "tcp://127.0.0.1:FREE"], ["node 0 is not reached"]),
+        (["--world-size", 2, "--rank", 0, "--dist-url", "tcp://127.0.0.1:FREE", "--dist-interface", "none0"],
+         ["--dist-interface none0"]),
+    ],
+)  # fmt: skip
+def test_spawned_processes_that_cannot_meet(plain_tree, tmp_path, capfd, mute_port, flags, words):
+    flags = [str(flag).replace("FREE", str(free_port())).replace("MUTE", str(mute_port)) for flag in flags]
+    outcome = run_stage("i", plain_tree, tmp_path / "run", *TWO, *flags, "--dist-timeout", 1)
+    assert_one_line(outcome, 2, *words)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_name_that_is_loopback_here_but_not_elsewhere(plain_tree, tmp_path, monkeypatch):
+    """As Debian's /etc/hosts has it for the machine's own name: rather no run than one that listens everywhere."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
+    flags = ["--world-size", 2, "--rank", 0, "--dist-url", "tcp://node0:2345"]
+    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
+
+
+# ---- several nodes, on one machine
+
+
+def slurm(task, nodes):
+    """What srun tells a task."""
+    return {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task if nodes == 1 else 0),
+        "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid() + nodes),
+    }  # fmt: skip
+
+
+def by_flags(node, url, *more):
+    return ["--world-size", 2, "--rank", node, "--dist-url", url, *more], {}
+
+
+LAUNCHES = {
+    "nodes of one process": lambda node, url: by_flags(node, url),
+    "nodes that spawn": lambda node, url: by_flags(node, url, "--multiprocessing-distributed", "--nproc", 1),
+    "nodes on an interface": lambda node, url: by_flags(node, url, "--dist-interface", "lo"),
+    "srun on one node": lambda node, url: ([], slurm(node, 1)),
+    "srun on two nodes": lambda node, url: ([], slurm(node, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [name if name == "nodes of one process" else pytest.param(name, marks=pytest.mark.full) for name in LAUNCHES],
+)
+def test_two_nodes(whole_of_two, plain_tree, tmp_path, launch, interface_is_chosen_by_the_run):
+    """They listen on the address that they were given alone; a stop of one stops both; the result is one node's."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    run, local_batch = tmp_path / "run", "8"
+
+    def start(node):
+        flags, env = LAUNCHES[launch](node, url)
+        batch = [] if launch == "srun on one node" else ["-b", local_batch]  # a node's
+        return Job("i", plain_tree, run if node == 0 else tmp_path / "other", "--cos", *batch, *flags, env=env)
+
+    with start(0) as first, start(1) as second:
+        first.wait_for(r"epoch 1/2 \[1/")
+        assert [listening(job.note()) for job in (first, second)] == [{LOOPBACK}, {LOOPBACK}]
+        second.send(signal.SIGTERM)
+        assert_stopped(first.end())
+        assert second.end().status == 75
+    shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    saved = checkpoint(run)
+    assert (saved["run"]["world_size"], saved["epoch"]) == (2, 0)
+    again = train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto")
+    for name in ("state_dict", "optimizer", "best_acc1"):
+        assert same(checkpoint(again)[name], checkpoint(whole_of_two)[name]), name
+    assert log_of(again, timed=False) == log_of(whole_of_two, timed=False)
+    assert results_of(again) == results_of(whole_of_two)
