@@ -250,5 +250,5 @@ def class_folders(root, split, classes: list[str] | None = None) -> tuple[ListIn
 
 def missing_message(index: ListIndex, root, place, split, missing, shown=3) -> str:
     """One line that names the first missing files and their number."""
-    names = ", ".join(place(index.path(i), split) for i in islice(missing, shown))
+    names = ", ".join(place(index.path(i), split)[:200] for i in islice(missing, shown))
     return f"{index.name}: {len(missing)} of {len(index)} files are not in {root}; the first: {names}"

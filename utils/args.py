@@ -12,6 +12,7 @@ from models import ARCHS
 from .errors import UserError
 
 MISSING = object()
+LONGEST_WAIT = 31 * 24 * 3600
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -137,6 +138,8 @@ def check(args):
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             least = "above 0" if name in positive else "0 or more"
             raise UserError(f"{flag(name)} {value}: must be {least}")
+    if args.dist_timeout > LONGEST_WAIT:
+        raise UserError(f"--dist-timeout {args.dist_timeout:g}: at most {LONGEST_WAIT} seconds, a month")
     if not 0 <= getattr(args, "moco_m", 0) <= 1:
         raise UserError(f"--moco-m {args.moco_m}: must lie between 0 and 1")
     if any(epoch < 0 for epoch in args.schedule):

@@ -29,6 +29,7 @@ from .errors import UserError
 from .evaluate import evaluate
 from .schedule import learning_rate
 
+MOST_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -265,7 +266,14 @@ class Run:
                 split.require()
         labels = self.splits["train"].index.labels
         if args.num_classes is None:
-            args.num_classes = self.splits["train"].index.num_classes
+            index = self.splits["train"].index
+            args.num_classes = index.num_classes
+            if args.num_classes > MOST_CLASSES:
+                line = index.line(int(labels.argmax()))
+                raise UserError(
+                    f"{index.name}, line {line}: the label {args.num_classes - 1} would mean {args.num_classes} "
+                    "classes; correct the list, or give --num-classes"
+                )
         for split in self.splits.values():
             largest = split.index.num_classes - 1
             if largest >= args.num_classes:
