@@ -1,0 +1,56 @@
+"""A training that is killed again and again, at any moment, ends as the one that never was."""
+
+import random
+import shutil
+import time
+
+import pytest
+
+from tests.helpers import train
+from tests.helpers_processes import TWO, Job
+from tests.test_resume import assert_same_run
+
+FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves as well
+LATEST = 1.5  # seconds from a run's first step to its kill; its steps and saves take tenths of that
+
+
+def kill_and_resume(plain_tree, run, kills, *flags, seed=0):
+    """Runs with --resume auto and kills the run, all of its processes at once, `kills` times; then lets it end.
+
+    Returns how many kills hit: once the training is done, there is nothing left to hit.
+    """
+    moments, hit = random.Random(seed), 0
+    for _ in range(kills):
+        with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
+            job.wait_for(r"(epoch|test|val)")
+            time.sleep(moments.uniform(0, LATEST))
+            hit += job.process.poll() is None
+            job.note()
+        for text in (job.stderr, job.stdout):
+            assert "Traceback" not in text and "passed over" not in text
+    with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
+        outcome = job.end()
+    assert (outcome.status, outcome.err) == (0, "")
+    return hit
+
+
+def assert_nothing_is_left(run, whole):
+    """No temporary file of any of the killed runs."""
+    assert {file.name for file in run.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_three_kills(plain_tree, tmp_path):
+    whole = train("i", plain_tree, tmp_path / "whole", *FLAGS)
+    assert kill_and_resume(plain_tree, tmp_path / "run", 3, "-j", 1) > 0
+    assert_same_run(tmp_path / "run", whole)
+    assert_nothing_is_left(tmp_path / "run", whole)
+
+
+@pytest.mark.full
+def test_twenty_kills_of_two_processes(plain_tree, tmp_path):
+    more = ["--epochs", 40]  # enough for twenty kills
+    whole = train("i", plain_tree, tmp_path / "whole", *FLAGS, *TWO, *more)
+    assert kill_and_resume(plain_tree, tmp_path / "run", 20, *TWO, "-j", 2, *more, seed=1) == 20
+    assert_same_run(tmp_path / "run", whole)
+    assert_nothing_is_left(tmp_path / "run", whole)
+    shutil.rmtree(tmp_path)
