@@ -3,6 +3,8 @@
 # runs stage II once more, on stage III's soft classifier; ends with one table of all of them.
 #   bash scripts/demo.sh            about five minutes on 2 cores, after the installation
 #   bash scripts/demo.sh --smoke    one epoch a stage
+# A few thousand steps are short for the published recipe: the queue and its momentum are smaller here, and the frozen
+# networks' BatchNorm is kept in eval mode, as the statistics of so small batches would spoil the teacher.
 # Run again, it goes on where it was stopped; runs/demo holds everything, and can be deleted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,11 +28,11 @@ common=(--arch resnet20 --image-size 28 --cos --seed 0 --batch-size 64 --eval-ba
 set -x
 "$python" ssd_stage_i.py --epochs $epochs_i --moco-k 1216 --moco-m 0.99 --output_dir $out/stage_i "${common[@]}"
 "$python" ssd_stage_ii.py --epochs $epochs_ii --last_stage_ckpt $out/stage_i/last_checkpoint.pth.tar \
-  --output_dir $out/stage_ii "${common[@]}"
+  --freeze-bn --output_dir $out/stage_ii "${common[@]}"
 "$python" ssd_stage_iii.py --epochs $epochs_iii --teacher_ckpt $out/stage_ii/last_checkpoint.pth.tar \
-  --output_dir $out/stage_iii "${common[@]}"
+  --freeze-bn --output_dir $out/stage_iii "${common[@]}"
 "$python" ssd_stage_ii.py --epochs $epochs_ii --last_stage_ckpt $out/stage_iii/last_checkpoint.pth.tar \
-  --classifier soft --output_dir $out/stage_iii_tuned "${common[@]}"
+  --classifier soft --freeze-bn --output_dir $out/stage_iii_tuned "${common[@]}"
 { set +x; } 2>/dev/null
 echo
 "$python" -m utils.report $out/stage_i $out/stage_ii $out/stage_iii $out/stage_iii_tuned
