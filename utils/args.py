@@ -12,6 +12,7 @@ from models import ARCHS
 from .errors import UserError
 
 MISSING = object()
+LARGEST = 2**31 - 1  # of what counts or sizes anything
 LONGEST_WAIT = 31 * 24 * 3600
 
 
@@ -138,6 +139,8 @@ def check(args):
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             least = "above 0" if name in positive else "0 or more"
             raise UserError(f"{flag(name)} {value}: must be {least}")
+        if isinstance(value, int) and value > LARGEST:
+            raise UserError(f"{flag(name)} {value}: must be at most {LARGEST}")
     if args.dist_timeout > LONGEST_WAIT:
         raise UserError(f"--dist-timeout {args.dist_timeout:g}: at most {LONGEST_WAIT} seconds, a month")
     if not 0 <= getattr(args, "moco_m", 0) <= 1:
@@ -146,8 +149,8 @@ def check(args):
         raise UserError(f"--schedule {' '.join(map(str, args.schedule))}: epochs are 0 or more")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: must be from 0 to 2**63 - 1")
-    if args.image_size < 8:
-        raise UserError(f"--image-size {args.image_size}: must be at least 8")
+    if not 8 <= args.image_size <= 4096:
+        raise UserError(f"--image-size {args.image_size}: must be from 8 to 4096")
     if not args.data:
         raise UserError("DIR is empty; name the image folder")
     if not args.output_dir:

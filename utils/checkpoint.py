@@ -135,7 +135,7 @@ def read_run(path, flag: str) -> dict:
     for name, (is_sound, wanted) in PROGRESS.items():
         try:
             sound = name not in content or is_sound(content[name])
-        except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError):
             sound = False
         if not sound:
             raise UserError(f"{path}: its {name} is not {wanted}; correct {flag}")
@@ -223,7 +223,7 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
         model.load_state_dict(state)
     except RuntimeError as error:
         wrong = models.ssd.misfits(model, state)
-        if "queue" in wrong and "queue" in state:
+        if "queue" in wrong and "queue" in state and state["queue"].dim() == 2:
             dim, size = state["queue"].shape
             raise UserError(
                 f"{path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}"
