@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets import prepare
 from datasets.list_file import load_rgb
-from tests.helpers import LAST, checkpoint, run_shell, run_stage
+from tests.helpers import LAST, Outcome, checkpoint, run_shell, run_stage
 from utils.errors import UserError
 
 LONGEST_LINE = 2000
@@ -333,6 +336,47 @@ def test_an_archive_is_never_unpacked(midway, plain_tree, tmp_path):
     run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
     after = {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)}
     assert after == before
+
+
+# ---- archives
+
+
+def member(name, **facts) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for key, value in facts.items():
+        setattr(info, key, value)
+    return info
+
+
+ARCHIVES = {
+    "up and out": member("../harm"),
+    "up and out, deeper": member("cifar-10-batches-py/../../harm"),
+    "a link out": member("cifar-10-batches-py/link", type=tarfile.SYMTYPE, linkname="/etc"),
+    "a hard link out": member("cifar-10-batches-py/link", type=tarfile.LNKTYPE, linkname="../../harm"),
+    "a device": member("cifar-10-batches-py/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_archive(tmp_path, monkeypatch, capsys, case):
+    """As CIFAR's, given with --source."""
+    (tmp_path / "tmp" / "unpacked").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp" / "unpacked"))
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(ARCHIVES[case])
+    status = prepare.main(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)])
+    outcome = Outcome(status, *capsys.readouterr())
+    assert_refused(outcome, archive, "cannot be unpacked")
+    assert not list(tmp_path.rglob("harm")) and not any((tmp_path / "tmp" / "unpacked").iterdir())
+
+
+def test_an_absolute_name_in_an_archive_is_taken_as_relative(tmp_path, monkeypatch, capsys):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(member(str(tmp_path / "harm")))
+    assert prepare.main(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)]) == 2
+    assert not (tmp_path / "harm").exists() and capsys.readouterr().err.count("\n") == 1
 
 
 # ---- flags

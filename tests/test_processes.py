@@ -1,5 +1,6 @@
 """Processes that are asked to stop, die, or never meet: one line, a telling status, and none of them left behind."""
 
+import functools
 import os
 import re
 import shutil
@@ -8,10 +9,14 @@ import socket
 import sys
 
 import pytest
+import torch
 
 from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
 from tests.helpers_processes import TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
+from utils.args import stage_parser
+from utils.distributed import launch
+from utils.errors import UserError
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -216,6 +221,33 @@ def test_out_of_memory_is_one_line(plain_tree, tmp_path):
     """Of the system's allocator: no machine has this much."""
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 2**31 - 1, "--moco-dim", 4096)
     assert_one_line(outcome, 2, "out of memory")
+
+
+def fail_on_rank_1(kind, args, place, device, stop):
+    """The work of a rank: rank 1 fails, rank 0 waits for it."""
+    if place.rank == 1:
+        raise kind("of rank 1")
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        (MemoryError, 2, ["out of memory"]),
+        pytest.param(torch.cuda.OutOfMemoryError, 2, ["out of memory"], marks=pytest.mark.full),
+        pytest.param(UserError, 2, ["of rank 1"], marks=pytest.mark.full),
+        pytest.param(ZeroDivisionError, 1, ["ZeroDivisionError: of rank 1", "fail_on_rank_1"], marks=pytest.mark.full),
+    ],
+)
+def test_the_message_of_the_rank_that_failed(capfd, kind, status, words):
+    """Not that of the others, which only lost contact with it."""
+    parser = stage_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none")
+    args = parser.parse_args([*map(str, TWO), "--device", "cpu", "data"])
+    args.program = "run"
+    assert launch(functools.partial(fail_on_rank_1, kind), args) == status
+    err = capfd.readouterr().err
+    assert all(word in err for word in words) and "lost contact" not in err
+    assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # of which only a traceback tells
 
 
 # ---- never meeting
