@@ -2,12 +2,13 @@
 
 import random
 import shutil
+import signal
 import time
 
 import pytest
 
 from tests.helpers import train
-from tests.helpers_processes import TWO, Job
+from tests.helpers_processes import TWO, Job, alive
 from tests.test_resume import assert_same_run
 
 FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves as well
@@ -15,23 +16,34 @@ LATEST = 1.5  # seconds from a run's first step to its kill; its steps and saves
 
 
 def kill_and_resume(plain_tree, run, kills, *flags, seed=0):
-    """Runs with --resume auto and kills the run, all of its processes at once, `kills` times; then lets it end.
+    """Runs with --resume auto and kills the run, all of its processes, `kills` times; then lets it end.
 
-    Returns how many kills hit: once the training is done, there is nothing left to hit.
+    The moments are random; every second one is then put off until a save is under way. Returns how many kills hit
+    (once the training is done, there is nothing left to hit), and how many left a half-written file.
     """
-    moments, hit = random.Random(seed), 0
-    for _ in range(kills):
+    moments, hits, halves = random.Random(seed), 0, 0
+    for number in range(kills):
         with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
             job.wait_for(r"(epoch|test|val)")
+            writer = (job.ranks() or [job.pid])[0]
             time.sleep(moments.uniform(0, LATEST))
-            hit += job.process.poll() is None
+            while number % 2 and alive(writer) and not half_written(run):
+                pass
+            if alive(writer):
+                hits += 1
+                job.send(signal.SIGKILL, writer)
             job.note()
+        halves += bool(half_written(run))
         for text in (job.stderr, job.stdout):
             assert "Traceback" not in text and "passed over" not in text
     with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
         outcome = job.end()
     assert (outcome.status, outcome.err) == (0, "")
-    return hit
+    return hits, halves
+
+
+def half_written(run) -> list:
+    return list(run.glob(".*.tar.*"))
 
 
 def assert_nothing_is_left(run, whole):
@@ -41,7 +53,8 @@ def assert_nothing_is_left(run, whole):
 
 def test_three_kills(plain_tree, tmp_path):
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS)
-    assert kill_and_resume(plain_tree, tmp_path / "run", 3, "-j", 1) > 0
+    hits, _ = kill_and_resume(plain_tree, tmp_path / "run", 3, "-j", 1)
+    assert hits > 0
     assert_same_run(tmp_path / "run", whole)
     assert_nothing_is_left(tmp_path / "run", whole)
 
@@ -50,7 +63,9 @@ def test_three_kills(plain_tree, tmp_path):
 def test_twenty_kills_of_two_processes(plain_tree, tmp_path):
     more = ["--epochs", 40]  # enough for twenty kills
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS, *TWO, *more)
-    assert kill_and_resume(plain_tree, tmp_path / "run", 20, *TWO, "-j", 2, *more, seed=1) == 20
+    hits, halves = kill_and_resume(plain_tree, tmp_path / "run", 20, *TWO, "-j", 2, *more, seed=1)
+    print(f"{hits} kills, {halves} of them left a half-written file")
+    assert hits == 20 and halves > 0
     assert_same_run(tmp_path / "run", whole)
     assert_nothing_is_left(tmp_path / "run", whole)
     shutil.rmtree(tmp_path)
