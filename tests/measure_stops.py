@@ -1,6 +1,6 @@
 """How long a run takes to end when it is stopped or loses a process: the table of docs/reliability.md.
 
-    python -m tests.measure_stops
+python -m tests.measure_stops
 """
 
 import os

@@ -317,6 +317,7 @@ def midway(trained):
     return checkpoint(trained["i"], "previous_checkpoint.pth.tar")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoint(midway, plain_tree, tmp_path, case):
     write, told = CHECKPOINTS[case]
