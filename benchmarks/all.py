@@ -30,13 +30,15 @@ MAINS = {
 
 def without_measuring(argv) -> list[str]:
     """The options less those that only a measurement has."""
-    parser = common.argument_parser("", repeats=1)
+    parser = common.argument_parser("", "arithmetic", repeats=1)
     args, rest = parser.parse_known_args(argv)
     return [*rest, *(["--write", args.write] if args.write else [])]
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--only", nargs="+", default=list(MAINS), choices=MAINS, help="some of them")
     args, passed_on = parser.parse_known_args(argv)

@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 
 
-def argument_parser(doc, repeats: int) -> argparse.ArgumentParser:
+def argument_parser(doc, name: str, repeats: int) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(default here: %(default)s)")
     parser.add_argument(

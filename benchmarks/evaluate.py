@@ -106,7 +106,7 @@ def tables(args, argv) -> list[common.Table]:
 
 
 def main(argv=None) -> int:
-    parser = common.argument_parser(__doc__, repeats=5)
+    parser = common.argument_parser(__doc__, "evaluate", repeats=5)
     parser.add_argument("--arch", default="resnext50_32x4d")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)

@@ -163,7 +163,7 @@ def tables(args, argv) -> list[common.Table]:
 
 
 def main(argv=None) -> int:
-    parser = common.argument_parser(__doc__, repeats=5)
+    parser = common.argument_parser(__doc__, "loader", repeats=5)
     parser.add_argument("--data", metavar="DIR", help="folder of class folders of images")
     parser.add_argument("--images", type=int, default=256, help="images to make where no DIR is given")
     parser.add_argument("--size", type=int, default=224)

@@ -93,7 +93,7 @@ def tables(args, argv) -> list[common.Table]:
 
 
 def main(argv=None) -> int:
-    parser = common.argument_parser(__doc__, repeats=7)
+    parser = common.argument_parser(__doc__, "loss", repeats=7)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--queue", type=int, default=115712)
     parser.add_argument("--dim", type=int, default=128)

@@ -222,7 +222,7 @@ def drift_tables(args, argv) -> list[common.Table]:
 def parse(argv):
     """The options."""
     drift = "--drift" in argv  # has its own defaults
-    parser = common.argument_parser(__doc__, repeats=5)
+    parser = common.argument_parser(__doc__, "step", repeats=5)
     parser.add_argument("--drift", action="store_true", help="how far the switches move the losses, on small images")
     parser.add_argument("--steps", type=int, default=200, help="of --drift")
     parser.add_argument("--stages", nargs="+", default=["i"] if drift else list(STAGES), choices=STAGES)

@@ -1,6 +1,7 @@
 """Lists of a user's own tree of class folders."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def split_folder(root: Path, val: float, test: float, seed: int):
     for file, number in make_dataset(root, numbers, IMG_EXTENSIONS, allow_empty=True):
         images[number].append(os.path.relpath(file, root).replace(os.sep, "/"))
     notes = [f"{name}: no images in it, left out" for name, found in zip(folders, images, strict=True) if not found]
+    notes += left_out(root, folders)
     classes = [(name, found) for name, found in zip(folders, images, strict=True) if found]
     if len(classes) < 2:
         raise UserError(f"{root}: images of fewer than two classes ({folders[0]}, ...); give the folder above")
@@ -66,6 +68,18 @@ def split_folder(root: Path, val: float, test: float, seed: int):
                 f"{split}: no image of {len(lacking[split])} classes that have fewer than {needed} images: {shown}"
             )
     return [name for name, _ in classes], entries, notes
+
+
+def left_out(root: Path, folders) -> list[str]:
+    """A line for each ending of files that are no images to torchvision, such as .heic; hidden files do not count."""
+    files = [file for name in folders for file in (root / name).rglob("*") if file.is_file()]
+    endings = Counter(f.suffix.lower() or "none" for f in files if not f.name.startswith("."))
+    kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
+    others = sorted(endings.keys() - set(IMG_EXTENSIONS))
+    return [
+        f"left out: {endings[ending]} files with the ending {ending}; convert them to one of {kinds}"
+        for ending in others
+    ]
 
 
 def own_splits(root: Path):

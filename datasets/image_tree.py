@@ -74,7 +74,7 @@ def diagnose(split: Split) -> str:
                 return f"another release or a converted copy: {other} is there instead of {PurePosixPath(place).name}"
     if len(absent) == len(folders):
         return f"an incomplete copy: class folders such as {min(absent)} are not there"
-    return "the wrong release (ImageNet-LT wants ILSVRC2012), or a copy that broke off: class folders lack some files"
+    return "the wrong release for these lists (ImageNet-LT's are of ILSVRC2012), or files that were lost or removed"
 
 
 def link_tree(splits: dict[str, Split], out: Path, layout=reorganised_place) -> int:

@@ -71,6 +71,8 @@ def prepare_published(args):
         raise UserError("--link needs --root, the folder of the images")
     if args.link and args.link.resolve() == args.root.resolve():
         raise UserError(f"--link {args.link}: is the image folder itself; choose another folder for the links")
+    if args.root and not args.root.is_dir():
+        raise UserError(f"--root {args.root}: no such folder")
     about = manifest(args.dataset)
     indices = obtain_lists(args.dataset, args.out, args.url, args.given, args.overwrite)
     files = {split: args.out / facts["file"] for split, facts in about["splits"].items()}

@@ -49,9 +49,12 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
         chosen |= {split: IMAGENET_LT / f"ImageNet_LT_{split}.txt" for split in rest}
     for split, file in chosen.items():
         if not file.is_file():
-            mend = "" if given.get(split) else "; make lists with python -m datasets.prepare, "
-            mend += "or name one with" if mend else "; correct"
-            raise UserError(f"{file}: no such list{mend} --{split}-list")
+            if given.get(split):
+                raise UserError(f"{file}: no such list; correct --{split}-list")
+            raise UserError(
+                f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} is not there; "
+                f"make lists with python -m datasets.prepare, or name one with --{split}-list"
+            )
     return chosen
 
 

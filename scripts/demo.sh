@@ -2,9 +2,9 @@
 # The whole method on a CPU: makes .venv, gets Fashion-MNIST and cuts it to a long tail, trains stages I, II and III and
 # runs stage II once more, on stage III's soft classifier; ends with one table of all of them.
 #   bash scripts/demo.sh            about five minutes on 2 cores, after the installation
-#   bash scripts/demo.sh --smoke    one epoch a stage
-# A few thousand steps are short for the published recipe: the queue and its momentum are smaller here, and the frozen
-# networks' BatchNorm is kept in eval mode, as the statistics of so small batches would spoil the teacher.
+#   bash scripts/demo.sh --smoke    one epoch a stage, in a minute or two
+# The recipe is the paper's but for its size: a small queue and less momentum suit 600 steps, and --freeze-bn keeps the
+# BatchNorm of frozen networks in eval mode, for batches this small would move its statistics far off.
 # Run again, it goes on where it was stopped; runs/demo holds everything, and can be deleted.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -746,3 +746,13 @@ def test_wrong_usage_is_one_line(tmp_path, capsys):
     locked.touch()
     with server() as (url, _):
         assert str(locked) in fails(capsys, "imagenet-lt", "--out", locked / "below", "--url", url)
+
+
+def test_photos_in_formats_that_are_not_read_are_counted(tmp_path, capsys):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.jpg")
+    (tmp_path / "dogs" / "IMG_1.HEIC").write_bytes(b"not read")
+    assert main(["folder", str(tmp_path)]) == 0
+    assert "left out: 1 files with the ending .heic" in capsys.readouterr().out

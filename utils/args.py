@@ -1,6 +1,7 @@
 """Command line of the three stages: what they share, and what no value may be."""
 
 import argparse
+import difflib
 import math
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from models import ARCHS
 from .errors import UserError
 
 MISSING = object()
+MOST_PROCESSES = 1024
 LARGEST = 2**31 - 1  # of what counts or sizes anything
 LONGEST_WAIT = 31 * 24 * 3600
 
@@ -40,7 +42,12 @@ class ArgumentParser(argparse.ArgumentParser):
             if name.startswith("--"):
                 name = known.get(name.replace("_", "-"), name)
             spelt.append(name + equals + value)
-        return super().parse_known_args(spelt, namespace)
+        found, unknown = super().parse_known_args(spelt, namespace)
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if flags:  # the words after it are its value, or DIR: only the flag is to blame
+            close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            self.error(f"unknown flag {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        return found, unknown
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -69,8 +76,11 @@ def stage_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Argumen
     add("-p", "--print-freq", default=10, type=int, metavar="N",
         help="steps between two lines, or updates of the bar (default: %(default)s)")
     add("--resume", default="", metavar="PATH",
-        help="checkpoint to continue from, or to evaluate; 'auto' takes the newest of --output_dir, if there is one")
-    add("-e", "--evaluate", action="store_true", help="evaluate --resume's checkpoint on the test list, train nothing")
+        help="checkpoint to continue from, or to evaluate; 'auto' takes the newest of --output_dir, if there is one; "
+        "--arch, --image-size and the queue are as saved, unless given")
+    add("-e", "--evaluate", action="store_true",
+        help="evaluate --resume's checkpoint on the test list, train nothing; results.json is written only where "
+        "--output_dir is given")
     add("--cos", action="store_true", help="cosine schedule, by epoch; the paper's choice for every stage")
     add("--output_dir", default=output_dir, metavar="DIR",
         help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)")
@@ -98,7 +108,7 @@ def stage_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Argumen
 
     model = parser.add_argument_group("model and numerics")
     model.add_argument("--arch", default="resnext50_32x4d", choices=ARCHS, metavar="ARCH",
-        help=f"backbone (default: %(default)s), one of {', '.join(ARCHS)}; resnet20 to 56 are CIFAR's")
+        help=f"backbone (default: %(default)s), one of {', '.join(ARCHS)}; resnet8, 20, 32, 44, 56 are CIFAR's")
     model.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"),
         help="mixed precision; bf16 is the fast and safe choice where the hardware has it (default: none)")
     model.add_argument("--channels-last", action="store_true", help="NHWC memory layout: faster convolutions")
@@ -141,6 +151,9 @@ def check(args):
             raise UserError(f"{flag(name)} {value}: must be {least}")
         if isinstance(value, int) and value > LARGEST:
             raise UserError(f"{flag(name)} {value}: must be at most {LARGEST}")
+    for name in ("workers", "nproc"):
+        if getattr(args, name) > MOST_PROCESSES:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: at most {MOST_PROCESSES}")
     if args.dist_timeout > LONGEST_WAIT:
         raise UserError(f"--dist-timeout {args.dist_timeout:g}: at most {LONGEST_WAIT} seconds, a month")
     if not 0 <= getattr(args, "moco_m", 0) <= 1:
@@ -153,6 +166,10 @@ def check(args):
         raise UserError(f"--image-size {args.image_size}: must be from 8 to 4096")
     if not args.data:
         raise UserError("DIR is empty; name the image folder")
+    if not Path(args.data).is_dir():
+        raise UserError(f"{args.data}: no such folder; DIR is the folder that the list's paths are relative to")
+    if args.nproc > 1 and not args.multiprocessing_distributed:
+        raise UserError(f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out")
     if not args.output_dir:
         raise UserError("--output_dir is empty; name a folder")
     if args.evaluate and not args.resume:

@@ -13,6 +13,7 @@ import models
 from models.files import read as read_file
 from models.files import state_dict_of
 
+from .distributed import rank
 from .errors import UserError
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
@@ -147,7 +148,9 @@ def is_whole(value) -> bool:
 
 
 def is_run(value) -> bool:
-    return all(isinstance(number, int) and number >= 0 for number in value.values())
+    return all(isinstance(number, int) and number >= 0 for number in value.values()) and (
+        8 <= value.get("image_size", 8) <= 4096
+    )
 
 
 def is_averages(value) -> bool:
@@ -191,6 +194,24 @@ def set_aside_unreadable(folder, resumed):
             read(last, "--resume")
         except UserError:
             os.replace(last, f"{last}.unreadable")
+
+
+def adopt(content: dict, args) -> list[str]:
+    """Takes from a checkpoint what the user left open of arch, image size and queue; returns what there is to say."""
+    found = models.identify(content["state_dict"]) or {}
+    size = content.get("run", {}).get("image_size")
+    saved = {"arch": found.get("arch"), "image_size": size}
+    saved |= {"moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    notes = []
+    for name, value in saved.items():
+        if value is None or getattr(args, name, value) == value:
+            continue
+        if name not in args.given:
+            setattr(args, name, value)
+            notes.append(f"--{name.replace('_', '-')} {value}, as saved")
+        elif name == "image_size":
+            notes.append(f"warning: --image-size {args.image_size}, the checkpoint was trained at {value}")
+    return notes
 
 
 def agree(path, flag: str, state_dict: dict, stages: tuple[str, ...], arch: str, num_classes: int):
@@ -247,8 +268,12 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
 
 def hand_over(load, path, flag: str, stages: tuple[str, ...], args):
     """load(the state dict of an earlier stage's checkpoint). Raises UserError where it cannot serve this run."""
-    state_dict = read(path, flag)["state_dict"]
+    content = read_run(path, flag)
+    state_dict = content["state_dict"]
     agree(path, flag, state_dict, stages, args.arch, args.num_classes)
+    size = content.get("run", {}).get("image_size", args.image_size)
+    if size != args.image_size and rank() == 0:
+        print(f"warning: --image-size {args.image_size}, but {path} was trained at {size}", flush=True)
     try:
         load(state_dict)
     except RuntimeError as error:

@@ -173,8 +173,13 @@ class Run:
                     if found is None and self.args.evaluate:
                         raise UserError(f"--resume auto: no checkpoint in {self.folder}; name one")
             self.args.resume = str(gather_objects(found)[0] or "")
+        if not self.args.resume:
+            return None
         with together():
-            return checkpoint.read_run(self.args.resume, "--resume") if self.args.resume else None
+            content = checkpoint.read_run(self.args.resume, "--resume")
+            for note in checkpoint.adopt(content, self.args):
+                self.say(note)
+            return content
 
     def _settle_defaults(self, content):
         """Chooses what the user left open or what cannot serve here, and says what was chosen."""
@@ -457,7 +462,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "averages": partial,
             "run": {
-                "seed": args.seed, "deterministic": args.deterministic,
+                "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
                 "batch_size": args.batch_size, "world_size": self.place.world,
             },
         }  # fmt: skip

@@ -3,6 +3,7 @@
 python -m utils.report RUN_FOLDER [RUN_FOLDER ...]      one table of several runs' results.json
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,12 +33,11 @@ def named(result: dict) -> str:
 
 
 def main(argv=None) -> int:
-    folders = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description="One table of several runs.")
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="an --output_dir that holds results.json")
     rows = {}
     try:
-        if not folders:
-            raise UserError("usage: python -m utils.report RUN_FOLDER [RUN_FOLDER ...]")
-        for folder in folders:
+        for folder in parser.parse_args(argv).folders:
             file = Path(folder) / "results.json"
             try:
                 records = json.loads(file.read_text())
