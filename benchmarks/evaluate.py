@@ -15,7 +15,7 @@ from benchmarks import common, textbook
 from datasets.transforms import normalize
 from models import SSFL
 from utils import evaluate
-from utils.engine import AUTOCAST
+from utils.numerics import AUTOCAST
 
 VARIANTS = {"float32": (False, "none"), "channels_last": (True, "none"), "bf16": (True, "bf16"), "fp16": (True, "fp16")}
 SCALING_IMAGES = (4096, 16384, 65536, 262144)

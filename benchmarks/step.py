@@ -21,7 +21,8 @@ from models import SDL, SLG, SSFL, build_backbone
 from ssd_stage_i import StageI
 from ssd_stage_ii import StageII
 from ssd_stage_iii import StageIII
-from utils.engine import AUTOCAST, Averages, Verdict, train_accuracies
+from utils.averages import Averages, train_accuracies
+from utils.numerics import AUTOCAST, Verdict
 
 STAGES = {"i": StageI(), "ii": StageII(), "iii": StageIII()}
 WEIGHTS = Namespace(con_weight=1.0, kd_weight=1.0)

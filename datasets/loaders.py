@@ -3,8 +3,8 @@
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from utils.distributed import held_signals
 from utils.errors import UserError
+from utils.signals import held_signals
 
 
 def collate(items):

@@ -15,8 +15,8 @@ from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage,
 from tests.helpers_processes import TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
 from utils.args import stage_parser
-from utils.distributed import launch
 from utils.errors import UserError
+from utils.launch import launch
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]

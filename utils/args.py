@@ -122,7 +122,7 @@ def stage_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Argumen
     launch.add_argument("--multiprocessing-distributed", action="store_true",
         help="one process a GPU on this node; --nproc processes where there is no GPU")
     launch.add_argument("--nproc", default=1, type=int, metavar="N",
-        help="processes of --multiprocessing-distributed where there is no GPU (default: %(default)s)")
+        help="processes of --multiprocessing-distributed (default: one a GPU, without GPUs %(default)s)")
     launch.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
     launch.add_argument("--rank", default=-1, type=int, metavar="N", help="number of this node, from 0")
     launch.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",

@@ -6,13 +6,11 @@ A stage says what its network, its step and its flags are (Stage); run(stage, ar
 import fcntl
 import functools
 import os
-import random
 import secrets
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -24,13 +22,16 @@ from datasets.transforms import Views, normalize
 
 from . import args as arguments
 from . import checkpoint, distributed, log, report
-from .distributed import Stopped, gather_objects, together
+from .averages import Averages, train_accuracies
+from .distributed import gather_objects, together
 from .errors import UserError
 from .evaluate import evaluate
+from .launch import USER_ERROR, launch
+from .numerics import AUTOCAST, Verdict, seed_everything, set_numerics
 from .schedule import learning_rate
+from .signals import Stopped
 
 MOST_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage:
@@ -72,10 +73,10 @@ def run(stage: Stage, argv=None) -> int:
         args = parser.parse_args(argv)
         args.program = parser.prog
         arguments.check(args)
-        return distributed.launch(functools.partial(run_process, stage), args)
+        return launch(functools.partial(run_process, stage), args)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
-        return distributed.USER_ERROR
+        return USER_ERROR
 
 
 def run_process(stage: Stage, args, place, device, stop):
@@ -89,43 +90,6 @@ def run_process(stage: Stage, args, place, device, stop):
     finally:
         for loader in process.loaders.values():
             close(loader)
-
-
-class Averages:
-    """Means over an epoch's steps, summed on the device: reading them is the only thing that waits for it."""
-
-    def __init__(self, device):
-        self.names, self.sums, self.steps, self.device = None, None, 0, device
-
-    def add(self, values: dict[str, torch.Tensor]):
-        stacked = torch.stack([value.detach().double() for value in values.values()])
-        self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
-        self.steps += 1
-
-    def means(self) -> dict[str, float]:
-        """Of this process."""
-        return dict(zip(self.names, (self.sums / self.steps).tolist(), strict=True)) if self.steps else {}
-
-    def global_means(self) -> dict[str, float]:
-        """Of all processes; all must call it."""
-        if not self.steps:
-            return {}
-        total = distributed.all_reduce(self.sums.clone()) / (self.steps * distributed.world())
-        return dict(zip(self.names, total.tolist(), strict=True))
-
-    def state(self) -> dict:
-        """Of all processes, for a checkpoint in the midst of an epoch; all must call it."""
-        every = gather_objects(self.sums.tolist() if self.steps else [])
-        return {"names": list(self.names or ()), "sums": every, "steps": self.steps}
-
-    def load(self, state: dict):
-        sums = state["sums"]
-        if len(sums) == distributed.world():
-            mine = sums[distributed.rank()]
-        else:  # saved by another number of processes: each takes an equal part
-            mine = (torch.tensor(sums, dtype=torch.float64).sum(0) / len(sums)).tolist()
-        self.names, self.steps = tuple(state["names"]), state["steps"]
-        self.sums = torch.tensor(mine, dtype=torch.float64, device=self.device) if self.steps else None
 
 
 class Run:
@@ -540,56 +504,3 @@ def data_parallel(network, device) -> DistributedDataParallel:
     buffers = [name for name, _ in network.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
     return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-class Verdict:
-    """What the ranks agree on in a step: whether a loss is not finite, and whether one was asked to stop.
-
-    The exchange starts before the backward call and is read after it, so that a GPU is not kept waiting.
-    """
-
-    def __init__(self, loss, stop: bool):
-        broken = ~loss.detach().isfinite()
-        flags = torch.stack([broken, torch.full_like(broken, stop)]).to(torch.int32)
-        distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self.flags = torch.empty(2, dtype=torch.int32, pin_memory=loss.is_cuda).copy_(flags, non_blocking=True)
-        self.copied = torch.cuda.Event() if loss.is_cuda else None
-        if self.copied is not None:
-            self.copied.record()
-
-    def bad(self) -> bool:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return bool(self.flags[0])
-
-    def stop(self) -> bool:
-        return bool(self.flags[1])
-
-
-def train_accuracies(logits: dict[str, torch.Tensor], labels) -> dict[str, torch.Tensor]:
-    """top1_<classifier> and top5_<classifier> of a batch, in [0, 1]."""
-    found = {}
-    for name, scores in logits.items():
-        hit = scores.detach().topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-        found[f"top1_{name}"] = hit[:, 0].float().mean()
-        found[f"top5_{name}"] = hit.any(dim=1).float().mean()
-    return found
-
-
-def set_numerics(args):
-    """TF32 only where asked for; deterministic algorithms with --seed, else cuDNN's choice of the fastest."""
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def seed_everything(*entropy: int):
-    """Seeds torch, numpy and random with what these numbers (seed, epoch, step, rank) give."""
-    words = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
-    torch.manual_seed(words[0])
-    np.random.seed(words[1])
-    random.seed(words[2])
