@@ -46,7 +46,7 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
-            self.error(f"unknown flag {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+            self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
 
     def error(self, message):
