@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on a CPU: makes .venv, gets Fashion-MNIST and cuts it to a long tail, trains stages I, II and III and
 # runs stage II once more, on stage III's soft classifier; ends with one table of all of them.
-#   bash scripts/demo.sh            about five minutes on 2 cores, after the installation
+#   bash scripts/demo.sh            four to five minutes on 2 cores, after the installation
 #   bash scripts/demo.sh --smoke    one epoch a stage, in a minute or two
 # The recipe is the paper's but for its size: a small queue and less momentum suit 600 steps, and --freeze-bn keeps the
 # BatchNorm of frozen networks in eval mode, for batches this small would move its statistics far off.
