@@ -135,10 +135,7 @@ def main(argv=None) -> int:
     parser.add_argument("--pil-ms", default=[2.6, 5.0], help="milliseconds an image at a worker, by views", **times)
     parser.add_argument("--device-ms", default=[1.4, 2.0], help="the same with --augment device", **times)
     parser.add_argument("--write", metavar="FILE", help="put the tables into this file too, at their marks")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    common.publish(tables(args, argv), args)
-    return 0
+    return common.run(parser, argv, tables)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,17 @@ def argument_parser(doc, name: str, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
+def run(parser, argv, tables, measure=None) -> int:
+    """A benchmark's main: publishes tables(args, argv), or in a fresh process of its own calls measure(name, args)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(argv)
+    if measure is not None and args.measure:
+        measure(args.measure, args)
+    else:
+        publish(tables(args, argv), args)
+    return 0
+
+
 # ---- time
 
 

@@ -116,13 +116,7 @@ def main(argv=None) -> int:
     default = list(VARIANTS) if torch.cuda.is_available() else on_cpu
     parser.add_argument("--variants", nargs="+", default=default, choices=VARIANTS)
     parser.add_argument("--scaling-images", type=int, nargs="+", default=SCALING_IMAGES, metavar="N")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    if args.measure:
-        measure(args.measure, args)
-    else:
-        common.publish(tables(args, argv), args)
-    return 0
+    return common.run(parser, argv, tables, measure)
 
 
 if __name__ == "__main__":

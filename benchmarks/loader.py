@@ -171,10 +171,7 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     cores = [n for n in SCALING_WORKERS if n <= 2 * os.cpu_count()]
     parser.add_argument("--scaling-workers", type=int, nargs="+", default=cores, metavar="N")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    common.publish(tables(args, argv), args)
-    return 0
+    return common.run(parser, argv, tables)
 
 
 if __name__ == "__main__":

@@ -100,13 +100,7 @@ def main(argv=None) -> int:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--scaling-queues", type=int, nargs="+", default=SCALING_QUEUES, metavar="K")
     parser.add_argument("--scaling-batches", type=int, nargs="+", default=SCALING_BATCHES, metavar="N")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    if args.measure:
-        measure(args.measure, args)
-    else:
-        common.publish(tables(args, argv), args)
-    return 0
+    return common.run(parser, argv, tables, measure)
 
 
 if __name__ == "__main__":
