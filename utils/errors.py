@@ -2,9 +2,21 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: its one line names the file, line or flag and says how."""
+    """A mistake that the user can mend: its one line names the file, line or flag and says how.
+
+    on_all_ranks: whether every rank of the run raises the same error, so that rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
     def __str__(self):
         """On one line whatever a file's name holds: line ends, a terminal's commands, bytes that are no text."""
         text = super().__str__()
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The system's word for an error, or its text on one line of at most 200 characters, or the name of its class."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__

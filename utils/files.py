@@ -1,0 +1,68 @@
+"""Writing files so that a crash at any moment leaves the old file or the whole new one."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path, before_replacing=lambda: None):
+    """Opens a temporary file beside `path` for writing bytes; if the block ends well, it replaces path.
+
+    The file and then its folder are flushed to the disk. If the block raises, path stays as it was and the temporary
+    file is removed. before_replacing is called once the new file is whole. Raises OSError.
+    """
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            apply_umask(file.name)
+            before_replacing()
+            replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def apply_umask(path):
+    """Gives a temporary file, which is private when it is made, the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def replace(source, target):
+    """os.replace, with the folder's new entry flushed to the disk."""
+    os.replace(source, target)
+    folder = os.open(Path(target).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def link(source, target):
+    """Gives a file that is never written in place a second name; makes a copy if the file system has no links."""
+    temporary = Path(f"{target}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with open(source, "rb") as original, open(temporary, "wb") as copy:
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # replacing a name of the same file does nothing
+
+
+def remove_temporary_files(folder, *names: str):
+    """Removes what a process that was killed while it wrote one of the named files left behind."""
+    for name in names:
+        for file in [*Path(folder).glob(f".{name}.{'?' * 8}"), Path(folder) / f"{name}.link"]:
+            file.unlink(missing_ok=True)
