@@ -50,10 +50,8 @@ class StageI(Stage):
         return ("query", "key") if args.con_weight > 0 else ("query",)
 
     def build(self, args):
-        model = SSFL(args.arch, args.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
-        if args.con_weight == 0:
-            model.disable_contrast()
-        return model
+        contrast = args.con_weight > 0
+        return SSFL(args.arch, args.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, contrast)
 
     def step(self, model, views, labels, args):
         im_q, im_k = views if args.con_weight > 0 else (views[0], None)

@@ -57,7 +57,7 @@ class StageII(Stage):
             if not args.last_stage_ckpt:
                 raise UserError("--last_stage_ckpt is missing: name the checkpoint of stage I (or III) to start from")
             stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-            load = functools.partial(model.load_stage_i, classifier=args.classifier)
+            load = functools.partial(model.load_pretrained, classifier=args.classifier)
             checkpoint.hand_over(load, args.last_stage_ckpt, "--last_stage_ckpt", stages, args)
         return model
 

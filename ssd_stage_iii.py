@@ -45,10 +45,9 @@ class StageIII(Stage):
         return ("hard", "soft") if args.kd_weight > 0 else ("hard",)
 
     def build(self, args):
-        model = SDL(args.arch, args.num_classes, args.kd_t, args.freeze_bn)
-        if args.kd_weight == 0:
-            model.disable_distillation()
-        elif not args.resume:
+        distill = args.kd_weight > 0
+        model = SDL(args.arch, args.num_classes, args.kd_t, args.freeze_bn, distill)
+        if distill and not args.resume:
             if not args.teacher_ckpt:
                 raise UserError("--teacher_ckpt is missing: name the checkpoint of stage II (--kd-weight 0 needs none)")
             checkpoint.hand_over(model.load_teacher, args.teacher_ckpt, "--teacher_ckpt", ("ii",), args)

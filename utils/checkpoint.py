@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import models
-from models.files import read as read_file
-from models.files import state_dict_of
+from models.load import read_checkpoint as read_file
+from models.load import state_dict_of
 
 from .distributed import rank
 from .errors import UserError
@@ -198,7 +198,7 @@ def set_aside_unreadable(folder, resumed):
 
 def adopt(content: dict, args) -> list[str]:
     """Takes from a checkpoint what the user left open of arch, image size and queue; returns what there is to say."""
-    found = models.identify(content["state_dict"]) or {}
+    found = models.infer_stage_and_arch(content["state_dict"]) or {}
     size = content.get("run", {}).get("image_size")
     saved = {"arch": found.get("arch"), "image_size": size}
     saved |= {"moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
@@ -216,7 +216,7 @@ def adopt(content: dict, args) -> list[str]:
 
 def agree(path, flag: str, state_dict: dict, stages: tuple[str, ...], arch: str, num_classes: int):
     """Raises UserError where a state dict is of none of the stages, or of another arch or number of classes."""
-    found = models.identify(state_dict)
+    found = models.infer_stage_and_arch(state_dict)
     if found is None:
         raise UserError(f"{path}: its names are of no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
@@ -243,7 +243,7 @@ def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        wrong = models.ssd.misfits(model, state)
+        wrong = models.ssd.mismatched_keys(model, state)
         if "queue" in wrong and "queue" in state and state["queue"].dim() == 2:
             dim, size = state["queue"].shape
             raise UserError(
@@ -276,6 +276,6 @@ def hand_over(load, path, flag: str, stages: tuple[str, ...], args):
         print(f"warning: --image-size {args.image_size}, but {path} was trained at {size}", flush=True)
     try:
         load(state_dict)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         detail = str(error).splitlines()[-1].strip()[:200]
         raise UserError(f"{path}: its weights are not whole ({detail}); correct {flag}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import models
-from models.files import read
+from models.load import read_checkpoint
 from tests.helpers import CLASSES, LAST, QUEUE, STAGES, checkpoint, run_stage, same, train
 
 KEYS, DIM = (int(re.search(f"--moco-{name} (\\d+)", QUEUE)[1]) for name in ("k", "dim"))
@@ -237,7 +237,7 @@ def test_every_way_of_writing_is_read(best, zipped, published, tmp_path):
     file = write(published["ii"] | {"best_acc1": BESTS[best]}, tmp_path / "theirs", zipped=zipped)
     if best == "old numpy":
         as_old_numpy(file)
-    content = read(file)
+    content = read_checkpoint(file)
     assert float(content["best_acc1"]) == 0.25
     assert same(dict(content["state_dict"]), dict(published["ii"]["state_dict"]))
 
