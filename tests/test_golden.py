@@ -63,7 +63,7 @@ def stage_i(batches):
 @pytest.fixture(scope="module")
 def stage_ii(stage_i, batches):
     model = models.SLG(R["arch"], R["num_classes"]).double()
-    model.load_stage_i(stage_i[0].state_dict())
+    model.load_pretrained(stage_i[0].state_dict())
     optimizer, record = sgd(model.train()), []
     for im_q, _, labels in batches:
         loss = F.cross_entropy(model(im_q), labels)

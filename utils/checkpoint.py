@@ -326,7 +326,7 @@ def save(state, is_best: bool = False):
 
 
 def save_if_due(state, args):
-    """Saves every --save-every-steps steps, and if a stop was asked for on any rank, which it then raises as Stopped."""
+    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
     if state.flags.stop():
         save(state)
         raise stopped(state)

@@ -61,7 +61,7 @@ class TrainState:
     def batches(self, loader):
         """(views, labels) of the epoch's remaining steps, on the device, each with random numbers of its own.
 
-        The numbers depend on seed, epoch, step and rank alone, so that a resumed epoch goes on as if it had not stopped.
+        The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
         """
         args, started, first = self.args, time.perf_counter(), self.step
         defer_stop()
