@@ -78,6 +78,10 @@ def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> Load
             raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
         loaded = read(path, flag, stages)
         check_compatible(loaded, args.arch)
+        try:
+            models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
+        except ValueError as error:
+            raise UserError(f"{path}: its weights are not whole ({error}); correct {flag}") from None
         size = loaded.run.get("image_size", args.image_size)
         if size != args.image_size:
             print_main(f"warning: --image-size {args.image_size}, but {path} was trained at {size}")
