@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from utils.errors import UserError
-from utils.signals import held_signals
+from utils.launch.signals import block_signals
 
 
 def collate(items):
@@ -34,7 +34,7 @@ def batches(loader):
 
     The workers never see the signals that ask for a stop: the run ends them itself, after its checkpoint.
     """
-    with held_signals():
+    with block_signals():
         iterator = iter(loader)
     for batch in iterator:
         if isinstance(batch, UserError):

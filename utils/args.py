@@ -32,6 +32,9 @@ class ArgumentParser(argparse.ArgumentParser):
         args.given = sorted(name for name, value in vars(args).items() if value is not MISSING)
         for name in set(defaults) - set(args.given):
             setattr(args, name, defaults[name])
+        args.program = self.prog
+        if hasattr(args, "dist_url"):
+            check(args)
         return args
 
     def parse_known_args(self, args=None, namespace=None):

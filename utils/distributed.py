@@ -1,10 +1,42 @@
 """What the processes of a run say to each other. In a process without a group, each of these is the identity."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from .errors import UserError
+
+
+class DistInfo(NamedTuple):
+    """Who this process is: rank of world_size processes in all, local_rank of local_world_size on its node.
+
+    launcher: plain, spawn, torchrun, srun, or node (one process per node, by flags). url: where the processes meet.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "plain"
+    url: str | None = None
+
+    @property
+    def nodes(self) -> int:
+        return self.world_size // self.local_world_size
+
+
+_dist_info = DistInfo()
+
+
+def set_dist_info(info: DistInfo):
+    """Called once by utils.launch, in every process, before main_worker."""
+    global _dist_info
+    _dist_info = info
+
+
+def get_dist_info() -> DistInfo:
+    return _dist_info
 
 
 def rank() -> int:
@@ -49,6 +81,4 @@ def together():
         mistake = str(error)
     first = next((text for text in gather_objects(mistake) if text is not None), None)
     if first is not None:
-        error = UserError(first)
-        error.everywhere = True
-        raise error from None
+        raise UserError(first, on_all_ranks=True) from None

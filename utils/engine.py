@@ -7,7 +7,6 @@ import fcntl
 import functools
 import os
 import secrets
-import sys
 import time
 from pathlib import Path
 
@@ -23,13 +22,13 @@ from datasets.transforms import Views, normalize
 from . import args as arguments
 from . import checkpoint, distributed, log, report
 from .averages import Averages, train_accuracies
-from .distributed import gather_objects, together
+from .distributed import gather_objects, get_dist_info, together
 from .errors import UserError
 from .evaluate import evaluate
-from .launch import USER_ERROR, launch
+from .launch import launch
+from .launch.signals import Stopped, defer_stop, heartbeat, stop_requested
 from .numerics import AUTOCAST, Verdict, seed_everything, set_numerics
 from .schedule import learning_rate
-from .signals import Stopped
 
 MOST_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
 
@@ -67,22 +66,13 @@ class Stage:
 
 
 def run(stage: Stage, argv=None) -> int:
-    """A stage from its command line to its exit status; a user's mistake ends in one line on stderr and status 2."""
-    parser = stage.parser()
-    try:
-        args = parser.parse_args(argv)
-        args.program = parser.prog
-        arguments.check(args)
-        return launch(functools.partial(run_process, stage), args)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+    return launch(functools.partial(run_process, stage), stage.parser(), argv)
 
 
-def run_process(stage: Stage, args, place, device, stop):
+def run_process(stage: Stage, args, device):
     """One process's part of the run; the others, if any, are at the same line."""
-    process = Run(stage, args, place, device, stop)
-    stop.defer()
+    process = Run(stage, args, get_dist_info(), device)
+    defer_stop()
     try:
         if not args.evaluate:
             process.train()
@@ -95,8 +85,8 @@ def run_process(stage: Stage, args, place, device, stop):
 class Run:
     """A training run, or an evaluation: everything that it is made of, ready to go on where it stopped."""
 
-    def __init__(self, stage: Stage, args, place, device, stop):
-        self.stage, self.args, self.place, self.device, self.stop = stage, args, place, device, stop
+    def __init__(self, stage: Stage, args, place, device):
+        self.stage, self.args, self.place, self.device = stage, args, place, device
         self.main = place.rank == 0
         self.epoch, self.step, self.best, self.partial = args.start_epoch, 0, 0.0, None
         self.folder = Path(args.output_dir)
@@ -158,29 +148,26 @@ class Run:
         if "workers" not in args.given and args.workers > cores:
             args.workers = cores
             self.say(f"{cores} data loading workers, one a core (--workers)")
-        if self.device.type == "cpu" and place.launcher != "plain" and args.dist_backend == "nccl":
-            args.dist_backend = "gloo"
-            self.say("gloo instead of nccl: there is no GPU in use (--dist-backend)")
         args.eval_batch_size = args.eval_batch_size or args.batch_size
-        self.batch_size = args.batch_size // place.local_world
-        self.workers = -(-args.workers // place.local_world)
+        self.batch_size = args.batch_size // place.local_world_size
+        self.workers = -(-args.workers // place.local_world_size)
 
     def _check_batch(self, content):
         """Refuses a batch that the processes or the queue cannot take; warns where resuming will not be exact."""
-        args, place, step = self.args, self.place, self.batch_size * self.place.world
+        args, place, step = self.args, self.place, self.batch_size * self.place.world_size
         if args.evaluate:
             return
         if self.batch_size < 2:
             raise UserError(
-                f"--batch-size {args.batch_size}: {place.local_world} processes need at least "
-                f"{2 * place.local_world}, two images each, for BatchNorm"
+                f"--batch-size {args.batch_size}: {place.local_world_size} processes need at least "
+                f"{2 * place.local_world_size}, two images each, for BatchNorm"
             )
-        if self.batch_size * place.local_world != args.batch_size:
+        if self.batch_size * place.local_world_size != args.batch_size:
             self.say(f"--batch-size {args.batch_size}: {self.batch_size} images a process")
         if getattr(args, "moco_k", step) < step:
             raise UserError(f"--moco-k {args.moco_k}: the queue must hold at least a step's {step} keys")
         saved = (content or {}).get("run", {})
-        now = {"seed": args.seed, "batch_size": args.batch_size, "world_size": place.world}
+        now = {"seed": args.seed, "batch_size": args.batch_size, "world_size": place.world_size}
         for name, value in now.items():
             if saved.get(name, value) != value:
                 self.say(f"warning: {name} is {value}, it was {saved[name]}: the result will not be bit-identical")
@@ -252,7 +239,7 @@ class Run:
                     f"classes; correct the list, or give --num-classes {largest + 1}"
                 )
         self.train_counts = torch.bincount(labels, minlength=args.num_classes)
-        sampler = self.stage.sampler(labels, args, seed=args.seed, rank=place.rank, world=place.world)
+        sampler = self.stage.sampler(labels, args, seed=args.seed, rank=place.rank, world=place.world_size)
         self.batch_sampler = BatchSampler(sampler, self.batch_size)
         if self.batch_sampler.steps == 0 and not args.evaluate:
             raise UserError(
@@ -293,8 +280,8 @@ class Run:
         self.loaders = {"train": build_loader(dataset, self.batch_sampler, self.workers, pinned)}
         for name in set(self.splits) - {"train"}:
             dataset = self.splits[name].dataset(Views(("eval",), args.image_size))
-            size = max(1, args.eval_batch_size // place.local_world)
-            shard = EvalBatchSampler(len(dataset), size, place.rank, place.world)
+            size = max(1, args.eval_batch_size // place.local_world_size)
+            shard = EvalBatchSampler(len(dataset), size, place.rank, place.world_size)
             self.loaders[name] = build_loader(dataset, shard, self.workers, pinned)
 
     def _remember(self):
@@ -323,7 +310,7 @@ class Run:
             first = self.step
             averages = self._train_epoch(lr)
             seconds = time.perf_counter() - started
-            images = (self.step - first) * self.batch_size * self.place.world
+            images = (self.step - first) * self.batch_size * self.place.world_size
             means = averages.global_means()
             results = self.evaluate("val", averages)
             best_of = results[self.classifiers[-1]]["overall"]
@@ -351,13 +338,14 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
             with self._autocast():
                 loss, parts, logits = self.stage.step(self.model, views, labels, args)
-            verdict = Verdict(loss, self.stop.asked)
+            verdict = Verdict(loss, stop_requested())
             scaler.scale(loss).backward()
             if verdict.bad():
                 self._report_bad_numbers(loss, lr, indices)
             scaler.step(self.optimizer)
             scaler.update()
             self.step += 1
+            heartbeat()
             averages.add({"loss": loss, **parts, **train_accuracies(logits, labels)})
             progress.step(lambda: ", ".join(f"{name} {value:.4g}" for name, value in averages.means().items()))
             if verdict.stop():
@@ -401,7 +389,7 @@ class Run:
             f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate {lr:g}; weights "
             f"and checkpoints stay as they were; lower --lr, or look at the {culprit}"
         )
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
 
     # ---- stopping and saving
@@ -427,10 +415,11 @@ class Run:
             "averages": partial,
             "run": {
                 "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
-                "batch_size": args.batch_size, "world_size": self.place.world,
+                "batch_size": args.batch_size, "world_size": self.place.world_size,
             },
         }  # fmt: skip
         checkpoint.save(self.folder, state, is_best)
+        heartbeat()
 
     def _save_and_leave(self, averages):
         self.save(averages=averages)
@@ -444,11 +433,11 @@ class Run:
         else:
             place = f"epoch {self.epoch + 1}, step {self.step}"
             error = Stopped(f"stopped on request at {place}; continue with --resume auto")
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
 
     def _asked_anywhere(self) -> bool:
-        return any(gather_objects(self.stop.asked))
+        return any(gather_objects(stop_requested()))
 
     def _leave_if_asked(self):
         if self._asked_anywhere():
@@ -465,10 +454,11 @@ class Run:
         def shard():
             progress = log.Progress(split, len(loader), self.args.print_freq, quiet=not self.main)
             for (view,), labels, _ in batches(loader):
-                if self.stop.asked:
+                if stop_requested():
                     break
                 yield self._to_device(view), labels.to(self.device, non_blocking=True)
                 progress.step(str)
+                heartbeat()
             progress.close()
 
         def predict(images):
