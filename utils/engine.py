@@ -15,10 +15,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from datasets.device_augment import to_float
 from datasets.loaders import batches, build_loader, close
 from datasets.samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
 from datasets.splits import find_splits
-from datasets.transforms import Views, normalize
+from datasets.transforms import Views
+from models.preprocess import normalize
 
 from . import args as arguments
 from . import checkpoint, distributed, log, report
@@ -62,7 +64,7 @@ class Stage:
         raise NotImplementedError
 
     def sampler(self, labels, args, **where):
-        """The training sampler; where: seed, rank, world."""
+        """The training sampler; where: seed, rank, world_size."""
         return ShuffledSampler(len(labels), **where)
 
 
@@ -223,9 +225,9 @@ class Run:
 
         with together():
             splits = find_splits(args.data, given, wanted, progress, check=place.local_rank == 0)
-        looked = gather_objects({name: (split.place, split.missing) for name, split in splits.items()})
+        looked = gather_objects({name: (split.layout, split.missing) for name, split in splits.items()})
         found = looked[place.rank - place.local_rank]
-        self.splits = {n: split._replace(place=found[n][0], missing=found[n][1]) for n, split in splits.items()}
+        self.splits = {n: split._replace(layout=found[n][0], missing=found[n][1]) for n, split in splits.items()}
 
     def _check_labels(self):
         """Refuses missing files, labels beyond --num-classes, and data that give no step."""
@@ -252,7 +254,7 @@ class Run:
                     f"classes; correct the list, or give --num-classes {largest + 1}"
                 )
         self.train_counts = torch.bincount(labels, minlength=args.num_classes)
-        sampler = self.stage.sampler(labels, args, seed=args.seed, rank=place.rank, world=place.world)
+        sampler = self.stage.sampler(labels, args, seed=args.seed, rank=place.rank, world_size=place.world)
         self.batch_sampler = BatchSampler(sampler, self.batch_size)
         if self.batch_sampler.steps == 0 and not args.evaluate:
             raise UserError(
@@ -384,7 +386,8 @@ class Run:
     def _to_device(self, view):
         """A view of the loader's as normalised floats on the device."""
         images, parameters = view if isinstance(view, list) else (view, None)
-        images = normalize(images.to(self.device, non_blocking=True), parameters)
+        images = images.to(self.device, non_blocking=True)
+        images = normalize(images if parameters is None else to_float(images, parameters))
         return images.to(memory_format=torch.channels_last) if self.args.channels_last else images
 
     def _autocast(self):
