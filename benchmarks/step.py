@@ -16,8 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, textbook
-from datasets.transforms import normalize
 from models import SDL, SLG, SSFL, build_backbone
+from models.preprocess import normalize
 from ssd_stage_i import StageI
 from ssd_stage_ii import StageII
 from ssd_stage_iii import StageIII

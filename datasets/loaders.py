@@ -5,12 +5,8 @@ from torch.utils.data import DataLoader, default_collate
 from utils.launch.signals import block_signals
 
 from utils.errors import UserError
-<<<<<<< HEAD
 
 from .transforms import to_device
-=======
-from utils.launch.signals import block_signals
->>>>>>> launch
 
 
 def collate(items):
@@ -28,15 +24,6 @@ class Loader(DataLoader):
     Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
     name: of the split; batch_sampler: of samplers.py.
     """
-<<<<<<< HEAD
-=======
-    with block_signals():
-        iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
->>>>>>> launch
 
     def __init__(self, name: str, dataset, batch_sampler, workers: int, device, channels_last: bool = False):
         super().__init__(

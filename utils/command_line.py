@@ -13,16 +13,21 @@ NOT_GIVEN = object()
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set."""
+    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
 
-    def __init__(self, description=None, **options):
+    intermixed: flags may stand between the words of a positional argument of several.
+    """
+
+    def __init__(self, description=None, intermixed=False, **options):
+        self.intermixed = intermixed
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
         """As argparse's; the names of the arguments that were given stand in args.given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
+        parse = super().parse_intermixed_args if self.intermixed else super().parse_args
+        args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
         args.given = sorted(name for name, value in vars(args).items() if value is not NOT_GIVEN)
         for name in set(defaults) - set(args.given):
             setattr(args, name, defaults[name])
