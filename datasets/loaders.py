@@ -2,11 +2,12 @@
 
 import torch
 from torch.utils.data import DataLoader, default_collate
+
+from models.preprocess import normalize
+from utils.errors import UserError
 from utils.launch.signals import block_signals
 
-from utils.errors import UserError
-
-from .transforms import to_device
+from .device_augment import to_float
 
 
 def collate(items):
@@ -15,6 +16,17 @@ def collate(items):
         return items
     views, labels, indices = zip(*items, strict=True)
     return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+
+
+def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
+    """A view of a batch as normalized floats (N, 3, S, S) on the device.
+
+    view: uint8 images, or a pair of them and the parameters of their colors (--augment device).
+    """
+    images, parameters = view if isinstance(view, list) else (view, None)
+    images = images.to(device, non_blocking=True)
+    images = normalize(images if parameters is None else to_float(images, parameters))
+    return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
 class Loader(DataLoader):

@@ -16,11 +16,12 @@ class ShuffledSampler:
     """Every image once per epoch in random order; each rank takes its shard.
 
     Shards are padded to equal length with images from the start of the permutation, as their second draw.
-    size: the number of images in the data set.
+    labels: one per image, of which only the number counts here.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+    def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
+        self.size = labels if isinstance(labels, int) else len(labels)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
 
     def __len__(self):
         """Images per rank and epoch."""

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from utils.args import stage_parser
 
 from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
 from tests.helpers_processes import TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
-from utils.args import stage_parser
 from utils.distributed import get_dist_info
 from utils.errors import UserError
 from utils.launch import launch

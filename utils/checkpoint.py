@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from models.load import check_weights, read_checkpoint, state_dict_of
 
 import models
+from models.load import check_weights, read_checkpoint, state_dict_of
 
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line

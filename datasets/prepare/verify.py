@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError, one_line
-from utils.evaluate import shot_groups
+from utils.metrics import shot_groups
 
 from ..dataset import load_rgb
 from ..layout import as_listed, by_split
