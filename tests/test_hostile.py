@@ -389,7 +389,7 @@ FLAGS = {
     "a wait without end": (["--dist-timeout", "inf"], "--dist-timeout"),
     "a wait of ages": (["--dist-timeout", 1e300], "--dist-timeout"),
     "a wait that is none": (["--dist-timeout", "nan"], "--dist-timeout"),
-    "a rate beyond all numbers": (["--lr", "1e400"], "--lr inf"),
+    "a rate beyond all numbers": (["--lr", "1e400"], "--lr 1e400"),
     "a queue beyond all memory": (["--moco-k", 2**31 - 1, "--moco-dim", 4096], "out of memory"),
     "a width beyond all memory": (["--moco-dim", 2**31 - 1], "out of memory"),
     "a width beyond all numbers": (["--moco-dim", 10**12], "--moco-dim"),

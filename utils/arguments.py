@@ -8,7 +8,7 @@ import torch
 
 from models import ARCHS
 
-from .command_line import ArgumentParser, existing_folder, filled, number, whole_number
+from .command_line import ArgumentParser, filled, number, whole_number
 from .distributed import gather_objects, print_main
 from .errors import UserError
 
@@ -33,7 +33,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     parser = TrainingParser(doc)
     add = parser.add_argument
     # fmt: off
-    add("data", metavar="DIR", type=existing_folder,
+    add("data", metavar="DIR",
         help="image folder that the lists' paths are relative to, or a tree of class folders")
     add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
         help="data loading workers on this node, split over its processes; a starved GPU wants more, up to "
@@ -121,6 +121,8 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
 
 def check_arguments(args):
     """Raises UserError if two values contradict each other, or one cannot serve on this machine."""
+    if not os.path.isdir(args.data):
+        raise UserError(f"DIR {args.data!r}: no such folder; DIR is the folder that the lists' paths are relative to")
     most = max(32, WORKERS_PER_CORE * num_cores())
     if args.workers > most:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.load import check_weights, read_checkpoint, state_dict_of
+from models.load import read_checkpoint, state_dict_of
 
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -59,7 +59,7 @@ def load_resume(args, stage: str) -> LoadedCheckpoint | None:
     if not args.resume:
         return None
     with raise_on_all_ranks():
-        loaded = read(args.resume, "--resume", (stage,))
+        loaded = read_stage(args.resume, "--resume", (stage,))
         for note in apply_saved_args(loaded, args):
             print_main(note)
         check_compatible(loaded, args.arch)
@@ -76,41 +76,44 @@ def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> Load
     with raise_on_all_ranks():
         if not path:
             raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
-        loaded = read(path, flag, stages)
+        loaded = read_stage(path, flag, stages)
         check_compatible(loaded, args.arch)
         try:
             models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
+            models.check_weights(loaded.state_dict)
         except ValueError as error:
-            raise UserError(f"{path}: its weights are not whole ({error}); correct {flag}") from None
+            raise UserError(f"{path}: {error}; correct {flag}") from None
         size = loaded.run.get("image_size", args.image_size)
         if size != args.image_size:
             print_main(f"warning: --image-size {args.image_size}, but {path} was trained at {size}")
         return loaded
 
 
-def read(path, flag: str, stages: tuple[str, ...] = tuple(STAGE_NAMES)) -> LoadedCheckpoint:
-    """A checkpoint of one of the stages. Raises UserError naming file and flag if it is none, or makes no sense."""
+def read(path, flag: str) -> dict:
+    """The content of a checkpoint. Raises UserError naming file and flag if it is none, or makes no sense."""
     try:
         content = read_checkpoint(path)
-        state_dict = state_dict_of(path, content)
+        state_dict_of(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
         raise UserError(f"{error} ({flag})") from None
-    found = models.infer_stage_and_arch(state_dict)
+    for name, (is_valid, expected) in PROGRESS.items():
+        if name in content and not is_valid(content[name]):
+            raise UserError(f"{path}: its {name} is not {expected}; correct {flag}")
+    return content
+
+
+def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
+    """A checkpoint of one of the stages. Raises UserError as read does, and if it is of another stage."""
+    content = read(path, flag)
+    found = models.infer_stage_and_arch(content["state_dict"])
     if found is None:
         raise UserError(f"{path}: its names are of no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
         raise UserError(
             f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
         )
-    for name, (is_valid, expected) in PROGRESS.items():
-        if name in content and not is_valid(content[name]):
-            raise UserError(f"{path}: its {name} is not {expected}; correct {flag}")
-    try:
-        check_weights(state_dict)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; correct {flag}") from None
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
@@ -262,6 +265,10 @@ def restore_model(loaded: LoadedCheckpoint, model):
     state_dict = loaded.state_dict
     wrong = models.ssd.mismatched_keys(model, state_dict)
     if not wrong:
+        try:
+            models.check_weights(state_dict)
+        except ValueError as error:
+            raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
         model.load_state_dict(state_dict)
     elif "queue" in wrong and "queue" in state_dict and state_dict["queue"].dim() == 2:
         dim, size = state_dict["queue"].shape

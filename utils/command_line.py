@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-import os
 import sys
 
 from .errors import UserError, one_line
@@ -104,15 +103,6 @@ def filled(text: str) -> str:
     """An argparse type: text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
-    return text
-
-
-def existing_folder(text: str) -> str:
-    """An argparse type: the path of a folder that is there."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; name the image folder")
-    if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
     return text
 
 
