@@ -1,4 +1,4 @@
-"""models.load: the network in a checkpoint file, and the refusal of files that would do harm or are not sound."""
+"""models.load: the network in a checkpoint file, and files and weights that are refused."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def refusal(path) -> str:
     return text
 
 
-# ---- sound checkpoints
+# ---- valid checkpoints
 
 
 def test_load_is_the_function_and_its_module_is_importable():
@@ -309,7 +309,7 @@ def test_a_tensor_that_is_not_dense_is_named(make, tmp_path):
         ("ii", {"encoder__bn1__running_var": torch.tensor([1.0] * 15 + [-1e-9])}, "variance below 0"),
     ],
 )
-def test_weights_that_are_not_sound_are_named(stage, changes, told, tmp_path):
+def test_weights_that_no_network_has_are_named(stage, changes, told, tmp_path):
     state_dict = state_of(stage, **changes)
     (name,) = (name.replace("__", ".") for name in changes)
     with pytest.raises(ValueError, match=f"^{re.escape(name)} .*{told}"):
@@ -319,7 +319,7 @@ def test_weights_that_are_not_sound_are_named(stage, changes, told, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_sound_weights_pass(stage):
+def test_valid_weights_pass(stage):
     models.check_weights(state_of(stage))
     models.check_weights({name: v.double() for name, v in state_of(stage).items() if v.is_floating_point()})
 
