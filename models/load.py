@@ -49,7 +49,7 @@ def read_checkpoint(path) -> dict:
     """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
 
     Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read: those that are
-    not used cost no memory, and those that are kept should be copied, because the file may change. Raises OSError for what
+    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError for what
     cannot be opened or is no regular file; ValueError, in one line that names the file, if it is damaged, is no
     checkpoint, would run code or would unpack to more than the file.
     """
