@@ -1,10 +1,13 @@
-"""Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
+"""Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from models.preprocess import normalize
 from utils.errors import UserError
-from utils.signals import held_signals
+from utils.launch.signals import block_signals
+
+from .device_augment import to_float
 
 
 def collate(items):
@@ -15,35 +18,69 @@ def collate(items):
     return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
 
 
-def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader over the batch sampler's batches; the training loop takes them through `batches`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
+def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
+    """A view of a batch as normalized floats (N, 3, S, S) on the device.
 
-
-def batches(loader):
-    """The loader's batches. Raises UserError, without a worker's traceback, for an image that cannot be read.
-
-    The workers never see the signals that ask for a stop: the run ends them itself, after its checkpoint.
+    view: uint8 images, or a pair of them and the parameters of their colors (--augment device).
     """
-    with held_signals():
-        iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    images, parameters = view if isinstance(view, list) else (view, None)
+    images = images.to(device, non_blocking=True)
+    images = normalize(images if parameters is None else to_float(images, parameters))
+    return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
-def close(loader):
-    """Ends the loader's workers. They ignore the signals by which an exit would end them, so this must be called."""
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()
-        loader._iterator = None
+class Loader(DataLoader):
+    """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
+
+    Its workers never see the signals that ask for a stop, since the run ends them itself: close() must be called.
+    Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
+    name: of the split; batch_sampler: of samplers.py.
+    """
+
+    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, channels_last: bool = False):
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        self.name, self.device, self.channels_last = name, device, channels_last
+
+    @property
+    def steps(self) -> int:
+        """Batches of a whole epoch."""
+        return self.batch_sampler.steps
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of this process per training step."""
+        return self.batch_sampler.batch_size
+
+    def start_at(self, epoch: int, step: int):
+        """Says which epoch comes next, and the step in it to begin with."""
+        self.batch_sampler.start_at(epoch, step)
+
+    def locate(self, indices) -> str:
+        """The list lines of images, for messages."""
+        index = self.dataset.index
+        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in indices)}"
+
+    def __iter__(self):
+        with block_signals():
+            batches = super().__iter__()
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            views, labels, indices = batch
+            images = tuple(to_device(view, self.device, self.channels_last) for view in views)
+            yield images, labels.to(self.device, non_blocking=True), indices
+
+    def close(self):
+        """Ends the workers. They ignore the signals by which an exit would end them."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets import prepare
-from datasets.list_file import load_rgb
+from datasets.dataset import load_rgb
 from tests.helpers import LAST, Outcome, checkpoint, run_shell, run_stage
 from utils.errors import UserError
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import long_tail, published
-from datasets.folder_lists import split_class
-from datasets.list_file import ListIndex, load_rgb
-from datasets.long_tail import long_tail_counts, pick
-from datasets.prepare import main
+from datasets.dataset import load_rgb
+from datasets.list_file import ListIndex
+from datasets.prepare import long_tail, main, published
+from datasets.prepare.folder_lists import split_class
+from datasets.prepare.long_tail import long_tail_counts, pick
 from datasets.splits import find_splits
 
 CLASSES = ("n01", "n02", "n03")
@@ -510,7 +510,7 @@ def fashion(tmp_path, request):
 def read_lists(folder):
     found = {}
     for split in ("train", "val", "test"):
-        index = ListIndex.read(folder / f"{split}.txt")
+        index = ListIndex.from_file(folder / f"{split}.txt")
         found[split] = [(index.path(i), int(index.labels[i])) for i in range(len(index))]
     return found
 
@@ -524,7 +524,7 @@ def test_fashion_mnist_lt(tmp_path, fashion, capsys):
     assert counts.tolist() == long_tail_counts(10, 10, 10) and counts[0] == 10 and counts[9] == 1
     assert np.bincount([label for _, label in lists["val"]]).tolist() == [50] * 10
     assert np.bincount([label for _, label in lists["test"]]).tolist() == [2] * 10
-    assert f"{counts.sum()} training (10 to 1 a class), 500 validation, 20 test images" in said
+    assert f"{counts.sum()} training (10 to 1 per class), 500 validation, 20 test images" in said
 
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
     seen = set()

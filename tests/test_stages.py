@@ -33,7 +33,7 @@ from tests.helpers import (
     train,
 )
 
-PARSERS = {"i": ssd_stage_i.StageI(), "ii": ssd_stage_ii.StageII(), "iii": ssd_stage_iii.StageIII()}
+PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
 RUNS = tuple(CLASSIFIERS)
 TEST_IMAGES = sum(COUNTS["test"])
@@ -412,9 +412,9 @@ PUBLISHED_BY_STAGE = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_published_flags_and_defaults(stage):
-    parser = PARSERS[stage].parser()
-    args = parser.parse_args(["DIR"])
-    assert args.data == "DIR" and args.arch == "resnext50_32x4d" and args.image_size == 224
+    parser = PARSERS[stage]()
+    args = parser.parse_args(["."])
+    assert args.data == "." and args.arch == "resnext50_32x4d" and args.image_size == 224
     destination = {option: action.dest for action in parser._actions for option in action.option_strings}
     for option, default in (PUBLISHED | PUBLISHED_BY_STAGE[stage]).items():
         assert getattr(args, destination[option]) == default, option
@@ -437,8 +437,10 @@ def test_published_flags_and_defaults(stage):
         ("iii", ["--kd_weight", "3"], "kd_weight", 3.0),
     ],
 )
-def test_dashes_and_underscores_are_alike(stage, words, name, value):
-    args = PARSERS[stage].parser().parse_args([*words, "a_b-c"])
+def test_a_flag_may_be_spelled_with_dashes_or_underscores(stage, words, name, value, tmp_path, monkeypatch):
+    (tmp_path / "a_b-c").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = PARSERS[stage]().parse_args([*words, "a_b-c"])
     assert getattr(args, name) == value and args.data == "a_b-c" and args.given == sorted(["data", name])
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 
 from .errors import UserError, one_line
@@ -12,16 +13,21 @@ NOT_GIVEN = object()
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set."""
+    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
 
-    def __init__(self, description=None, **options):
+    intermixed: flags may stand between the words of a positional argument of several.
+    """
+
+    def __init__(self, description=None, intermixed=False, **options):
+        self.intermixed = intermixed
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
         """As argparse's; the names of the arguments that were given stand in args.given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
+        parse = super().parse_intermixed_args if self.intermixed else super().parse_args
+        args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
         args.given = sorted(name for name, value in vars(args).items() if value is not NOT_GIVEN)
         for name in set(defaults) - set(args.given):
             setattr(args, name, defaults[name])
@@ -36,7 +42,13 @@ class ArgumentParser(argparse.ArgumentParser):
             if name.startswith("--"):
                 name = known.get(name.replace("_", "-"), name)
             words.append(name + equals + value)
-        found, unknown = super().parse_known_args(words, namespace)
+        try:
+            found, unknown = super().parse_known_args(words, namespace)
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or "").split("/")
+            name = next((name for name in names if name.startswith("--")), names[0])
+            of_value = isinstance(error.__context__, argparse.ArgumentTypeError)  # begins with the value
+            self.error(f"{name}{'' if of_value else ':'} {error.message}")
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
@@ -52,32 +64,56 @@ def whole_number(least: int = 0, most: int = 2**31 - 1):
     """An argparse type: whole numbers from least to most, both included."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text[:32])
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:32]}: must be from {least} to {most}")
-        return value
+        if len(text) > 20 or not text.removeprefix("-").isdecimal():
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a whole number from {least} to {most}")
+        check_bounds(text, int(text), least, most)
+        return int(text)
 
     return parse
 
 
-def number(least: float = 0.0, most: float = 1e9, above: float | None = None):
-    """An argparse type: finite numbers from least, or above `above`, to most."""
+def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
+    """An argparse type: numbers from least, or above `above`, to most."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        too_small = value < least if above is None else value <= above
-        if not math.isfinite(value) or too_small or value > most:
-            bound = f"from {least:g}" if above is None else f"above {above:g}"
-            raise argparse.ArgumentTypeError(f"{text[:32]}: must be {bound} to {most:g}")
+            value = math.nan
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a number")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be above {above:g}")
+        check_bounds(text, value, least, most)
         return value
 
     return parse
+
+
+def check_bounds(text: str, value: float, least: float, most: float):
+    """Raises ArgumentTypeError if a value is not from least to most."""
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least {least:g}")
+    if value > most:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]}: must be at most {most if isinstance(most, int) else f'{most:g}'}"
+        )
+
+
+def filled(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
+    return text
+
+
+def existing_folder(text: str) -> str:
+    """An argparse type: the path of a folder that is there."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name the image folder")
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return text
 
 
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:

@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from torchvision.datasets.utils import download_file_from_google_drive
+from utils.args import ArgumentParser
 
 import models
 from models.load import read_checkpoint, state_dict_of
-from utils.args import ArgumentParser
 from utils.checkpoint import LAST, one_line, open_up, replace
 from utils.errors import UserError
 

@@ -1,0 +1,72 @@
+"""Runs main_worker(args, device) on every rank, and says in one line how the run ended.
+
+Four ways lead to the same code: a plain call (one process, no process group), --multiprocessing-distributed (this
+process starts one process per GPU, or --nproc of them, and watches them: spawn.py), torchrun and srun (they start the
+processes). rendezvous.py says which way it is and joins the processes; signals.py stops a run.
+"""
+
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from ..command_line import INTERRUPTED, USER_ERROR
+from ..distributed import get_dist_info
+from ..errors import UserError
+from .rendezvous import detect_launcher, process_group
+from .signals import Stopped, handle_stop_signals
+
+LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
+
+
+def launch(main_worker, parser, argv=None) -> int:
+    """Calls main_worker(args, device) in this process, or in those that it starts, and returns the exit status.
+
+    0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 1 after any
+    other failure. The reason is printed on stderr, in one line if it is known.
+    """
+    from .spawn import run_processes  # not above: it imports this module
+
+    status, message = 0, ""
+    with handle_stop_signals(parser.prog):
+        try:
+            args = parser.parse_args(argv)
+            info = detect_launcher(args)
+            if info.launcher == "spawn":
+                status, message = run_processes(main_worker, args, info)
+            else:
+                with process_group(args, info) as device:
+                    main_worker(args, device)
+        except (Exception, KeyboardInterrupt) as error:
+            status, message = describe_failure(error)
+        if message:
+            print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # only after a failure
+            leave(status)
+    return status
+
+
+def describe_failure(error: BaseException) -> tuple[int, str]:
+    """(exit status, message): one line if the cause is known, else the traceback; empty if rank 0 prints the same."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | Stopped):
+        status = USER_ERROR if isinstance(error, UserError) else os.EX_TEMPFAIL
+        return status, "" if error.on_all_ranks and get_dist_info().rank > 0 else text
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; what was saved before is whole: continue with --resume auto"
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return 1, f"a data loading worker died ({text[:200]}); give the run more memory or fewer --workers"
+    if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return 1, LOST_CONTACT
+    return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
+def leave(status: int):
+    """Ends the process without the interpreter's clean-up, which a broken process group would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

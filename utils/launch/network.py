@@ -1,0 +1,118 @@
+"""Addresses, interfaces and listening sockets."""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from urllib.parse import urlsplit
+
+from ..errors import UserError
+
+
+def resolve(url: str) -> tuple[str, int]:
+    """IPv4 address and port of tcp://HOST:PORT. Raises UserError for anything else."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or port is None or parts.scheme != "tcp":
+        raise UserError(f"--dist-url {url}: must be tcp://HOST:PORT, or env:// under torchrun")
+    try:
+        return socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0], port
+    except (OSError, UnicodeError):
+        raise UserError(f"--dist-url {url}: the host {host} is not known; correct the name") from None
+
+
+def listen(host: str, port: int, url: str | None) -> socket.socket:
+    """A listening socket. Raises UserError if the port is taken, or the address is none of this machine's."""
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"--dist-url {url}: cannot listen there ({os.strerror(error.errno)}); choose another port of this machine"
+        ) from None
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 addresses by network interface."""
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                packed = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                addresses[name] = socket.inet_ntoa(packed[20:24])
+    return addresses
+
+
+def interface_address(name: str) -> str:
+    """IPv4 address of --dist-interface. Raises UserError if it has none."""
+    known = interfaces()
+    if name not in known:
+        raise UserError(f"--dist-interface {name}: no address; this machine has {', '.join(known)}")
+    return known[name]
+
+
+def choose_interface(args, info) -> str | None:
+    """The network interface over which the processes talk; None, torch's own choice, if it cannot be told."""
+    if args.dist_interface:
+        interface_address(args.dist_interface)
+        return args.dist_interface
+    if info.nodes == 1:
+        return "lo0" if sys.platform == "darwin" else "lo"
+    host = os.environ["MASTER_ADDR"] if info.launcher == "torchrun" else resolve(info.url)[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, UnicodeError):
+        probe.connect((host, 9))  # for a datagram socket this sends nothing, it only picks the route
+        address = probe.getsockname()[0]
+        return next((name for name, own in interfaces().items() if own == address), None)
+    return None
+
+
+def wait_for_listener(host: str, port: int, timeout: float):
+    """Returns once something listens there. Raises OSError, that of the last attempt, after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.2)
+
+
+def call_within(timeout: float, function):
+    """function(), in a thread that is given up after `timeout` seconds: TCPStore waits forever for a silent peer.
+
+    Raises what function raises, or TimeoutError.
+    """
+    result = concurrent.futures.Future()
+
+    def call():
+        try:
+            result.set_result(function())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    with contextlib.suppress(concurrent.futures.TimeoutError):
+        return result.result(timeout)
+    raise TimeoutError("it does not answer as node 0 would")
+
+
+@contextlib.contextmanager
+def hide_native_messages():
+    """Keeps the C++ parts of torch.distributed from writing stack traces to stderr; their exceptions say enough."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

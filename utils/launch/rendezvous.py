@@ -1,0 +1,156 @@
+"""Who a process is among those of the run, and how they meet: DistInfo, device, key-value store, process group."""
+
+import contextlib
+import functools
+import os
+import re
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..distributed import DistInfo, set_dist_info
+from ..errors import UserError, one_line
+from . import network
+
+
+def detect_launcher(args) -> DistInfo:
+    """Who this process is, by flags and environment; for --multiprocessing-distributed, the first one of this node."""
+    url = args.dist_url if "dist_url" in args.given else None
+    if "TORCHELASTIC_RUN_ID" in os.environ or (url == "env://" and "RANK" in os.environ):
+        return torchrun_info()
+    if env_number("SLURM_STEP_NUM_TASKS", default="1") > 1:
+        return srun_info(url)
+    if url == "env://":
+        raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
+    nodes = max(args.world_size, 1)
+    node = args.rank if nodes > 1 else 0
+    if not 0 <= node < nodes:
+        raise UserError(f"--rank {node}: with --world-size {nodes} it must be from 0 to {nodes - 1}")
+    if nodes > 1 and url is None:
+        raise UserError("--dist-url: name tcp://HOST:PORT of node 0 if --world-size is above 1")
+    if args.multiprocessing_distributed:
+        no_gpu = device_type(args) == "cpu"
+        local = args.nproc if no_gpu or "nproc" in args.given else torch.cuda.device_count()
+        return DistInfo(node * local, nodes * local, 0, local, "spawn", url)
+    return DistInfo(node, nodes, 0, 1, "node", url) if nodes > 1 else DistInfo()
+
+
+def torchrun_info() -> DistInfo:
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("environment of the launcher: MASTER_ADDR is missing; start with torchrun")
+    env_number("MASTER_PORT", 1, 65535)
+    world_size = env_number("WORLD_SIZE", 1)
+    rank = env_number("RANK", most=world_size - 1)
+    local_world_size = env_number("LOCAL_WORLD_SIZE", 1, world_size, default=str(world_size))
+    local_rank = env_number("LOCAL_RANK", most=min(rank, local_world_size - 1), default=str(rank))
+    return DistInfo(rank, world_size, local_rank, local_world_size, "torchrun", "env://")
+
+
+def srun_info(url: str | None) -> DistInfo:
+    """url: --dist-url if it is given, else the processes meet on the first host of the job."""
+    world_size = env_number("SLURM_STEP_NUM_TASKS")
+    rank = env_number("SLURM_PROCID", most=world_size - 1)
+    local_rank = env_number("SLURM_LOCALID", most=rank)
+    nodes = env_number("SLURM_STEP_NUM_NODES", 1, world_size, default="1")
+    hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", os.environ.get("SLURM_JOB_NODELIST", ""))  # gpu[07-09,12] -> gpu07
+    url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID') % 20000}"
+    return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
+
+
+def env_number(name: str, least: int = 0, most: int = 2**31 - 1, default: str = "") -> int:
+    """A number from the launcher's environment. Raises UserError if it is missing or out of bounds."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+        what = f"{text[:20]!r}, must be a number from {least} to {most}" if text else "missing"
+        raise UserError(f"environment of the launcher: {name} is {what}; start with torchrun or srun")
+    return int(text)
+
+
+def device_type(args) -> str:
+    return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def select_device(args, info: DistInfo) -> torch.device:
+    """This process's device, made the current one."""
+    if device_type(args) == "cpu":
+        return torch.device("cpu")
+    number = args.gpu if args.gpu is not None else info.local_rank
+    if number >= torch.cuda.device_count():
+        raise UserError(f"process {info.local_rank} of this node has no GPU of its own; start one process per GPU")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+@contextlib.contextmanager
+def process_group(args, info: DistInfo):
+    """Makes this process part of the run, and yields its device. After an exception the group is left as it is."""
+    set_dist_info(info)
+    device = select_device(args, info)
+    if info.local_world_size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // info.local_world_size))
+    if info.launcher != "plain":
+        init_process_group(args, info, device)
+    yield device
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init_process_group(args, info: DistInfo, device):
+    """Meets the other processes at the store, and makes a group that listens on one network interface alone."""
+    if device.type == "cpu" and args.dist_backend == "nccl":
+        args.dist_backend = "gloo"
+        if info.rank == 0:
+            print("gloo instead of nccl: there is no GPU in use (--dist-backend)", flush=True)
+    interface = network.choose_interface(args, info)
+    if interface:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, interface)
+    meeting = {"init_method": "env://"}
+    if info.launcher != "torchrun":
+        is_master = info.rank == 0 and info.launcher != "spawn"  # else the parent is
+        meeting = {"store": open_store(args, info, is_master), "rank": info.rank, "world_size": info.world_size}
+    try:
+        with network.hide_native_messages():
+            dist.init_process_group(args.dist_backend, timeout=timedelta(seconds=args.dist_timeout), **meeting)
+    except dist.DistError as error:
+        raise UserError(
+            f"the {info.world_size} processes did not meet within --dist-timeout {args.dist_timeout:g} s "
+            f"({type(error).__name__}); start them all, with the same --dist-url and --world-size"
+        ) from None
+
+
+def open_store(args, info: DistInfo, is_master: bool):
+    """The key-value store at which the processes meet; the master holds it.
+
+    It listens on loopback if there is one node, else on --dist-interface or the address of --dist-url:
+    torch.distributed has no authentication. Raises UserError if the port cannot be had or reached.
+    """
+    host, port = network.resolve(info.url) if info.url else ("127.0.0.1", 0)
+    if info.nodes == 1:
+        network.listen(host, 0, info.url).close()  # is it an address of this machine?
+        host = "127.0.0.1"
+    elif is_master and args.dist_interface:
+        host = network.interface_address(args.dist_interface)
+    elif is_master and host.startswith("127.") and not re.match(r"tcp://(localhost|127\.)", info.url):
+        raise UserError(
+            f"--dist-url {info.url}: its name is {host} on node 0, which no other node reaches; "
+            "give node 0's address, or --dist-interface"
+        )
+    listener = network.listen(host, port, info.url) if is_master else None
+    if listener:
+        host, port = listener.getsockname()
+    try:
+        if not is_master:
+            network.wait_for_listener(host, port, args.dist_timeout)
+        connect = functools.partial(
+            dist.TCPStore, host, port, is_master=is_master, wait_for_workers=False,
+            timeout=timedelta(seconds=args.dist_timeout), master_listen_fd=listener.detach() if listener else None,
+        )  # fmt: skip
+        with network.hide_native_messages():
+            return network.call_within(args.dist_timeout, connect)
+    except (OSError, dist.DistError) as error:
+        raise UserError(
+            f"--dist-url {info.url}: node 0 is not reached within --dist-timeout {args.dist_timeout:g} s "
+            f"({one_line(error)}); start node 0, or correct host and port"
+        ) from None

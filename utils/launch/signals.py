@@ -1,0 +1,126 @@
+"""Signals that ask a run to stop, and how a process obeys them.
+
+Until defer_stop() there is nothing to save: the process leaves at once with status 75, even if it is waiting for
+others. From then on a signal is noted for stop_requested(), so that the run leaves after its checkpoint. If the run
+then shows no heartbeat() for STUCK_AFTER seconds, it is stuck, in a system call say, and the process leaves at once.
+A second SIGINT raises KeyboardInterrupt.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STUCK_AFTER = 120  # seconds
+STOPPED_EARLY = "stopped on request before the first step; start again with the same command"
+STOPPED_STUCK = (
+    "stopped on request, at once, since nothing had moved for {:g} s; the last checkpoint is whole: "
+    "continue with --resume auto"
+)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and what there was to save is written.
+
+    on_all_ranks: whether every rank raises the same, so that rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+class _State:
+    """What is known of stops in this process."""
+
+    def __init__(self):
+        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+
+
+_state = _State()
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop."""
+    return _state.requested
+
+
+def defer_stop():
+    """From now on there may be something to save: a signal is noted, not obeyed at once."""
+    _state.deferred = True
+
+
+def heartbeat():
+    """Says that the run is making progress."""
+    _state.heartbeat = time.monotonic()
+
+
+@contextlib.contextmanager
+def block_signals():
+    """Keeps STOP_SIGNALS from this thread until the end, and for good from the processes that are started within."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def handle_stop_signals(program: str = "", report=None):
+    """Installs the handlers; outside the main thread, where Python allows none, it does nothing.
+
+    report(message) is called when the process leaves at once; without it the message goes to stderr.
+    """
+    global _state
+    state = _state = _State()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    stderr = os.dup(2)  # fd 2 may point elsewhere when it is needed
+    report = report or (lambda message: os.write(stderr, f"{program}: {message}\n".encode()))
+    wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    thread = threading.Thread(target=_watch, args=(receive, state, report), daemon=True)
+    thread.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        state.ended.set()
+        os.write(send, b"\0")
+        thread.join()
+        for descriptor in (receive, send, stderr):
+            os.close(descriptor)
+
+
+def _note(number, frame):
+    if _state.requested and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    _state.requested = True
+
+
+def _watch(receive: int, state: _State, report):
+    """Ends the process when that is due. It runs in a thread, since the main thread may be stuck in a system call."""
+    while (number := os.read(receive, 1)[0]) not in STOP_SIGNALS:
+        if number == 0:
+            return
+    message, requested_at = STOPPED_EARLY, time.monotonic()
+    if state.deferred:
+        message = STOPPED_STUCK.format(STUCK_AFTER)
+        while (left := max(requested_at, state.heartbeat) + STUCK_AFTER - time.monotonic()) > 0:
+            if state.ended.wait(left):
+                return
+    try:
+        report(message)
+        for worker in multiprocessing.active_children():  # a data worker that is stuck would outlive this process
+            worker.kill()
+    finally:
+        os._exit(os.EX_TEMPFAIL)

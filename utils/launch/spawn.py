@@ -1,0 +1,114 @@
+"""--multiprocessing-distributed: starts the processes of this node, and watches them until all have ended."""
+
+import os
+import signal
+import threading
+import time
+from multiprocessing import connection, resource_tracker
+
+import torch.multiprocessing as mp
+
+from ..command_line import USER_ERROR
+from ..distributed import DistInfo
+from ..errors import UserError, one_line
+from . import LOST_CONTACT, describe_failure, leave
+from .rendezvous import open_store, process_group
+from .signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
+
+GRACE = 5  # seconds in which the others may still report, once a process has failed
+POLL = 0.1  # seconds between two looks at stop_requested()
+MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
+
+
+def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
+    """Runs main_worker in local_world_size processes, the first of which is `info`; returns (exit status, message).
+
+    Of several outcomes the most telling one counts: a user's mistake, another failure, a stop, a lost contact.
+    """
+    store = open_store(args, info, is_master=info.rank == 0)
+    defer_stop()  # from now on a signal is passed on to the processes, and this one leaves after them
+    pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
+    try:
+        info = info._replace(url=f"tcp://{store.host}:{store.port}")
+        processes = start(run_rank, (main_worker, args, info, [send for _, send in pipes]), len(pipes))
+        killed = watch(processes)
+    except BaseException:  # a second SIGINT, say
+        kill(mp.active_children())
+        raise
+    outcomes = [
+        outcome(info.rank + local_rank, process, pipes[local_rank][0])
+        for local_rank, process in enumerate(processes)
+        if process not in killed
+    ]
+    stopped = os.EX_TEMPFAIL
+    return min(outcomes, key=lambda o: (o[0] == 0, LOST_CONTACT in o[1], o[0] == stopped, o[0] != USER_ERROR, not o[1]))
+
+
+def start(function, arguments, count: int) -> list:
+    """Starts processes that run function(local_rank, *arguments), with the signals blocked."""
+    with block_signals():
+        resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
+        try:
+            return mp.start_processes(function, arguments, count, join=False, start_method="spawn").processes
+        except OSError as error:
+            raise UserError(f"--nproc: {count} processes cannot be started ({one_line(error)})") from None
+
+
+def watch(processes) -> set:
+    """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned."""
+    running, deadline, passed_on = set(processes), None, False
+    while running:
+        connection.wait([process.sentinel for process in running], timeout=POLL)
+        heartbeat()
+        running = {process for process in running if process.exitcode is None}
+        if stop_requested() and not passed_on:
+            passed_on = True
+            for process in running:
+                process.terminate()  # sends SIGTERM
+        if deadline is None and any(process.exitcode for process in processes):
+            deadline = time.monotonic() + GRACE
+        if deadline is not None and time.monotonic() >= deadline:
+            kill(running)
+            break
+    return running
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def outcome(rank: int, process, channel) -> tuple[int, str]:
+    """(exit status, message) of a process that has ended by itself: its report, if there is a whole one."""
+    os.set_blocking(channel.fileno(), False)  # a process that was killed may have left half a report
+    try:
+        return channel.recv()
+    except Exception:
+        code = process.exitcode
+        cause = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+        cause += "; out of memory?" if code == -signal.SIGKILL else ""
+        return 1, f"rank {rank} died ({cause}); continue with --resume auto"
+
+
+def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
+    """A started process: joins the others, works, and reports (exit status, message). It dies with its parent."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # else data workers would be spawned as it was
+    info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
+    report = channels[local_rank].send
+    with handle_stop_signals(report=lambda message: report((os.EX_TEMPFAIL, message))):
+        try:
+            with process_group(args, info) as device:
+                main_worker(args, device)
+            status, message = 0, ""
+        except (Exception, KeyboardInterrupt) as error:
+            status, message = describe_failure(error)
+        report((status, message[-MAX_MESSAGE:]))
+        leave(status)
+
+
+def exit_with_parent():
+    connection.wait([mp.parent_process().sentinel])
+    os._exit(1)
