@@ -14,7 +14,7 @@ from torch import nn
 
 from .ssd import SDL, SLG, SSFL, infer_stage_and_arch, mismatched_keys, strip_module
 
-MAX_PICKLE = 64 * 2**20  # bytes of all that is not a tensor; checkpoints of stage I have less than one MiB
+MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
 MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, which has to be read whole
 
 # Published checkpoints may hold best_acc1 as a numpy scalar, under the module's present or former name.
@@ -36,7 +36,7 @@ def load(path) -> nn.Module:
     """The network in a checkpoint file, of whichever stage, with its weights, on the CPU, in eval mode.
 
     Stage, arch and sizes are read from names and shapes (see from_state_dict). Raises OSError for what cannot be opened
-    or is no regular file; ValueError, in one line that names the file, if it is no sound checkpoint of a stage.
+    or is no regular file; ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
     """
     state_dict = state_dict_of(path, read_checkpoint(path))
     try:
@@ -49,7 +49,7 @@ def read_checkpoint(path) -> dict:
     """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
 
     Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read: those that are
-    not used cost no memory, and those that are kept should be copied, lest the file changes. Raises OSError for what
+    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError for what
     cannot be opened or is no regular file; ValueError, in one line that names the file, if it is damaged, is no
     checkpoint, would run code or would unpack to more than the file.
     """
@@ -159,7 +159,7 @@ def from_state_dict(state_dict: dict) -> nn.Module:
     """The network of whichever stage the state dict belongs to, with its weights, in eval mode.
 
     Momentum and temperatures, which no state dict holds and only training uses, are the defaults. Raises ValueError,
-    in one line, if names or shapes belong to no stage or to an unknown backbone, or if weights are not sound.
+    in one line, if names or shapes belong to no stage or to an unknown backbone, or if check_weights refuses it.
     """
     found = infer_stage_and_arch(state_dict)
     if found is None or found["arch"] is None:
