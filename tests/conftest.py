@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers import LAST, train, write_tree
 
+from tests.helpers_processes import TWO
 torch.set_num_threads(1)
 
 
@@ -42,3 +43,9 @@ def trained(plain_tree, tmp_path_factory):
     iii = train("iii", plain_tree, root / "iii", "--cos", "--teacher_ckpt", ii / LAST)
     tuned = train("ii", plain_tree, root / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
     return {"i": i, "ii": ii, "iii": iii, "tuned": tuned}
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(plain_tree, tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)

@@ -47,12 +47,6 @@ def interface_is_chosen_by_the_run(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
-@pytest.fixture(scope="module")
-def whole_of_two(plain_tree, tmp_path_factory):
-    """A run of two processes that nothing disturbed."""
-    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)
-
-
 # ---- asked to stop
 
 
