@@ -8,11 +8,14 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" el
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.helpers import LAST, train, write_tree
-
 from tests.helpers_processes import TWO
+
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
