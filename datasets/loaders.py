@@ -1,10 +1,14 @@
 """Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
 
+import warnings
+
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 from utils.errors import UserError
 from utils.signals import held_signals
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
 
 
 def collate(items):
