@@ -5,6 +5,7 @@ import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # whatever proxy leads out of here
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from tests.helpers import LAST, train, write_tree
 from tests.helpers_processes import TWO
 
+for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+    del os.environ[name]  # of the job that the tests run in
 torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
