@@ -1,5 +1,7 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import warnings
+
 import torch
 from torch.utils.data import DataLoader, default_collate
 
@@ -8,6 +10,8 @@ from utils.errors import UserError
 from utils.launch.signals import block_signals
 
 from .device_augment import to_float
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
 
 
 def collate(items):

@@ -1,5 +1,6 @@
 """Runs in processes of their own: started, watched, sent signals to, and looked for afterwards."""
 
+import contextlib
 import os
 import re
 import signal
@@ -28,11 +29,10 @@ def wait_until(condition, what, patience=PATIENCE):
 def children(pid) -> list[int]:
     """Of every thread of a process."""
     found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, file.read_text().split())
-        except OSError:
-            continue
+    with contextlib.suppress(OSError):  # it ends meanwhile
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 
@@ -70,7 +70,8 @@ class Job:
 
     def __exit__(self, *exception):
         for pid in filter(alive, self.note()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     @property
@@ -122,12 +123,12 @@ def listening(pids) -> set[str]:
     """Addresses at which these processes listen, over IPv4 and IPv6, in hexadecimal as the kernel lists them."""
     sockets = set()
     for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(descriptor))
-            except OSError:  # closed meanwhile
-                continue
-    lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+        with contextlib.suppress(OSError):  # it has ended
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    sockets.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    tables = [file for file in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if file.exists()]  # IPv6 may be off
+    lines = [line for table in tables for line in table.read_text().splitlines()[1:]]
     rows = map(str.split, lines)
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from datasets import prepare
 from datasets.dataset import load_rgb
-from tests.helpers import LAST, Outcome, checkpoint, run_shell, run_stage
+from tests.helpers import LAST, Outcome, checkpoint, limited_memory, run_shell, run_stage
 from utils.errors import UserError
 
 LONGEST_LINE = 2000
@@ -413,7 +413,9 @@ FLAGS = {
 @pytest.mark.parametrize("case", FLAGS)
 def test_flags(plain_tree, tmp_path, case):
     flags, told = FLAGS[case]
-    assert_refused(run_stage("i", plain_tree, tmp_path / "run", *flags), told)
+    with limited_memory():
+        outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
+    assert_refused(outcome, told)
 
 
 ENVIRONMENTS = {

@@ -12,7 +12,18 @@ import pytest
 import torch
 from utils.args import stage_parser
 
-from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
+from tests.helpers import (
+    LAST,
+    call,
+    checkpoint,
+    limited_memory,
+    log_of,
+    results_of,
+    run_stage,
+    same,
+    stage_flags,
+    train,
+)
 from tests.helpers_processes import TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
 from utils.distributed import get_dist_info
@@ -39,19 +50,14 @@ def assert_one_line(outcome, status, *words):
 
 
 def assert_stopped(outcome):
-    assert_one_line(outcome, 75, "stopped on request at epoch 1, step", "--resume auto")
+    """In either epoch: how far a run comes before its signal reaches it is the machine's affair."""
+    assert_one_line(outcome, 75, "stopped on request at epoch ", ", step ", "--resume auto")
 
 
 @pytest.fixture
 def interface_is_chosen_by_the_run(monkeypatch):
     """As for a user: what the tests set for gloo is gone."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-
-
-@pytest.fixture(scope="module")
-def whole_of_two(plain_tree, tmp_path_factory):
-    """A run of two processes that nothing disturbed."""
-    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)
 
 
 # ---- asked to stop
@@ -65,7 +71,7 @@ def test_a_signal_to_all_processes_of_a_run(trained, plain_tree, tmp_path, inter
         assert len(job.workers()) >= 2 and listening(job.note()) == set()
         os.killpg(job.pid, signal.SIGUSR1)
         assert_stopped(job.end())
-    assert 0 < checkpoint(run)["step"] <= 9 and checkpoint(run)["epoch"] == 0
+    assert checkpoint(run)["epoch"] < 2
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
@@ -95,7 +101,7 @@ def test_a_signal_to_a_process_that_waits_for_others(plain_tree, tmp_path, numbe
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
         wait_until(lambda: listening([job.pid]), "the meeting place")
-        assert_one_line(job.send(number).end(30), 75, "before the first step", "same command")
+        assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run").exists()
 
 
@@ -133,7 +139,7 @@ def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
         job.wait_for(r"epoch 1/2 \[1/")
         outcome = job.send(number).end()
     assert outcome.status == 1  # torchrun's own
-    assert outcome.err.count("stopped on request at epoch 1, step") == 1
+    assert outcome.err.count("stopped on request at epoch ") == 1
     assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
 
 
@@ -184,16 +190,21 @@ def test_a_stop_in_validation_trains_no_step_again(trained, plain_tree, tmp_path
 def test_a_process_that_is_killed_ends_the_run(plain_tree, tmp_path, rank):
     with Job("i", plain_tree, tmp_path / "run", *LONG, *TWO, *SEVERAL_WORKERS) as job:
         job.wait_for(r"epoch 1/1000 \[2/")
-        outcome = job.send(signal.SIGKILL, job.ranks()[rank]).end(30)
+        outcome = job.send(signal.SIGKILL, job.ranks()[rank]).end()
     assert_one_line(outcome, 1, f"rank {rank} died (SIGKILL", "--resume auto")
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
 def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
-    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, *SEVERAL_WORKERS) as job:
+    """One line, on a single core too, of which torch says that more than one worker is too many."""
+
+    def on_one_core():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, *SEVERAL_WORKERS, limit=on_one_core) as job:
         job.wait_for(r"epoch 1/1000 \[2/")
         victim = job.workers()[-1]
-        outcome = job.send(signal.SIGKILL, victim).end(30)
+        outcome = job.send(signal.SIGKILL, victim).end()
     assert_one_line(outcome, 1, "a data loading worker died", str(victim))
 
 
@@ -202,25 +213,30 @@ def test_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, tmp_p
     run = tmp_path / "run"
     with Job("i", plain_tree, run, "--cos", "--save-every-steps", 1, *flags, *SEVERAL_WORKERS) as job:
         job.wait_for(r"epoch 1/2 \[2/")
-        assert_one_line(run_stage("i", plain_tree, run, "--cos", "--resume", "auto"), 2, "another run is writing there")
         ranks, workers = job.ranks(), job.workers()
+        for pid in ranks or [job.pid]:  # so that it does not end before its time
+            os.kill(pid, signal.SIGSTOP)
+        assert_one_line(run_stage("i", plain_tree, run, "--cos", "--resume", "auto"), 2, "another run is writing there")
         for worker in workers:  # a worker that hangs in a slow read
             os.kill(worker, signal.SIGSTOP)
         job.note()
         job.send(signal.SIGKILL).process.wait()
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
         wait_until(lambda: not any(map(alive, ranks)), "the ranks to end")
         assert all(map(alive, workers))
         train("i", plain_tree, run, "--cos", "--resume", "auto")
         for worker in workers:
             os.kill(worker, signal.SIGCONT)
-        job.end(30)
+        job.end()
     if not flags:
         assert_same_run(run, trained["i"])
 
 
 def test_out_of_memory_is_one_line(plain_tree, tmp_path):
-    """Of the system's allocator: no machine has this much."""
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 2**31 - 1, "--moco-dim", 4096)
+    """Of the system's allocator."""
+    with limited_memory():
+        outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 2**31 - 1, "--moco-dim", 4096)
     assert_one_line(outcome, 2, "out of memory")
 
 
@@ -285,7 +301,7 @@ def test_processes_that_do_not_meet(plain_tree, tmp_path, capfd, mute_port, rank
 def test_a_port_where_something_else_listens(plain_tree, tmp_path, mute_port):
     flags = ["--world-size", 2, "--rank", 1, "--dist-url", f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        assert_one_line(job.end(30), 2, "node 0 is not reached within --dist-timeout 1 s", "does not answer")
+        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "does not answer")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +374,7 @@ def test_two_nodes(whole_of_two, plain_tree, tmp_path, launch, interface_is_chos
         assert second.end().status == 75
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
     saved = checkpoint(run)
-    assert (saved["run"]["world_size"], saved["epoch"]) == (2, 0)
+    assert saved["run"]["world_size"] == 2 and saved["epoch"] < 2
     again = train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto")
     for name in ("state_dict", "optimizer", "best_acc1"):
         assert same(checkpoint(again)[name], checkpoint(whole_of_two)[name]), name

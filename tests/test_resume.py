@@ -22,12 +22,12 @@ def assert_same_run(folder, reference):
     assert results_of(folder) == results_of(reference)
 
 
-def resumed(stage, data, run, to, *flags, at=PREVIOUS):
-    """A copy of a run's folder, gone on from its checkpoint `at` as if what came after had been lost."""
+def resumed(stage, data, run, to, *flags):
+    """A copy of a run's folder, gone on from its previous checkpoint as if what came after had been lost."""
     shutil.copytree(run, to)
     (to / "results.json").unlink()
-    shutil.copy(run / at, to / LAST)
-    if at != BEST and checkpoint(run, at)["epoch"] < checkpoint(run, BEST)["epoch"]:
+    shutil.copy(run / PREVIOUS, to / LAST)
+    if checkpoint(run, PREVIOUS)["epoch"] < checkpoint(run, BEST)["epoch"]:
         (to / BEST).unlink()
     return train(stage, data, to, "--cos", *flags, "--resume", to / LAST)
 
@@ -70,12 +70,11 @@ def test_in_the_midst_of_an_epoch(saved_often, plain_tree, tmp_path, stage, work
     assert_same_run(again, saved_often[stage])
 
 
-def test_two_processes(plain_tree, tmp_path):
-    whole = train("i", plain_tree, tmp_path / "whole", "--cos", "--save-every-steps", 5, *TWO)
-    assert checkpoint(whole, PREVIOUS)["step"] == 5
-    assert_same_run(resumed("i", plain_tree, whole, tmp_path / "midst", *TWO), whole)
-    assert (checkpoint(whole, BEST)["epoch"], checkpoint(whole, BEST)["step"]) == (1, 0)
-    assert_same_run(resumed("i", plain_tree, whole, tmp_path / "after", *TWO, at=BEST), whole)
+def test_two_processes(whole_of_two, plain_tree, tmp_path):
+    often = train("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5, *TWO)
+    for run, step in ((often, 5), (whole_of_two, 0)):
+        assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
+        assert_same_run(resumed("i", plain_tree, run, tmp_path / f"from {step}", *TWO), whole_of_two)
 
 
 # ---- --resume auto

@@ -170,9 +170,12 @@ def test_log(trained, run):
 
 
 def test_stages_learn(trained):
+    """More than how often each class comes. (Stage I's loss may rise all the same: the queue fills with negatives.)"""
+    shares = np.array(COUNTS["train"]) / IMAGES
     for run in ("i", "iii"):
-        first, second = log_of(trained[run])
-        assert second["loss"] < first["loss"] and second[f"top1_{CLASSIFIERS[run][0]}"] > 0.75
+        _, second = log_of(trained[run])
+        assert second["cross_entropy"] < -np.sum(shares * np.log(shares))
+        assert second[f"top1_{CLASSIFIERS[run][0]}"] > shares.max()
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -451,15 +454,19 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_spawned_or_under_torchrun(trained, plain_tree, tmp_path, stage):
-    flags = [*source(stage, trained), "--epochs", 1]
+    young = ["--epochs", 1, "--lr", 1e-3]  # a young network's loss hangs but little on its batches
+    flags = [*source(stage, trained), *young]
+    if stage == "ii":
+        flags = ["--last_stage_ckpt", train("i", plain_tree, tmp_path / "i", *young) / LAST, *young]
+    alone = train(stage, plain_tree, tmp_path / "alone", *flags)
     spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, "--multiprocessing-distributed", "--nproc", 2)
     outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
     assert outcome.status == 0, outcome.err
     assert same(checkpoint(tmp_path / "torchrun"), checkpoint(spawned))
     assert checkpoint(spawned)["run"]["world_size"] == 2
     assert log_of(tmp_path / "torchrun", timed=False) == log_of(spawned, timed=False)
-    (record,), (alone, _) = log_of(spawned), log_of(trained[stage])
-    assert record["loss"] == pytest.approx(alone["loss"], rel=0.3)  # the same method, on other batches
+    (record,), (expected,) = log_of(spawned), log_of(alone)
+    assert record["loss"] == pytest.approx(expected["loss"], rel=0.15)  # the same method, on other batches
     assert [r["count"] for r in results_of(spawned)] == [TEST_IMAGES] * len(CLASSIFIERS[stage])
     one = run_stage(stage, plain_tree, tmp_path / "one", "--resume", spawned / LAST, "--evaluate")
     assert one.status == 0 and results_of(tmp_path / "one") == results_of(spawned)
