@@ -252,7 +252,7 @@ def restore(loaded: LoadedCheckpoint | None, state, steps_per_epoch: int):
         state.epoch, state.step = int(content.get("epoch", 0)), int(content.get("step", 0))
         state.best = float(content.get("best_acc1", 0.0))
         if content.get("averages"):
-            state.metrics.load_state_dict(content["averages"])
+            state.metrics.load_state_dict(content["averages"], loaded.path)
         if state.step > steps_per_epoch:
             raise UserError(
                 f"{loaded.path}: stopped at step {state.step}, of {steps_per_epoch} here; resume with "
