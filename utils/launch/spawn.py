@@ -21,27 +21,31 @@ MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
-    """Runs main_worker in local_world_size processes, the first of which is `info`; returns (exit status, message).
+    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
 
     Of several outcomes the most telling one counts: a user's mistake, another failure, a stop, a lost contact.
     """
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one leaves after them
     pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
+    info = info._replace(url=f"tcp://{store.host}:{store.port}")
     try:
-        info = info._replace(url=f"tcp://{store.host}:{store.port}")
         processes = start(run_rank, (main_worker, args, info, [send for _, send in pipes]), len(pipes))
         killed = watch(processes)
     except BaseException:  # a second SIGINT, say
         kill(mp.active_children())
         raise
-    outcomes = [
-        outcome(info.rank + local_rank, process, pipes[local_rank][0])
-        for local_rank, process in enumerate(processes)
-        if process not in killed
-    ]
-    stopped = os.EX_TEMPFAIL
-    return min(outcomes, key=lambda o: (o[0] == 0, LOST_CONTACT in o[1], o[0] == stopped, o[0] != USER_ERROR, not o[1]))
+    outcomes = []
+    for local_rank, (process, (receive, _)) in enumerate(zip(processes, pipes, strict=True)):
+        report = read_report(receive)
+        if report or process not in killed:
+            outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
+    return min(outcomes, key=telling)
+
+
+def telling(outcome):
+    status, message = outcome
+    return status == 0, message == LOST_CONTACT, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
 
 
 def start(function, arguments, count: int) -> list:
@@ -80,16 +84,19 @@ def kill(processes):
         process.join()
 
 
-def outcome(rank: int, process, channel) -> tuple[int, str]:
-    """(exit status, message) of a process that has ended by itself: its report, if there is a whole one."""
-    os.set_blocking(channel.fileno(), False)  # a process that was killed may have left half a report
+def read_report(channel) -> tuple[int, str] | None:
+    """What a process has reported; None if it ended before it had done so."""
+    os.set_blocking(channel.fileno(), False)  # there may be half a report
     try:
         return channel.recv()
     except Exception:
-        code = process.exitcode
-        cause = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-        cause += "; out of memory?" if code == -signal.SIGKILL else ""
-        return 1, f"rank {rank} died ({cause}); continue with --resume auto"
+        return None
+
+
+def describe_death(rank: int, code: int) -> str:
+    cause = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+    cause += "; out of memory?" if code == -signal.SIGKILL else ""
+    return f"rank {rank} died ({cause}); continue with --resume auto"
 
 
 def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
