@@ -5,12 +5,14 @@ No test depends on how fast a process is: those that a test has to find at a cer
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -21,12 +23,19 @@ from tests.test_resume import Interruption, assert_same_run
 from utils.args import stage_parser
 from utils.distributed import get_dist_info
 from utils.errors import UserError
-from utils.launch import launch
+from utils.launch import launch, spawn
+from utils.launch.rendezvous import detect_launcher
+from utils.launch.signals import Stopped, defer_stop
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
 LONG = ["--cos", "--epochs", 1000]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+# parser and argv of two processes, for launch
+SMALL_RUN = (
+    stage_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none"),
+    [*map(str, TWO), "--device", "cpu", "data"],
+)
 
 
 def free_port() -> int:
@@ -192,6 +201,20 @@ def test_a_run_stopped_in_validation_trains_no_step_again(trained, plain_tree, t
     assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
 
 
+def stop_all_ranks(seconds, args, device):
+    """A main_worker: every rank stops, rank 0 once it has saved for some seconds."""
+    defer_stop()
+    if get_dist_info().rank == 0:
+        time.sleep(seconds)
+    raise Stopped("saved by rank 0", on_all_ranks=True)
+
+
+def test_a_rank_that_saves_for_longer_than_the_grace_is_not_killed(capfd, monkeypatch):
+    monkeypatch.setattr(spawn, "GRACE", 0.1)
+    assert launch(functools.partial(stop_all_ranks, 1), *SMALL_RUN) == 75
+    assert re.fullmatch(r"\S+: saved by rank 0\n", capfd.readouterr().err)
+
+
 # ---- killed
 
 
@@ -257,12 +280,92 @@ def fail_on_rank_1(kind, args, device):
 )
 def test_the_message_is_that_of_the_rank_that_failed(capfd, kind, status, words):
     """It is shown, not that of the others, which only lost contact with it."""
-    parser = stage_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none")
-    argv = [*map(str, TWO), "--device", "cpu", "data"]
-    assert launch(functools.partial(fail_on_rank_1, kind), parser, argv) == status
+    assert launch(functools.partial(fail_on_rank_1, kind), *SMALL_RUN) == status
     err = capfd.readouterr().err
     assert all(word in err for word in words) and "lost contact" not in err
     assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # an unknown failure has a traceback
+
+
+def test_half_a_report_is_no_report():
+    receive, send = multiprocessing.Pipe(duplex=False)
+    assert spawn.read_report(receive) is None
+    send.send((1, "a message"))
+    whole = os.read(receive.fileno(), 1000)
+    os.write(send.fileno(), whole[:-1])
+    assert spawn.read_report(receive) is None
+
+
+# ---- how a run is started
+
+
+def test_launch_calls_main_worker_itself(capfd):
+    """The reader of a traceback finds nothing between the two."""
+    parser, _ = SMALL_RUN
+    assert launch(lambda args, device: 1 / 0, parser, ["--device", "cpu", "data"]) == 1
+    assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
+
+
+RANKS = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "20005",
+}  # fmt: skip
+
+
+@pytest.fixture
+def detect(monkeypatch):
+    """detect_launcher, given flags and an environment."""
+
+    def detected(env, *flags):
+        for name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return detect_launcher(SMALL_RUN[0].parse_args([*map(str, flags), "--device", "cpu", "data"]))
+
+    return detected
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "info"),
+    [
+        ({}, [], (0, 1, 0, 1, "plain", None)),
+        ({}, TWO, (0, 2, 0, 2, "spawn", None)),
+        ({}, [*TWO, "--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (2, 6, 0, 2, "spawn", "tcp://a:1")),
+        ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (1, 3, 0, 1, "node", "tcp://a:1")),
+        (RANKS, [], (1, 4, 1, 4, "torchrun", "env://")),
+        (RANKS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, [], (1, 4, 0, 2, "torchrun", "env://")),
+        (TASKS, [], (3, 4, 1, 2, "srun", "tcp://gpu07:20005")),
+        (TASKS | {"SLURM_JOB_NODELIST": "login,gpu[1-2]"}, [], (3, 4, 1, 2, "srun", "tcp://login:20005")),
+        (TASKS, ["--dist-url", "tcp://a:1"], (3, 4, 1, 2, "srun", "tcp://a:1")),
+    ],
+)
+def test_flags_and_environment_say_who_a_process_is(detect, env, flags, info):
+    assert detect(env, *flags) == info
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "words"),
+    [
+        ({}, ["--world-size", 3, "--dist-url", "tcp://a:1"], "--rank -1: with --world-size 3 it must be from 0 to 2"),
+        ({}, ["--world-size", 3, "--rank", 0], "--dist-url: name tcp://HOST:PORT"),
+        ({}, ["--dist-url", "env://"], "RANK and WORLD_SIZE are not set"),
+        (RANKS | {"RANK": "4"}, [], "RANK is '4', must be a number from 0 to 3"),
+        (RANKS | {"RANK": "-1"}, [], "RANK is '-1'"),
+        (RANKS | {"WORLD_SIZE": "9" * 5000}, [], "WORLD_SIZE is '99999999999999999999'"),
+        (RANKS | {"LOCAL_WORLD_SIZE": "0"}, [], "LOCAL_WORLD_SIZE is '0', must be a number from 1 to 4"),
+        (RANKS | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, [], "LOCAL_RANK is '2'"),
+        (RANKS | {"MASTER_PORT": "1e3"}, [], "MASTER_PORT is '1e3'"),
+        (RANKS | {"MASTER_ADDR": ""}, [], "MASTER_ADDR is missing"),
+        (TASKS | {"SLURM_STEP_NUM_NODES": "0"}, [], "SLURM_STEP_NUM_NODES is '0'"),
+        (TASKS | {"SLURM_STEP_NUM_NODES": "5"}, [], "SLURM_STEP_NUM_NODES is '5', must be a number from 1 to 4"),
+        (TASKS | {"SLURM_LOCALID": "4"}, [], "SLURM_LOCALID is '4'"),
+        (TASKS | {"SLURM_JOB_ID": ""}, [], "SLURM_JOB_ID is missing"),
+    ],
+)
+def test_nonsense_of_a_launcher_is_one_line(detect, env, flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        detect(env, *flags)
 
 
 # ---- never meeting

@@ -60,21 +60,23 @@ def start(function, arguments, count: int) -> list:
 
 
 def watch(processes) -> set:
-    """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned."""
-    running, deadline, passed_on = set(processes), None, False
-    while running:
+    """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned.
+
+    A stop is no failure: it is passed on, and each process may take its time to save.
+    """
+    running, stopping, deadline = set(processes), False, None
+    while running and (deadline is None or time.monotonic() < deadline):
         connection.wait([process.sentinel for process in running], timeout=POLL)
         heartbeat()
         running = {process for process in running if process.exitcode is None}
-        if stop_requested() and not passed_on:
-            passed_on = True
+        codes = {process.exitcode for process in processes} - {None, 0}
+        if not stopping and (stop_requested() or os.EX_TEMPFAIL in codes):
+            stopping = True
             for process in running:
                 process.terminate()  # sends SIGTERM
-        if deadline is None and any(process.exitcode for process in processes):
+        if deadline is None and codes - {os.EX_TEMPFAIL}:
             deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() >= deadline:
-            kill(running)
-            break
+    kill(running)
     return running
 
 
