@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
-from tests.helpers_processes import TWO, Job, alive, listening, wait_until
+from tests.helpers_processes import PATIENCE, TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
 from utils.args import stage_parser
 from utils.distributed import get_dist_info
@@ -145,7 +145,8 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN, gate=2) as job:
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # else torchrun kills the ranks after 30 s
+    with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN, gate=2, env=patience) as job:
         job.wait_for(r"epoch 1/2 \[1/")
         outcome = job.send(number).end()
     assert outcome.status == 1  # torchrun's own
