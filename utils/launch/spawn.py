@@ -27,36 +27,27 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     """
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one leaves after them
-    pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
     try:
-        processes = start(run_rank, (main_worker, args, info, [send for _, send in pipes]), len(pipes))
-        killed = watch(processes)
-    except BaseException:  # a second SIGINT, say
+        pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
+        with block_signals():  # until the processes are ready for them
+            resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
+            arguments = (main_worker, args, info, [send for _, send in pipes])
+            context = mp.start_processes(run_rank, arguments, len(pipes), join=False, start_method="spawn")
+        killed = watch(context.processes)
+    except BaseException as error:  # a second SIGINT, say, or too many files for this system
         kill(mp.active_children())
+        if isinstance(error, OSError):
+            raise UserError(f"--nproc {info.local_world_size}: cannot be started ({one_line(error)})") from None
         raise
     outcomes = []
-    for local_rank, (process, (receive, _)) in enumerate(zip(processes, pipes, strict=True)):
-        report = read_report(receive)
+    for local_rank, process in enumerate(context.processes):
+        report = read_report(pipes[local_rank][0])
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
-    return min(outcomes, key=telling)
-
-
-def telling(outcome):
-    status, message = outcome
-    return status == 0, message == LOST_CONTACT, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
-
-
-def start(function, arguments, count: int) -> list:
-    """Starts processes that run function(local_rank, *arguments), with the signals blocked."""
-    with block_signals():
-        resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
-        try:
-            return mp.start_processes(function, arguments, count, join=False, start_method="spawn").processes
-        except OSError as error:
-            raise UserError(f"--nproc: {count} processes cannot be started ({one_line(error)})") from None
+    stopped = os.EX_TEMPFAIL
+    return min(outcomes, key=lambda o: (o[0] == 0, o[1] == LOST_CONTACT, o[0] == stopped, o[0] != USER_ERROR, not o[1]))
 
 
 def watch(processes) -> set:
