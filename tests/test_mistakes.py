@@ -47,7 +47,7 @@ def assert_mistake(outcome, *words):
         ("i", ["-b", 1.5], ["--batch-size", "1.5"]),
         ("i", ["-b", "many"], ["--batch-size", "many"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
-                ("i", ["--epochs", 0], ["--epochs 0"]),
+        ("i", ["--epochs", 0], ["--epochs 0"]),
         ("i", ["--epochs", -1], ["--epochs -1"]),
         ("i", ["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
         ("i", ["--start-epoch", -1], ["--start-epoch -1"]),

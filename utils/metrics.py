@@ -16,6 +16,7 @@ class MetricLogger:
 
     def __init__(self, device):
         self.device, self.names, self.sums, self.steps = device, (), None, 0
+        self.source = None  # the file that the sums so far were read from
         self.images, self.seconds = 0, 0.0  # trained on in this process since the epoch began or was resumed
 
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
@@ -25,8 +26,9 @@ class MetricLogger:
             values[f"top1_{name}"], values[f"top5_{name}"] = topk_accuracy(scores.detach(), labels)
         if self.steps and tuple(values) != self.names:
             raise UserError(
-                f"the averages in the checkpoint are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
-                "resume from a checkpoint that was saved after an epoch (previous or best)"
+                f"{self.source}: its averages are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
+                "resume from a checkpoint that was saved after an epoch (previous or best)",
+                on_all_ranks=True,
             )
         stacked = torch.stack([value.detach().double() for value in values.values()])
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
@@ -51,8 +53,12 @@ class MetricLogger:
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state: dict):
-        """Goes on from a state_dict, also of another number of processes: each then takes an equal part."""
+    def load_state_dict(self, state: dict, source):
+        """Goes on from a state_dict, also of another number of processes: each then takes an equal part.
+
+        source: the file that it was read from, for messages.
+        """
+        self.source = source
         sums = state["sums"]
         if len(sums) == get_world_size():
             own = sums[get_rank()]
