@@ -23,7 +23,8 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
 FOREIGN_FLAGS = {  # of pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
-    "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke", "--help", "--no-",
+    "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
+    "--help", "--no-",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))
