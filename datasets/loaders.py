@@ -1,5 +1,7 @@
 """Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
 
+from multiprocessing import connection
+
 import torch
 from torch.utils.data import DataLoader, default_collate
 
@@ -36,10 +38,15 @@ def batches(loader):
     """
     with block_signals():
         iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except (EOFError, OSError) as error:  # a worker that is killed while it hands over a batch
+        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        dead = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(dead)}) died") if dead else error from None
 
 
 def close(loader):

@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 
+from datasets.loaders import batches
 from tests.helpers import LAST, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
 from tests.helpers_processes import PATIENCE, TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
@@ -234,6 +235,24 @@ def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
         victim = job.workers()[-1]
         outcome = job.send(signal.SIGKILL, victim).end()
     assert_one_line(outcome, 1, "a data loading worker died", str(victim))
+
+
+def test_a_data_worker_that_is_killed_while_it_hands_over_a_batch_is_named():
+    """The loader sees the end of the connection first, and the worker's end only later."""
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+
+    class Iterator:
+        _workers = [worker]
+
+        def __iter__(self):
+            worker.kill()
+            raise EOFError
+            yield
+
+    with pytest.raises(RuntimeError, match=f"DataLoader worker .*{worker.pid}"):
+        list(batches([Iterator()][0]))
+    worker.join()
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
