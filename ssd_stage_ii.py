@@ -1,6 +1,6 @@
 r"""Stage II of SSD-LT: soft label generation (paper, section 3.2).
 
-Stage I's network is frozen; under class-aware sampling one scale a class is trained (learnable weight scaling), which
+Stage I's network is frozen; under class-aware sampling one scale per class is trained (learnable weight scaling), which
 balances the classifier that will teach stage III. The script runs once more, on stage III's checkpoint, for the
 paper's optional classifier fine-tuning.
 
@@ -14,62 +14,91 @@ Input: the checkpoint of stage I or III. Output: weights/stage_ii/last_checkpoin
 table has one row, of the scaled classifier (lws). No figure of stage II alone is published.
 """
 
-import functools
 import sys
 
+import torch
 import torch.nn.functional as F
 
+from datasets.build import build_data
 from datasets.samplers import ClassAwareSampler
 from models import SLG
 from utils import checkpoint
-from utils.args import stage_parser
-from utils.engine import Stage, run
-from utils.errors import UserError
+from utils.arguments import ON_OFF, settle_defaults, training_parser
+from utils.command_line import run_only, whole_number
+from utils.distributed import distribute
+from utils.evaluation import evaluate
+from utils.launch import launch
+from utils.numerics import seed_everything
+from utils.run_folder import RunFolder
+from utils.training import TrainState, prepare_model, set_lr
 
 
-class StageII(Stage):
-    name = "ii"
-    backbones = ("encoder",)
+def get_parser():
+    parser = training_parser(__doc__, epochs=5, batch_size=512, lr=0.2, workers=12, output_dir="weights/stage_ii/")
+    # fmt: off
+    group = parser.add_argument_group("stage II")
+    run_only(group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III"))
+    group.add_argument("--num_samples_cls", default=2, type=whole_number(1), metavar="N",
+        help="images of a class in its turn of class-aware sampling (default: %(default)s)")
+    group.add_argument("--classifier", default="hard", choices=("hard", "soft"),
+        help="which classifier of a stage III checkpoint to scale (default: %(default)s, as published)")
+    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
+        help="keep the frozen encoder's BatchNorm in eval mode, which small batches need; the published numbers come "
+        "from train mode")
+    # fmt: on
+    return parser
 
-    def parser(self):
-        parser = stage_parser(__doc__, epochs=5, batch_size=512, lr=0.2, workers=12, output_dir="weights/stage_ii/")
-        # fmt: off
-        group = parser.add_argument_group("stage II")
-        group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III")
-        group.add_argument("--num_samples_cls", default=2, type=int, metavar="N",
-            help="images of a class in its turn of class-aware sampling (default: %(default)s)")
-        group.add_argument("--classifier", default="hard", choices=("hard", "soft"),
-            help="which classifier of a stage III checkpoint to scale (default: %(default)s, as published)")
-        group.add_argument("--freeze-bn", action="store_true",
-            help="keep the frozen encoder's BatchNorm in eval mode; the published numbers come from train mode")
-        # fmt: on
-        return parser
 
-    def classifiers(self, args):
-        return ("lws",)
+def train_one_epoch(model, loader, state, args):
+    model.train()
+    for (images,), labels in state.batches(loader):  # on the device; goes on within an epoch after --resume
+        with state.autocast():
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        state.backward(loss)  # a loss that is not finite stops every rank before its weights move
+        state.optimizer_step()
+        state.metrics.update({"loss": loss}, {"lws": logits}, labels)
+        checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
 
-    def sampler(self, labels, args, **where):
-        return ClassAwareSampler(labels, args.num_samples_cls, **where)
 
-    def build(self, args):
-        model = SLG(args.arch, args.num_classes, args.freeze_bn)
-        if not args.resume:
-            if not args.last_stage_ckpt:
-                raise UserError("--last_stage_ckpt is missing: name the checkpoint of stage I (or III) to start from")
-            stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-            load = functools.partial(model.load_stage_i, classifier=args.classifier)
-            checkpoint.hand_over(load, args.last_stage_ckpt, "--last_stage_ckpt", stages, args)
-        return model
+def main_worker(args, device):
+    """Trains, validates after every epoch, and tests; runs on every rank."""
+    classifiers = ("lws",)
+    resumed = checkpoint.load_resume(args, get_parser(), stage="ii")  # None without --resume
+    pretrained = None
+    if resumed is None:
+        stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
+        pretrained = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", stages)
+    settle_defaults(args)
+    sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
+    with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
+        checkpoint.check_compatible(resumed or pretrained, args.arch, data.num_classes)
+        seed_everything(args.seed)
+        model = SLG(args.arch, data.num_classes, args.freeze_bn)
+        if pretrained is not None:
+            model.load_pretrained(pretrained.state_dict, args.classifier)
+        model = prepare_model(model, device, args)  # device, channels_last, compile
+        scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert len(scales) == 1, "one scale per class trains, and nothing else"
+        optimizer = torch.optim.SGD(
+            scales, args.lr, args.momentum, weight_decay=args.weight_decay,
+            fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
+        )  # fmt: skip
+        state = TrainState("ii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
+        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
+        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        folder.start(state.epoch)
 
-    def step(self, model, views, labels, args):
-        (images,) = views
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        return loss, {}, {"lws": logits}
+        for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
+            set_lr(optimizer, epoch, args)
+            train_one_epoch(ddp_model, data.train, state, args)
+            results = evaluate(model, data.val, classifiers, data.train_counts, state)
+            state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
+        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
 
 
 def main(argv=None) -> int:
-    return run(StageII(), argv)
+    return launch(main_worker, get_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -14,57 +14,90 @@ in per cent of many-, medium-, few-shot and all classes: hard 71.1, 46.2, 15.3, 
 
 import sys
 
+import torch
 import torch.nn.functional as F
 
+from datasets.build import build_data
 from models import SDL
 from utils import checkpoint
-from utils.args import stage_parser
-from utils.engine import Stage, run
-from utils.errors import UserError
+from utils.arguments import ON_OFF, settle_defaults, training_parser
+from utils.command_line import number, run_only
+from utils.distributed import distribute
+from utils.evaluation import evaluate
+from utils.launch import launch
+from utils.numerics import seed_everything
+from utils.run_folder import RunFolder
+from utils.training import TrainState, prepare_model, set_lr
 
 
-class StageIII(Stage):
-    name = "iii"
-    backbones = ("encoder_q", "encoder_t")
+def get_parser():
+    parser = training_parser(__doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_iii/")
+    # fmt: off
+    group = parser.add_argument_group("stage III")
+    run_only(group.add_argument("--teacher_ckpt", default=None, metavar="PATH", help="checkpoint of stage II"))
+    group.add_argument("--kd_t", default=2.0, type=number(above=0), metavar="T",
+        help="temperature of the distillation's softmax (default: %(default)s)")
+    group.add_argument("--kd-weight", default=1.0, type=number(), metavar="W",
+        help="weight of the distillation loss (default: %(default)s); 0 trains the hard classifier alone")
+    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
+        help="keep the teacher's BatchNorm in eval mode, which small batches need; the published numbers come from "
+        "train mode")
+    # fmt: on
+    return parser
 
-    def parser(self):
-        parser = stage_parser(__doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_iii/")
-        # fmt: off
-        group = parser.add_argument_group("stage III")
-        group.add_argument("--teacher_ckpt", default=None, metavar="PATH", help="checkpoint of stage II")
-        group.add_argument("--kd_t", default=2.0, type=float, metavar="T",
-            help="temperature of the distillation's softmax (default: %(default)s)")
-        group.add_argument("--kd-weight", default=1.0, type=float,
-            help="weight of the distillation loss (default: %(default)s); 0 trains the hard classifier alone")
-        group.add_argument("--freeze-bn", action="store_true",
-            help="keep the teacher's BatchNorm in eval mode; the published numbers come from train mode")
-        # fmt: on
-        return parser
 
-    def classifiers(self, args):
-        return ("hard", "soft") if args.kd_weight > 0 else ("hard",)
+def train_one_epoch(model, loader, state, args):
+    model.train()
+    for (images,), labels in state.batches(loader):  # on the device; goes on within an epoch after --resume
+        with state.autocast():
+            hard, soft, kd_loss = model(images)
+            ce_loss = F.cross_entropy(hard, labels)
+            loss = ce_loss + args.kd_weight * kd_loss
+        state.backward(loss)  # a loss that is not finite stops every rank before its weights move
+        state.optimizer_step()
+        losses = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
+        state.metrics.update(losses, {"hard": hard, "soft": soft}, labels)
+        checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
 
-    def build(self, args):
-        model = SDL(args.arch, args.num_classes, args.kd_t, args.freeze_bn)
-        if args.kd_weight == 0:
-            model.disable_distillation()
-        elif not args.resume:
-            if not args.teacher_ckpt:
-                raise UserError("--teacher_ckpt is missing: name the checkpoint of stage II (--kd-weight 0 needs none)")
-            checkpoint.hand_over(model.load_teacher, args.teacher_ckpt, "--teacher_ckpt", ("ii",), args)
-        return model
 
-    def step(self, model, views, labels, args):
-        (images,) = views
-        hard, soft, distillation = model(images)
-        cross_entropy = F.cross_entropy(hard, labels)
-        loss = cross_entropy + args.kd_weight * distillation
-        logits = {"hard": hard, "soft": soft}
-        return loss, {"cross_entropy": cross_entropy, "distillation": distillation}, logits
+def main_worker(args, device):
+    """Trains, validates after every epoch, and tests; runs on every rank."""
+    distill = args.kd_weight > 0
+    classifiers = ("hard", "soft") if distill else ("hard",)
+    resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
+    teacher = None
+    if distill and resumed is None:
+        teacher = checkpoint.load_stage(
+            args, get_parser(), "--teacher_ckpt", ("ii",), hint=" (--kd-weight 0 needs none)"
+        )
+    settle_defaults(args)
+    with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
+        checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
+        seed_everything(args.seed)
+        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill)
+        if teacher is not None:
+            model.load_teacher(teacher.state_dict)
+        model = prepare_model(model, device, args)  # device, channels_last, compile
+        student = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(
+            student, args.lr, args.momentum, weight_decay=args.weight_decay,
+            fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
+        )  # fmt: skip
+        state = TrainState("iii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
+        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
+        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        folder.start(state.epoch)
+
+        for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
+            set_lr(optimizer, epoch, args)
+            train_one_epoch(ddp_model, data.train, state, args)
+            results = evaluate(model, data.val, classifiers, data.train_counts, state)
+            state.end_epoch(results, best=classifiers[-1])  # log.txt, last and best checkpoint
+        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
 
 
 def main(argv=None) -> int:
-    return run(StageIII(), argv)
+    return launch(main_worker, get_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 import torch
 
 from benchmarks import common, textbook
-from datasets.transforms import normalize
 from models import SSFL
+from models.preprocess import normalize
 from utils import evaluate
 from utils.numerics import AUTOCAST
 

@@ -64,7 +64,7 @@ class Reader(torch.utils.data.Dataset):
 def measure(kind: str, file: str) -> dict:
     """Loads the list and reads it in workers; run in a process of its own."""
     before, start = memory()["private"], time.perf_counter()
-    entries = ListIndex.read(file) if kind == "index" else load_tuples(file)
+    entries = ListIndex.from_file(file) if kind == "index" else load_tuples(file)
     seconds = time.perf_counter() - start
     resident = memory()["private"] - before
     loader = torch.utils.data.DataLoader(

@@ -22,10 +22,12 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from benchmarks import common
-from datasets.list_file import ListFileDataset, class_folders
+from datasets.dataset import ListFileDataset
 from datasets.loaders import batches, build_loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.transforms import MEAN, SMALL, STD, GaussianBlur, Views
+from datasets.splits import class_folders
+from datasets.transforms import GaussianBlur, Views
+from models.preprocess import MEAN, SMALL, STD
 
 STAGES = {"I": ("query", "key"), "II and III": ("query",)}
 SCALING_WORKERS = (0, 1, 2, 4, 8, 16, 32)

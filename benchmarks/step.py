@@ -14,14 +14,14 @@ from statistics import mean
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from utils.averages import Averages, train_accuracies
 
 from benchmarks import common, textbook
-from datasets.transforms import normalize
 from models import SDL, SLG, SSFL, build_backbone
+from models.preprocess import normalize
 from ssd_stage_i import StageI
 from ssd_stage_ii import StageII
 from ssd_stage_iii import StageIII
-from utils.averages import Averages, train_accuracies
 from utils.numerics import AUTOCAST, Verdict
 
 STAGES = {"i": StageI(), "ii": StageII(), "iii": StageIII()}

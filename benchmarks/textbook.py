@@ -7,16 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import build_backbone
+from models import build_backbone, contrastive_loss_plain
 from models.heads import LWS, projection_head
-
-
-def contrastive_loss(q, k, labels, queue, label_queue, temperature):
-    """Class-masked InfoNCE with the whole matrix of scores; arguments as in models.contrastive_loss."""
-    positive = torch.exp(torch.einsum("nc,nc->n", q, k) / temperature)
-    negative = torch.exp(torch.einsum("nc,ck->nk", q, queue.clone().detach()) / temperature)
-    negative = negative * (labels[:, None] != label_queue[None, :]).float()
-    return -torch.log(positive / (positive + negative.sum(dim=1))).mean()
 
 
 def distillation_loss(student, teacher, temperature):
@@ -34,10 +26,10 @@ class StageI(nn.Module):
         super().__init__()
         self.size, self.m, self.temperature = queue_size, momentum, temperature
         backbone_q, backbone_k = build_backbone(arch), build_backbone(arch)
-        width = backbone_q.width
+        num_features = backbone_q.num_features
         self.encoder_q, self.encoder_k = backbone_q, backbone_k
-        self.q_fc, self.k_fc = projection_head(width, dim), projection_head(width, dim)
-        self.classifier = nn.Linear(width, num_classes)
+        self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)
+        self.classifier = nn.Linear(num_features, num_classes)
         for param_q, param_k in self.pairs():
             param_k.data.copy_(param_q.data)
             param_k.requires_grad = False
@@ -70,7 +62,7 @@ class StageI(nn.Module):
         with torch.no_grad():
             self.update_key_encoder()
             k = F.normalize(self.k_fc(self.encoder_k(im_k)), dim=1)
-        contrast = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
+        contrast = contrastive_loss_plain(q, k, labels, self.queue.clone(), self.label_queue, self.temperature)
         self.enqueue(k, labels)
         return {"linear": logits}, [F.cross_entropy(logits, labels), contrast]
 
@@ -85,7 +77,7 @@ class StageII(nn.Module):
         self.encoder = build_backbone(arch)
         for parameter in self.encoder.parameters():
             parameter.requires_grad = False
-        self.classifier = LWS(self.encoder.width, num_classes)
+        self.classifier = LWS(self.encoder.num_features, num_classes)
 
     def forward(self, im, labels):
         logits = self.classifier(self.encoder(im))
@@ -101,9 +93,9 @@ class StageIII(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
-        width = self.encoder_q.width
-        self.classifier, self.classifier_kd = nn.Linear(width, num_classes), nn.Linear(width, num_classes)
-        self.classifier_t = LWS(width, num_classes)
+        num_features = self.encoder_q.num_features
+        self.classifier, self.classifier_kd = nn.Linear(num_features, num_classes), nn.Linear(num_features, num_classes)
+        self.classifier_t = LWS(num_features, num_classes)
         for module in (self.encoder_t, self.classifier_t):
             for parameter in module.parameters():
                 parameter.requires_grad = False

@@ -1,9 +1,10 @@
-"""Colour operations of the views (DESIGN section 1) for whole batches on the training device (`--augment device`).
+"""Color operations of the views for whole batches on the training device (`--augment device`).
 
-The workers draw what is to be done to each image; here it is done to all of them at once: per-sample factors in
-per-sample order, then grayscale, then blur. Given equal parameters, the result is that of torchvision's functional
-operations on float images. Parameters are a row of WIDTH float32 an image: FACTORS (brightness, contrast, saturation,
-hue), ORDER (which of the four comes first, second, ...), GRAYSCALE (0 or 1), BLUR (radius in pixels, 0 for none).
+The workers draw what is to be done to each image (transforms.ColorAugment.draw); here it is done to all of them at
+once: each image's factors in its own order, then grayscale, then blur. Given equal parameters, the result is that of
+torchvision's functional operations on float images. The parameters of one image are a row of NUM_PARAMETERS float32:
+FACTORS (brightness, contrast, saturation, hue), ORDER (which of the four comes first, second, ...), GRAYSCALE (0 or
+1), BLUR (radius in pixels, 0 for none).
 """
 
 import torch
@@ -11,25 +12,31 @@ import torch.nn.functional as F
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
-FACTORS, ORDER, GRAYSCALE, BLUR, WIDTH = slice(0, 4), slice(4, 8), 8, 9, 10
-BLUR_REACH = 8  # half the kernel, in pixels: four times the largest radius in use
+FACTORS, ORDER, GRAYSCALE, BLUR, NUM_PARAMETERS = slice(0, 4), slice(4, 8), 8, 9, 10
+BLUR_HALF_WIDTH = 8  # of the kernel, in pixels: four times the largest radius in use
 
 
-def recolour(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Applies the parameters (N, WIDTH) to the images (N, 3, H, W), floats in [0, 1]; changes and returns them.
+def to_float(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) as floats in [0, 1] with the colors that the parameters (N, NUM_PARAMETERS) say."""
+    return apply_color(images.float().div_(255), parameters)
 
-    The parameters come on the CPU, pinned or not: which images an operation concerns is decided there, so that a GPU
-    is never waited for.
+
+def apply_color(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Applies the parameters (N, NUM_PARAMETERS) in place to images (N, 3, H, W), floats in [0, 1]; returns the images.
+
+    The parameters are on the CPU, pinned or not: there it is decided which images an operation concerns, so that
+    nothing waits for a GPU.
     """
     device = images.device
-    hued = parameters[:, HUE] != 0
-    own = parameters.to(device, images.dtype, non_blocking=True)
+    hue_changes = parameters[:, HUE] != 0
+    on_device = parameters.to(device, images.dtype, non_blocking=True)
     for turn in range(4):
         operations = parameters[:, ORDER][:, turn]
-        _blend(images, own[:, ORDER][:, turn], own)
-        _change(images, hued & (operations == HUE), lambda some, index: _shift_hue(some, own[index, HUE]))
+        _blend(images, on_device[:, ORDER][:, turn], on_device)
+        shifted = hue_changes & (operations == HUE)
+        _change(images, shifted, lambda some, index: _shift_hue(some, on_device[index, HUE]))
     _change(images, parameters[:, GRAYSCALE] != 0, lambda some, index: luminance(some).expand_as(some))
-    _change(images, parameters[:, BLUR] > 0, lambda some, index: _blur(some, own[index, BLUR]))
+    _change(images, parameters[:, BLUR] > 0, lambda some, index: _blur(some, on_device[index, BLUR]))
     return images
 
 
@@ -40,7 +47,7 @@ def luminance(images: torch.Tensor) -> torch.Tensor:
 
 
 def _change(images, chosen, operation):
-    """Puts operation(images, their numbers) in the place of the chosen images. chosen: bool (N,), on the CPU."""
+    """Replaces the chosen images by operation(images, their numbers). chosen: bool (N,), on the CPU."""
     index = chosen.nonzero()[:, 0]
     if len(index) == 0:
         return
@@ -50,9 +57,9 @@ def _change(images, chosen, operation):
 
 
 def _blend(images, operations, parameters):
-    """Brightness, contrast or saturation, in place: f x + (1 - f) r, where r is black, the mean grey or the grey.
+    """Brightness, contrast or saturation, in place: f x + (1 - f) r, with r black, the mean grey or the grey image.
 
-    operations (N,): which one of them an image gets; with HUE it stays as it is.
+    operations (N,): which of them each image gets; HUE leaves it as it is.
     """
 
     def column(values):
@@ -69,7 +76,7 @@ def _blend(images, operations, parameters):
 
 
 def _shift_hue(images, shift):
-    """Images (N, 3, H, W) with their hue moved by shift (N,), in turns of the colour circle; value and chroma stay.
+    """Images (N, 3, H, W) with their hue moved by shift (N,), in turns of the color circle; value and chroma stay.
 
     With h in sixths of the circle, a channel of an HSV colour is v - c clip(min(k, 4 - k), 0, 1), where
     k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue.
@@ -94,10 +101,10 @@ def _shift_hue(images, shift):
 def _blur(images, radius):
     """Images (N, 3, H, W) under Gaussians of standard deviation radius (N,), in pixels; reflected at the borders."""
     count, channels, height, width = images.shape
-    offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device, dtype=images.dtype)
+    offsets = torch.arange(-BLUR_HALF_WIDTH, BLUR_HALF_WIDTH + 1, device=images.device, dtype=images.dtype)
     kernels = torch.softmax(-0.5 * (offsets / radius[:, None]) ** 2, dim=1).repeat_interleave(channels, dim=0)
-    planes = images.reshape(1, count * channels, height, width)  # a channel a plane: one kernel each
-    planes = F.pad(planes, (BLUR_REACH,) * 4, mode="reflect")
+    planes = images.reshape(1, count * channels, height, width)  # one plane per channel, each with its kernel
+    planes = F.pad(planes, (BLUR_HALF_WIDTH,) * 4, mode="reflect")
     planes = F.conv2d(planes, kernels[:, None, None, :], groups=count * channels)
     planes = F.conv2d(planes, kernels[:, None, :, None], groups=count * channels)
     return planes.view_as(images)

@@ -1,12 +1,19 @@
-"""Loaders: batches (views, labels, indices) of a split, fetched by persistent workers."""
+"""Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import contextlib
+import warnings
 from multiprocessing import connection
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from models.preprocess import normalize
 from utils.errors import UserError
 from utils.launch.signals import block_signals
+
+from .device_augment import to_float
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
 
 
 def collate(items):
@@ -17,40 +24,92 @@ def collate(items):
     return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
 
 
-def build_loader(dataset, batch_sampler, workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader over the batch sampler's batches; the training loop takes them through `batches`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
+def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
+    """A view of a batch as normalized floats (N, 3, S, S) on the device.
 
-
-def batches(loader):
-    """The loader's batches. Raises UserError, without a worker's traceback, for an image that cannot be read.
-
-    The workers never see the signals that ask for a stop: the run ends them itself, after its checkpoint.
+    view: uint8 images, or a pair of them and the parameters of their colors (--augment device).
     """
-    with block_signals():
-        iterator = iter(loader)
+    images, parameters = view if isinstance(view, list) else (view, None)
+    images = images.to(device, non_blocking=True)
+    images = normalize(images if parameters is None else to_float(images, parameters))
+    return images.to(memory_format=torch.channels_last) if channels_last else images
+
+
+class Loader(DataLoader):
+    """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
+
+    Its workers never see the signals that ask for a stop, since the run ends them itself: close() must be called.
+    Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
+    name: of the split; batch_sampler: of samplers.py.
+    """
+
+    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, channels_last: bool = False):
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        self.name, self.device, self.channels_last = name, device, channels_last
+        self.indices = []  # of the latest batch
+
+    @property
+    def steps(self) -> int:
+        """Batches of a whole epoch."""
+        return self.batch_sampler.steps
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of this process per training step."""
+        return self.batch_sampler.batch_size
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of this process per training epoch, those that fill no step included."""
+        return len(self.batch_sampler.sampler)
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether which images an epoch draws depends on the number of ranks."""
+        return self.batch_sampler.sampler.depends_on_ranks
+
+    def start_at(self, epoch: int, position: int):
+        """Says which epoch comes next, and how many of this rank's images in it to pass over."""
+        self.batch_sampler.start_at(epoch, position)
+
+    def locate(self) -> str:
+        """The list lines of the images in the latest batch, for messages."""
+        index = self.dataset.index
+        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in self.indices)}"
+
+    def __iter__(self):
+        with block_signals():
+            batches = super().__iter__()
+        with report_killed_workers(batches):
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                views, labels, self.indices = batch
+                images = tuple(to_device(view, self.device, self.channels_last) for view in views)
+                yield images, labels.to(self.device, non_blocking=True), self.indices
+
+    def close(self):
+        """Ends the workers. They ignore the signals by which an exit would end them."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
+
+
+@contextlib.contextmanager
+def report_killed_workers(iterator):
+    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
     try:
-        for batch in iterator:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except (EOFError, OSError) as error:  # a worker that is killed while it hands over a batch
+        yield
+    except (EOFError, OSError) as error:
         workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
-        dead = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
-        raise RuntimeError(f"DataLoader worker (pid {', '.join(dead)}) died") if dead else error from None
-
-
-def close(loader):
-    """Ends the loader's workers. They ignore the signals by which an exit would end them, so this must be called."""
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()
-        loader._iterator = None
+        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None

@@ -1,7 +1,7 @@
 """Batches of (epoch, draw, index) for training, and shards without padding for evaluation.
 
-What a sampler yields is a function of (seed, epoch, rank) alone. It carries the epoch and the draw because persistent
-workers keep the data set that they were started with: the sampler is the only thing that reaches them.
+What a sampler yields is a function of (seed, epoch, rank) alone. It carries epoch and draw because persistent workers
+keep the data set that they were started with: the sampler is the only thing that reaches them.
 """
 
 import numpy as np
@@ -12,90 +12,87 @@ def generator(*entropy: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
-def draws(indices: np.ndarray) -> np.ndarray:
-    """How many times each index came before at its place: [7, 3, 7, 7] gives [0, 0, 1, 2]."""
-    order = np.argsort(indices, kind="stable")
-    ordered = indices[order]
-    positions = np.arange(len(indices))
-    first = np.maximum.accumulate(np.where(np.r_[True, ordered[1:] != ordered[:-1]], positions, 0))
-    counted = np.empty_like(positions)
-    counted[order] = positions - first
-    return counted
-
-
 class ShuffledSampler:
-    """Every image once an epoch in random order, a rank its shard; the shards are padded to equal length.
+    """Every image once per epoch in random order; each rank takes its shard.
 
-    size: images in the data set. The padding repeats images from the permutation's start, as their second draw.
+    Shards are padded to equal length with images from the start of the permutation, as their second draw.
+    labels: one per image, of which only the number counts here.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1):
-        self.size, self.seed, self.rank, self.world = size, seed, rank, world
+    depends_on_ranks = False  # the images of a step are the same however many ranks share them
+
+    def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
+        self.size = labels if isinstance(labels, int) else len(labels)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
 
     def __len__(self):
-        """Images a rank and epoch."""
-        return -(-self.size // self.world)
+        """Images per rank and epoch."""
+        return -(-self.size // self.world_size)
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of all images, padded to a multiple of the world size."""
         order = generator(self.seed, epoch).permutation(self.size)
-        return np.resize(order, len(self) * self.world)
+        return np.resize(order, len(self) * self.world_size)
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(draws, indices) of this rank's epoch."""
-        order = self.permutation(epoch)
-        shard = slice(self.rank, None, self.world)
-        return draws(order)[shard], order[shard]
+        """(draws, indices) of this rank's epoch; an image's first draw is 0, its second 1."""
+        indices = self.permutation(epoch)
+        draws = np.arange(len(indices)) // self.size  # the permutation repeats after `size` images
+        shard = slice(self.rank, None, self.world_size)
+        return draws[shard], indices[shard]
 
 
 class ClassAwareSampler(ShuffledSampler):
     """Class-aware sampling of stage II (paper, section 3.2; Kang et al., 2020).
 
-    Classes in random cyclic order, each for samples_per_class images; a class's images in random cyclic order. A rank
-    draws from its shard of the epoch's permutation, as many images as the shard holds.
+    Classes take turns in random cyclic order, each for samples_per_class images, and so do the images within a class.
+    Each rank draws from its shard of the epoch's permutation, as many images as the shard holds.
     labels: int (images,).
     """
 
-    def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world: int = 1):
-        super().__init__(len(labels), seed, rank, world)
+    depends_on_ranks = True
+
+    def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world_size: int = 1):
+        super().__init__(len(labels), seed, rank, world_size)
         self.labels, self.samples_per_class = np.asarray(labels), samples_per_class
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shard = self.permutation(epoch)[self.rank :: self.world]
+        shard = self.permutation(epoch)[self.rank :: self.world_size]
         rng = generator(self.seed, epoch, self.rank)
         by_class = shard[np.argsort(self.labels[shard], kind="stable")]
-        members = np.split(by_class, np.flatnonzero(np.diff(self.labels[by_class])) + 1)
-        turns = -(-len(shard) // self.samples_per_class)
-        classes = self._cycle(rng, np.arange(len(members)), turns)
-        picked = np.empty((turns, self.samples_per_class), dtype=shard.dtype)
-        turns_of = np.split(
-            np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes, minlength=len(members)))[:-1]
-        )
-        for own, images in zip(turns_of, members, strict=True):
-            cycle = self._cycle(rng, images, len(own) * self.samples_per_class)
-            picked[own] = cycle.reshape(len(own), self.samples_per_class)
-        picked = picked.reshape(-1)[: len(shard)]
-        return draws(picked), picked
+        classes, first = np.unique(self.labels[by_class], return_index=True)
+        images = np.split(by_class, first[1:])  # one array per class
 
-    @staticmethod
-    def _cycle(rng, items, length):
-        """`length` items in random cyclic order: every item once, in a fresh order each time round."""
-        rounds = -(-length // len(items))
-        return np.concatenate([rng.permutation(items) for _ in range(rounds)] or [items[:0]])[:length]
+        num_turns = -(-len(shard) // self.samples_per_class)
+        _, turns = cycle(rng, np.arange(len(classes)), num_turns)
+        turns_per_class = np.bincount(turns, minlength=len(classes))
+        picks = []  # per class an iterator over its turns, each of shape (2, samples_per_class)
+        for own, count in zip(images, turns_per_class, strict=True):
+            picked = np.stack(cycle(rng, own, count * self.samples_per_class))
+            picks.append(iter(picked.reshape(2, count, self.samples_per_class).swapaxes(0, 1)))
+        draws, indices = np.concatenate([next(picks[c]) for c in turns], axis=1)[:, : len(shard)]
+        return draws, indices
+
+
+def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rounds, picks) of `length` picks: every item once per round, in a fresh random order each round."""
+    rounds = np.arange(length) // len(items)
+    orders = [rng.permutation(items) for _ in range(-(-length // len(items)))]
+    return rounds, np.concatenate([items[:0], *orders])[:length]
 
 
 class BatchSampler:
     """Full batches [(epoch, draw, index), ...] of a sampler's epoch; the incomplete last one is dropped.
 
-    start_at(epoch, step) says which epoch comes next, and the batch in it to begin with.
+    start_at(epoch, position) says which epoch comes next, and how many of its images the batches pass over.
     """
 
     def __init__(self, sampler, batch_size: int):
         self.sampler, self.batch_size = sampler, batch_size
         self.start_at(0)
 
-    def start_at(self, epoch: int, step: int = 0):
-        self.next_epoch, self.next_step = epoch, step
+    def start_at(self, epoch: int, position: int = 0):
+        self.next_epoch, self.position = epoch, position
 
     @property
     def steps(self) -> int:
@@ -103,21 +100,21 @@ class BatchSampler:
         return len(self.sampler) // self.batch_size
 
     def __len__(self):
-        return self.steps - self.next_step
+        return max(0, len(self.sampler) - self.position) // self.batch_size
 
     def __iter__(self):
-        epoch, first = self.next_epoch, self.next_step
-        draw, index = (array.tolist() for array in self.sampler.epoch(epoch))
-        for step in range(first, self.steps):
-            span = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield [(epoch, d, i) for d, i in zip(draw[span], index[span], strict=True)]
+        epoch, first = self.next_epoch, self.position
+        draws, indices = (array.tolist() for array in self.sampler.epoch(epoch))
+        for start in range(first, first + len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            yield [(epoch, draw, index) for draw, index in zip(draws[batch], indices[batch], strict=True)]
 
 
 class EvalBatchSampler:
     """This rank's shard of all images in batches, each image exactly once whatever the world size."""
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.indices, self.batch_size = range(rank, size, world), batch_size
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.indices, self.batch_size = range(rank, size, world_size), batch_size
 
     def __len__(self):
         return -(-len(self.indices) // self.batch_size)

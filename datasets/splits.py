@@ -1,38 +1,56 @@
 """Which lists a run uses, and in which layout their images lie below DIR."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
 from utils.errors import UserError
 
-from .list_file import ListFileDataset, ListIndex, class_folders, find_place, missing_message, plain_place
+from .dataset import ListFileDataset
+from .layout import as_listed, find_layout
+from .list_file import ListIndex
 
 SPLITS = ("train", "val", "test")
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
 
 
 class Split(NamedTuple):
-    """The entries of a split, and the function that says where below root an entry's file lies."""
+    """The entries of a split, where their files lie, and the entries whose files are missing.
+
+    layout: a function of datasets.layout, (path in the list, name of the split) -> path below root.
+    """
 
     name: str
     root: str
     index: ListIndex
-    place: object = plain_place
+    layout: object = as_listed
     missing: tuple[int, ...] = ()
 
     def dataset(self, transform) -> ListFileDataset:
-        return ListFileDataset(self.index, self.root, transform, self.place, self.name)
+        return ListFileDataset(self.index, self.root, transform, self.layout, self.name)
 
     def require(self):
-        """Raises UserError, naming the first files and their number, where files are missing."""
+        """Raises UserError with the first missing files and their number, if there are any."""
         if self.missing:
-            raise UserError(missing_message(self.index, self.root, self.place, self.name, self.missing))
+            raise UserError(self.missing_message())
+
+    def missing_message(self) -> str:
+        """One line with the first missing files and their number."""
+        shown = []
+        for i in self.missing[:3]:
+            path = self.layout(self.index.path(i), self.name)
+            exists = os.path.exists(os.path.join(self.root, path))  # a FIFO, a folder
+            shown.append(path[:200] + (" (not a regular file)" if exists else ""))
+        number = f"{len(self.missing)} of {len(self.index)}"
+        return f"{self.index.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
 
 
 def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str, Path] | None:
-    """The list file of each wanted split, or None where root is to be read as class folders.
+    """The list file of each wanted split, or None if root is to be read as class folders.
 
-    In order: the given ones; root/{train,val,test}.txt; class folders root/{train,val,test}/ where there is no list at
+    In order: the given lists; root/{train,val,test}.txt; class folders root/{train,val,test}/ if there is no list at
     all; data/ImageNet_LT_{train,val,test}.txt. Raises UserError for a root that is no folder or a list that is no file.
     """
     root = Path(root)
@@ -58,21 +76,42 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     return chosen
 
 
-def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=True) -> dict[str, Split]:
-    """The wanted splits, each with the layout its files were found in; given: split -> list file, or None.
+def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ListIndex, list[str]]:
+    """(index, classes) of root/split/<class>/<image>, as torchvision's ImageFolder reads it.
 
-    progress wraps the iterator over the pool's results. Missing files are noted, not raised (Split.require does that);
-    check=False leaves the looking to a neighbour process. Raises UserError for what cannot be read.
+    classes: the class names in the order of their labels; by default the folder's, sorted. Raises UserError if a
+    folder belongs to no class, or if there is no image.
+    """
+    folder = Path(root) / split
+    try:
+        found, _ = find_classes(folder)
+        classes = classes or found
+        unknown = sorted(set(found) - set(classes))
+        if unknown:
+            raise UserError(f"{folder / unknown[0]}: a class that train/ does not have")
+        labels = {name: classes.index(name) for name in found}
+        samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no class folders in it ({error})") from None
+    if not samples:
+        raise UserError(f"{folder}: no images in its class folders")
+    entries = ((os.path.relpath(file, root), label) for file, label in samples)
+    return ListIndex.from_entries(str(folder), entries), classes
+
+
+def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=True) -> dict[str, Split]:
+    """The wanted splits, each with the layout that its files were found in; given: split -> list file, or None.
+
+    progress wraps the iterator over the results of looking for files. Missing files are noted, not raised
+    (Split.require raises); with check=False nobody looks. Raises UserError for what cannot be read.
     """
     lists = choose_lists(root, given, wanted)
     splits, classes = {}, None
-    if lists is None:
-        for split in SPLITS:  # train comes first: it numbers the classes
+    for split in SPLITS if lists is None else lists:  # train comes first: it numbers the classes
+        if lists is None:
             index, classes = class_folders(root, split, classes)
-            splits[split] = Split(split, str(root), index)
-        return {split: splits[split] for split in wanted}
-    for split, file in lists.items():
-        index = ListIndex.read(file)
-        place, missing = find_place(index, root, split, progress) if check else (plain_place, [])
-        splits[split] = Split(split, str(root), index, place, tuple(missing))
-    return splits
+        else:
+            index = ListIndex.from_file(lists[split])
+        layout, missing = find_layout(index, root, split, progress) if check else (as_listed, [])
+        splits[split] = Split(split, str(root), index, layout, tuple(missing))
+    return {split: splits[split] for split in wanted}

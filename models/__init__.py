@@ -1,9 +1,12 @@
-"""Networks of SSD-LT, and checkpoint files as their input; knows nothing of data sets or command lines."""
+"""The networks of SSD-LT and their checkpoints; knows nothing of data sets or command lines.
+
+`models.load` is the function; the module of the same name is reached by `from models.load import ...`.
+"""
 
 from .backbones import ARCHS, build_backbone
-from .files import load
-from .losses import contrastive_loss, distillation_loss
-from .ssd import SDL, SLG, SSFL, from_state_dict, identify
+from .load import check_complete, check_weights, from_state_dict, load
+from .losses import contrastive_loss, contrastive_loss_plain, distillation_loss
+from .ssd import SDL, SLG, SSFL, infer_stage_and_arch
 
 __all__ = [
     "ARCHS",
@@ -11,9 +14,12 @@ __all__ = [
     "SLG",
     "SSFL",
     "build_backbone",
+    "check_complete",
+    "check_weights",
     "contrastive_loss",
+    "contrastive_loss_plain",
     "distillation_loss",
     "from_state_dict",
-    "identify",
+    "infer_stage_and_arch",
     "load",
 ]

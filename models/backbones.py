@@ -1,4 +1,4 @@
-"""Backbones: a network from images (N, 3, H, W) to features (N, width), with the width as an attribute."""
+"""Backbones: a network from images (N, 3, H, W) to features (N, num_features)."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 TORCHVISION = tuple(torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"]))
-CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks a stage
+CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks per stage
 ARCHS = tuple(sorted(TORCHVISION + tuple(CIFAR)))
 
 
@@ -28,9 +28,9 @@ class PaddedShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The residual networks of He et al. (2016), section 4.2, for small images: 6 * blocks + 2 layers, width 64."""
+    """The residual networks of He et al. (2016), section 4.2, for small images: 6 * blocks + 2 layers, 64 features."""
 
-    width = 64
+    num_features = 64
 
     def __init__(self, blocks: int):
         super().__init__()
@@ -58,10 +58,10 @@ class CifarResNet(nn.Module):
 
 
 def build_backbone(arch: str) -> nn.Module:
-    """A randomly initialised backbone without classifier.
+    """A randomly initialized backbone without classifier.
 
     arch: one of ARCHS: torchvision's ResNet, ResNeXt and Wide ResNet names, whose parameter names are torchvision's,
-    or resnet8, 20, 32, 44, 56 for small images. The result maps (N, 3, H, W) to (N, backbone.width).
+    or resnet8, 20, 32, 44, 56 for small images. The result maps (N, 3, H, W) to (N, backbone.num_features).
     Raises ValueError for another name.
     """
     if arch in CIFAR:
@@ -69,7 +69,7 @@ def build_backbone(arch: str) -> nn.Module:
     if arch not in TORCHVISION:
         raise ValueError(f"unknown arch {arch!r}; choose one of {', '.join(ARCHS)}")
     backbone = torchvision.models.get_model(arch, weights=None)
-    backbone.width = backbone.fc.in_features
+    backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone
 
@@ -81,7 +81,7 @@ def backbone_shapes(arch: str) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in build_backbone(arch).state_dict().items()}
 
 
-def identify_backbone(state_dict: dict) -> str | None:
+def infer_arch(state_dict: dict) -> str | None:
     """The arch whose parameters and buffers have exactly the names and shapes of a backbone's state dict, or None."""
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
     return next((arch for arch in ARCHS if backbone_shapes(arch) == shapes), None)

@@ -1,23 +1,23 @@
-"""Heads on top of a backbone's features."""
+"""Heads on top of the features of a backbone."""
 
 import torch
 from torch import nn
 
 
-def projection_head(width: int, dim: int) -> nn.Sequential:
-    """The projection g of stage I (paper, section 3.1; MoCo v2): Linear(width, width), ReLU, Linear(width, dim)."""
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+def projection_head(in_dim: int, out_dim: int) -> nn.Sequential:
+    """The projection g of stage I (paper, section 3.1; MoCo v2): g(h) = W2 ReLU(W1 h + b1) + b2."""
+    return nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU(), nn.Linear(in_dim, out_dim))
 
 
 class LWS(nn.Module):
-    """Learnable weight scaling (Kang et al., 2020): a frozen linear classifier with a trained scale a class.
+    """Learnable weight scaling (Kang et al., 2020): a frozen linear classifier with one trained scale per class.
 
-    Maps features (N, width) to logits (N, num_classes): (W h + b) * s. Only `scales`, at first one, takes a gradient.
+    Maps features h (N, in_dim) to logits (W h + b) * s, (N, num_classes). Only the scales s, which start at 1, train.
     """
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, in_dim: int, num_classes: int):
         super().__init__()
-        self.fc = nn.Linear(width, num_classes).requires_grad_(False)
+        self.fc = nn.Linear(in_dim, num_classes).requires_grad_(False)
         self.scales = nn.Parameter(torch.ones(num_classes))
 
     def forward(self, features):

@@ -1,35 +1,50 @@
-"""The two losses of SSD-LT, as pure functions."""
+"""The losses of SSD-LT, as pure functions: the contrastive one as its formula reads, then as training computes it."""
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-class _ContrastiveLoss(torch.autograd.Function):
-    """Streams over the queue in blocks, so that nothing of size batch x queue is kept for the backward call.
+def contrastive_loss_plain(q, k, labels, queue, label_queue, temperature: float):
+    """Class-masked InfoNCE of stage I (paper, section 3.1): the negatives of a query are the keys of other classes.
 
-    The loss is a mean and only the queries take a gradient, hence the gradient is a weighted sum of keys that can be
-    accumulated in the forward call, next to the running log-sum-exp that normalises its weights.
+        L_con = mean_i -log( e^{q_i k_i / T} / ( e^{q_i k_i / T} + sum_{j: y_j != y_i} e^{q_i n_j / T} ) )
+
+    q, k (N, dim): normalized queries and their keys; labels y (N,); queue (dim, K): earlier keys n_j; label_queue (K,):
+    their classes y_j, -1 for none. Returns a scalar in the dtype of q, the only argument that takes a gradient.
+    """
+    positive = (q * k.detach()).sum(dim=1, keepdim=True)
+    negatives = (q @ queue).masked_fill(labels[:, None] == label_queue, -torch.inf)
+    logits = torch.cat([positive, negatives], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros_like(labels, dtype=torch.long))  # the positive is in column 0
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    """contrastive_loss_plain in one pass over chunks of the queue; keeps nothing of size N x K for the backward pass.
+
+    With s_ij the scores q_i n_j / T, and the key k_i and its score as one more term of each sum:
+    loss_i = log sum_j e^{s_ij} - q_i k_i / T, and its gradient by q_i is ( sum_j p_ij n_j - k_i ) / T with
+    p_ij = e^{s_ij} / sum_j e^{s_ij}. Both sums are accumulated chunk by chunk, relative to the running maximum.
     """
 
     @staticmethod
-    def forward(ctx, q, k, labels, queue, label_queue, temperature, block):
+    def forward(ctx, q, k, labels, queue, label_queue, temperature, chunk_size):
         with torch.autocast(q.device.type, enabled=False):
             scaled = q / temperature
             positive = (scaled * k).sum(dim=1)
-            top, total, weighted = positive, torch.ones_like(positive), k
-            for start in range(0, queue.shape[1], block):
-                keys = queue[:, start : start + block]
+            maximum, total, weighted_keys = positive, torch.ones_like(positive), k
+            for start in range(0, queue.shape[1], chunk_size):
+                keys = queue[:, start : start + chunk_size]
                 scores = scaled @ keys
-                scores.masked_fill_(labels[:, None] == label_queue[start : start + block], -torch.inf)
-                higher = torch.maximum(top, scores.amax(dim=1))
-                weights = scores.sub_(higher[:, None]).exp_()
-                shrink = (top - higher).exp()
-                total = total * shrink + weights.sum(dim=1)
-                weighted = torch.addmm(weighted * shrink[:, None], weights, keys.T)
-                top = higher
-            ctx.save_for_backward((weighted / total[:, None] - k) / (temperature * len(q)))
-            return (top + total.log() - positive).mean()
+                scores.masked_fill_(labels[:, None] == label_queue[start : start + chunk_size], -torch.inf)
+                new_maximum = torch.maximum(maximum, scores.amax(dim=1))
+                weights = scores.sub_(new_maximum[:, None]).exp_()
+                rescale = (maximum - new_maximum).exp()
+                total = total * rescale + weights.sum(dim=1)
+                weighted_keys = torch.addmm(weighted_keys * rescale[:, None], weights, keys.T)
+                maximum = new_maximum
+            ctx.save_for_backward((weighted_keys / total[:, None] - k) / (temperature * len(q)))
+            return (maximum + total.log() - positive).mean()
 
     @staticmethod
     @once_differentiable
@@ -37,22 +52,21 @@ class _ContrastiveLoss(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None, None, None, None, None, None
 
 
-def contrastive_loss(q, k, labels, queue, label_queue, temperature: float, block: int | None = None):
-    """Class-masked InfoNCE of stage I (paper, section 3.1): the negatives of a query are the keys of other classes.
+def contrastive_loss(q, k, labels, queue, label_queue, temperature: float, chunk_size: int | None = None):
+    """contrastive_loss_plain, streamed over the queue: the same value and gradient to rounding, in far less memory.
 
-    q, k (N, dim): queries and their keys, normalised; labels (N,); queue (dim, K), label_queue (K,): earlier keys and
-    their classes, -1 for none. Returns the mean over the batch of
-    -log( e^{q_i k_i / T} / (e^{q_i k_i / T} + sum_{j: y_j != y_i} e^{q_i n_j / T}) ), a scalar in the type of q.
-    Only q takes a gradient. block: keys a step; by default what fits the device's cache and launch overhead.
+    chunk_size: keys per step; by default what suits the cache of a CPU, or the launch overhead of a GPU.
     """
-    if block is None:
+    if chunk_size is None:
         elements = 2**20 if q.device.type == "cpu" else 2**24
-        block = max(256, elements // len(q))
-    return _ContrastiveLoss.apply(q, k.detach(), labels, queue, label_queue, temperature, block)
+        chunk_size = max(256, elements // len(q))
+    return _ContrastiveLoss.apply(q, k.detach(), labels, queue, label_queue, temperature, chunk_size)
 
 
 def distillation_loss(student, teacher, temperature: float):
-    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), averaged over the batch (paper, section 3.3).
+    """Self-distillation of stage III (paper, section 3.3), averaged over the batch.
+
+        L_kd = T^2 KL( softmax(teacher / T) || softmax(student / T) )
 
     student, teacher: logits (N, num_classes); the teacher takes no gradient.
     """

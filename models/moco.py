@@ -7,15 +7,15 @@ from torch import nn
 
 
 @torch.no_grad()
-def momentum_update(online: nn.Module, momentum: nn.Module, m: float):
-    """theta_k <- m theta_k + (1 - m) theta_q, for the parameters, not the BatchNorm buffers."""
-    targets, sources = list(momentum.parameters()), list(online.parameters())
-    if targets:  # an encoder without parameters is allowed
-        torch._foreach_lerp_(targets, sources, 1 - m)
+def momentum_update(encoder_q: nn.Module, encoder_k: nn.Module, m: float):
+    """theta_k <- m theta_k + (1 - m) theta_q, for the parameters; the BatchNorm buffers stay as they are."""
+    params_q, params_k = list(encoder_q.parameters()), list(encoder_k.parameters())
+    if params_k:  # an encoder without parameters is allowed
+        torch._foreach_lerp_(params_k, params_q, 1 - m)  # theta_k + (1 - m) (theta_q - theta_k)
 
 
-def new_queue(dim: int, size: int) -> dict[str, torch.Tensor]:
-    """Buffers of a fresh labelled ring: random unit keys (dim, size), labels -1 (no class), the write position."""
+def init_queue(dim: int, size: int) -> dict[str, torch.Tensor]:
+    """The buffers of a new queue: random unit keys (dim, size), their labels -1 (no class), the write position."""
     return {
         "queue": F.normalize(torch.randn(dim, size), dim=0),
         "label_queue": torch.full((size,), -1),
@@ -24,50 +24,51 @@ def new_queue(dim: int, size: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def enqueue(queue, label_queue, queue_ptr, keys, labels):
-    """Replaces the oldest entries of the ring, in place, wrapping at its end.
+def dequeue_and_enqueue(queue, label_queue, queue_ptr, keys, labels):
+    """Replaces the oldest entries of the queue, in place, and wraps around at its end.
 
     queue (dim, K), label_queue (K,), queue_ptr (1,): the buffers; keys (N, dim) and labels (N,) with N <= K.
-    A key that is not finite leaves the entry it would replace as it was: a half-precision overflow must not
-    stay among the negatives for a whole turn of the ring. Raises ValueError where N > K.
+    A key that is not finite leaves the entry that it would replace unchanged: an overflow in half precision must not
+    stay among the negatives until the queue has gone round. Raises ValueError if N > K.
     """
     size, count = queue.shape[1], len(keys)
     if count > size:
         raise ValueError(f"a queue of {size} keys cannot take a batch of {count}; make the queue larger (--moco-k)")
     slots = (queue_ptr + torch.arange(count, device=queue.device)) % size
-    keep = keys.isfinite().all(dim=1)
-    queue[:, slots] = torch.where(keep, keys.T.to(queue.dtype), queue[:, slots])
-    label_queue[slots] = torch.where(keep, labels.to(label_queue.dtype), label_queue[slots])
+    finite = keys.isfinite().all(dim=1)
+    queue[:, slots] = torch.where(finite, keys.T.to(queue.dtype), queue[:, slots])
+    label_queue[slots] = torch.where(finite, labels.to(label_queue.dtype), label_queue[slots])
     queue_ptr.add_(count).remainder_(size)
 
 
-def _world():
+def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @torch.no_grad()
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors (N, ...) of all ranks, concatenated in the order of ranks; the tensor itself without a group."""
-    if _world() == 1:
+    world_size = _world_size()
+    if world_size == 1:
         return tensor
-    gathered = [torch.empty_like(tensor) for _ in range(_world())]
+    gathered = [torch.empty_like(tensor) for _ in range(world_size)]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
 
 
 @torch.no_grad()
-def shuffled(encoder, images: torch.Tensor) -> torch.Tensor:
-    """encoder(images), with the batch shuffled across ranks before it and unshuffled after (shuffling BN).
+def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
+    """encoder(images), with the batch shuffled across ranks before the encoder and unshuffled after it.
 
-    So the BatchNorm statistics of a key come from other images than those of its query, and leak nothing.
-    images (n, ...) a rank, the same n on all of them; returns (n, d). Within one process it is encoder(images).
+    The BatchNorm statistics behind a key then come from other images than those behind its query, so they cannot tell
+    which key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). In a single
+    process it is encoder(images).
     """
-    world = _world()
-    if world == 1:
+    world_size = _world_size()
+    if world_size == 1:
         return encoder(images)
-    total = world * len(images)
-    order = torch.randperm(total).to(images.device)
+    order = torch.randperm(world_size * len(images)).to(images.device)
     dist.broadcast(order, src=0)
-    mine = slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
-    features = encoder(all_gather(images)[order[mine]])
-    return all_gather(features)[order.argsort()[mine]]
+    local = slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
+    features = encoder(all_gather(images)[order[local]])
+    return all_gather(features)[order.argsort()[local]]

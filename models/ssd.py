@@ -1,91 +1,100 @@
-"""The networks of the three stages: SSFL (I), SLG (II), SDL (III). Forward passes and stage hand-over, no files."""
+"""The networks of the three stages, SSFL (I), SLG (II) and SDL (III), and what one stage takes from another.
+
+Notation of the paper, as far as the comments use it: x an image, f a backbone, h = f(x) its features, g a projection,
+W h + b a linear classifier, s the scales of LWS; q and k: query and key of momentum contrast; T: a temperature.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbones import build_backbone, identify_backbone
+from .backbones import build_backbone, infer_arch
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
-from .moco import all_gather, enqueue, momentum_update, new_queue, shuffled
-
-
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 where it came in half precision, as it is otherwise."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def submodule(state_dict: dict, prefix: str) -> dict:
-    """The entries below `prefix`, without it."""
-    return {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-
-
-def strip_module(state_dict: dict) -> dict:
-    """The state dict without the `module.` that DistributedDataParallel puts before every name."""
-    return {k.removeprefix("module."): v for k, v in state_dict.items()}
+from .moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
 
 
 class SSFL(nn.Module):
     """Stage I, self-supervised guided feature learning (paper, section 3.1).
 
-    A backbone with a linear classifier, and momentum contrast beside it over a queue of labelled keys.
+    A linear classifier and momentum contrast on one backbone: L = CE(W h + b, y) + L_con, see contrastive_loss.
     In train mode `logits, contrastive_loss = model(im_q, im_k, labels)` for the two views (N, 3, H, W) and labels (N,);
     in eval mode `logits = model(im)`, (N, num_classes).
+
+    contrast=False is the paper's baseline, cross entropy alone: no key encoder runs, no projection trains, and the
+    contrastive loss is 0.
     """
 
-    def __init__(self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2):
+    def __init__(self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True):
         super().__init__()
-        self.momentum, self.temperature, self.contrast = momentum, temperature, True
-        self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)
-        width = self.encoder_q.width
-        self.q_fc, self.k_fc = projection_head(width, dim), projection_head(width, dim)
-        self.classifier = nn.Linear(width, num_classes)
-        for online, key in ((self.encoder_q, self.encoder_k), (self.q_fc, self.k_fc)):
-            key.load_state_dict(online.state_dict())
-            key.requires_grad_(False)
-        for name, value in new_queue(dim, queue_size).items():
+        self.momentum, self.temperature, self.contrast = momentum, temperature, contrast
+        self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)  # f_q, f_k
+        num_features = self.encoder_q.num_features
+        self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)  # g_q, g_k
+        self.classifier = nn.Linear(num_features, num_classes)  # W, b
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.k_fc.load_state_dict(self.q_fc.state_dict())
+        for module in (self.encoder_k, self.k_fc):
+            module.requires_grad_(False)
+        self.q_fc.requires_grad_(contrast)
+        for name, value in init_queue(dim, queue_size).items():
             self.register_buffer(name, value)
+        self.pending = []  # (keys, labels) of this rank that are not in the queue yet
 
-    def disable_contrast(self):
-        """Trains by cross entropy alone, the paper's baseline: no key encoder runs, no projection is trained."""
-        self.contrast = False
-        self.q_fc.requires_grad_(False)
+    def forward(self, im_q, im_k=None, labels=None, update=True, enqueue=True):
+        """One forward pass; a step of several micro-batches gives update=True to its first, enqueue=True to its last.
 
-    @torch.no_grad()
-    def _keys(self, images):
-        """Normalised keys (N, dim) of the momentum encoder, after its update."""
-        momentum_update(self.encoder_q, self.encoder_k, self.momentum)
-        momentum_update(self.q_fc, self.k_fc, self.momentum)
-        return shuffled(lambda x: F.normalize(full_precision(self.k_fc(self.encoder_k(x))), dim=1), images)
-
-    def forward(self, im_q, im_k=None, labels=None):
+        update: the momentum encoder moves before the keys are computed. enqueue: the keys of this call enter the queue,
+        after those of the earlier calls that had enqueue=False.
+        """
         contrast = self.training and self.contrast
-        k = self._keys(im_k) if contrast else None  # first, while no activations of the query are kept
-        features = self.encoder_q(im_q)
-        logits = full_precision(self.classifier(features))
+        if contrast:  # first, while no activations of the query are kept
+            if update:
+                self._update_key_encoder()
+            k = forward_shuffle_bn(self._keys, im_k)
+        features = self.encoder_q(im_q)  # h = f_q(x_q)
+        logits = full_precision(self.classifier(features))  # W h + b
         if not self.training:
             return logits
         if not contrast:
             return logits, logits.new_zeros(())
-        q = F.normalize(full_precision(self.q_fc(features)), dim=1)
+        q = F.normalize(full_precision(self.q_fc(features)), dim=1)  # q = g_q(h) / |g_q(h)|
         loss = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
-        enqueue(self.queue, self.label_queue, self.queue_ptr, all_gather(k), all_gather(labels))
+        self.pending.append((k, labels))
+        if enqueue:
+            self._enqueue_pending()
         return logits, loss
+
+    def _update_key_encoder(self):
+        """theta_k <- m theta_k + (1 - m) theta_q, for f and g."""
+        momentum_update(self.encoder_q, self.encoder_k, self.momentum)
+        momentum_update(self.q_fc, self.k_fc, self.momentum)
+
+    @torch.no_grad()
+    def _keys(self, images):
+        """k = g_k(f_k(x_k)) / |g_k(f_k(x_k))|, (N, dim)."""
+        return F.normalize(full_precision(self.k_fc(self.encoder_k(images))), dim=1)
+
+    def _enqueue_pending(self):
+        """Moves the pending keys and labels of all ranks into the queue: rank by rank, each rank's in call order."""
+        keys, labels = (all_gather(torch.cat(values)) for values in zip(*self.pending, strict=True))
+        self.pending = []
+        dequeue_and_enqueue(self.queue, self.label_queue, self.queue_ptr, keys, labels)
 
 
 class SLG(nn.Module):
-    """Stage II, soft label generation (paper, section 3.2): stage I's frozen network with learnable weight scaling.
+    """Stage II, soft label generation (paper, section 3.2): stage I's frozen network under learnable weight scaling.
 
-    logits = model(im), (N, num_classes), in both modes. The frozen encoder stays in train mode while training, so its
-    BatchNorm uses batch statistics and their running averages move, as the published numbers have it; freeze_bn
-    keeps it in eval mode.
+    `logits = model(im)`, (W h + b) * s, of shape (N, num_classes), in both modes; L = CE(logits, y) under class-aware
+    sampling. Only the scales s train. While training, the frozen encoder stays in train mode, as for the published
+    numbers: its BatchNorm uses batch statistics, and its running statistics move. freeze_bn keeps it in eval mode.
     """
 
     def __init__(self, arch, num_classes, freeze_bn=False):
         super().__init__()
         self.freeze_bn = freeze_bn
         self.encoder = build_backbone(arch).requires_grad_(False)
-        self.classifier = LWS(self.encoder.width, num_classes)
+        self.classifier = LWS(self.encoder.num_features, num_classes)
 
     def train(self, mode=True):
         super().train(mode)
@@ -93,42 +102,41 @@ class SLG(nn.Module):
             self.encoder.eval()
         return self
 
-    def load_stage_i(self, state_dict, classifier="hard"):
-        """Takes backbone and linear classifier of stage I, or of stage III's student with the classifier named.
+    def load_pretrained(self, state_dict, classifier="hard"):
+        """Takes backbone and linear classifier from stage I, or from the student of stage III; the scales become 1.
 
-        state_dict: with or without `module.`; classifier: "hard" or "soft" (stage III only). The scales start at one.
-        Raises ValueError where stage I is asked for a soft classifier, RuntimeError where shapes or names disagree.
+        state_dict: with or without `module.`; classifier: "hard" or "soft" (stage III only). Raises ValueError, naming
+        the entry, if one is missing or has another shape.
         """
-        state_dict = strip_module(state_dict)
-        name = {"hard": "classifier.", "soft": "classifier_kd."}[classifier]
-        if not any(k.startswith(name) for k in state_dict):
-            raise ValueError(f"the checkpoint has no {classifier} classifier; only stage III has both")
-        self.encoder.load_state_dict(submodule(state_dict, "encoder_q."))
-        self.classifier.fc.load_state_dict(submodule(state_dict, name))
+        prefix = {"hard": "classifier.", "soft": "classifier_kd."}[classifier]
+        load_entries(self.encoder, state_dict, "encoder_q.")
+        load_entries(self.classifier.fc, state_dict, prefix)
         nn.init.ones_(self.classifier.scales)
 
     def forward(self, im):
         with torch.no_grad():
-            features = self.encoder(im)
-        return full_precision(self.classifier(features))
+            features = self.encoder(im)  # h = f(x)
+        return full_precision(self.classifier(features))  # (W h + b) * s
 
 
 class SDL(nn.Module):
     """Stage III, joint training with self-distillation (paper, section 3.3).
 
-    A student with a hard and a soft classifier; the frozen teacher is stage II's network. In train mode
-    `hard, soft, kd_loss = model(im)`, in eval mode `hard, soft = model(im)`, logits (N, num_classes). The teacher stays
-    in train mode while training (see SLG); freeze_bn keeps it in eval mode.
+    A student with a hard and a soft classifier; the frozen teacher is stage II's network.
+    L = CE(hard, y) + L_kd, see distillation_loss. In train mode `hard, soft, kd_loss = model(im)`, in eval mode
+    `hard, soft = model(im)`, logits (N, num_classes). freeze_bn: as in SLG, here for the teacher.
+
+    distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
 
-    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False):
+    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True):
         super().__init__()
-        self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, True
+        self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, distill
         self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
-        width = self.encoder_q.width
-        self.classifier = nn.Linear(width, num_classes)
-        self.classifier_kd = nn.Linear(width, num_classes)
-        self.classifier_t = LWS(width, num_classes)
+        num_features = self.encoder_q.num_features
+        self.classifier = nn.Linear(num_features, num_classes)
+        self.classifier_kd = nn.Linear(num_features, num_classes).requires_grad_(distill)
+        self.classifier_t = LWS(num_features, num_classes)
         for teacher in (self.encoder_t, self.classifier_t):
             teacher.requires_grad_(False)
 
@@ -139,72 +147,84 @@ class SDL(nn.Module):
         return self
 
     def load_teacher(self, state_dict):
-        """Takes stage II's backbone and classifier; state_dict with or without `module.`."""
-        state_dict = strip_module(state_dict)
-        self.encoder_t.load_state_dict(submodule(state_dict, "encoder."))
-        self.classifier_t.load_state_dict(submodule(state_dict, "classifier."))
+        """Takes backbone and classifier from stage II; state_dict: with or without `module.`.
 
-    def disable_distillation(self):
-        """Trains the hard classifier alone: no teacher is run, the soft classifier takes no gradient."""
-        self.distill = False
-        self.classifier_kd.requires_grad_(False)
+        Raises ValueError, naming the entry, if one is missing or has another shape.
+        """
+        load_entries(self.encoder_t, state_dict, "encoder.")
+        load_entries(self.classifier_t, state_dict, "classifier.")
 
     def forward(self, im):
         distill = self.training and self.distill
         if distill:  # first, while no activations of the student are kept
             with torch.no_grad():
-                teacher = self.classifier_t(self.encoder_t(im))
-        features = self.encoder_q(im)
+                teacher = full_precision(self.classifier_t(self.encoder_t(im)))  # (W_t f_t(x) + b_t) * s_t
+        features = self.encoder_q(im)  # h = f(x)
         hard, soft = full_precision(self.classifier(features)), full_precision(self.classifier_kd(features))
         if not self.training:
             return hard, soft
         if not distill:
             return hard, soft, hard.new_zeros(())
-        return hard, soft, distillation_loss(soft, full_precision(teacher), self.temperature)
+        return hard, soft, distillation_loss(soft, teacher, self.temperature)
 
 
-def identify(state_dict: dict) -> dict | None:
-    """What a state dict holds, read from names and shapes: stage ("i", "ii", "iii"), arch, num_classes.
-
-    Of stage I, if the queue is there, dim and queue_size too. The arch is None where the backbone is none of ARCHS; all
-    is None where the names are of no stage.
-    """
-    state_dict = strip_module(state_dict)
-    signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}
-    stage = next((s for s, prefix in signs.items() if any(k.startswith(prefix) for k in state_dict)), None)
-    bias = state_dict.get("classifier.fc.bias" if stage == "ii" else "classifier.bias")
-    if stage is None or bias is None or bias.dim() != 1:
-        return None
-    encoder = submodule(state_dict, "encoder." if stage == "ii" else "encoder_q.")
-    found = {"stage": stage, "arch": identify_backbone(encoder), "num_classes": len(bias)}
-    queue = state_dict.get("queue")
-    if stage == "i" and queue is not None and queue.dim() == 2:
-        found["dim"], found["queue_size"] = queue.shape
-    return found
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 if it is in half precision, else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def misfits(model: nn.Module, state_dict: dict) -> list[str]:
-    """The sorted names that a model and a state dict, without `module.`, do not share, or not with the same shape."""
+# ---- state dicts
+
+
+def strip_module(state_dict: dict) -> dict:
+    """The state dict without the `module.` that DistributedDataParallel puts before every name."""
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def strip_prefix(state_dict: dict, prefix: str) -> dict:
+    """The entries whose names start with `prefix`, with the prefix removed."""
+    return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def mismatched_keys(model: nn.Module, state_dict: dict) -> list[str]:
+    """The sorted names that model and state dict (without `module.`) do not share, or not with the same shape."""
     here, there = ({name: value.shape for name, value in d.items()} for d in (model.state_dict(), state_dict))
     return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
 
-def from_state_dict(state_dict: dict) -> nn.Module:
-    """The network of whichever stage the state dict is of, with its weights, in eval mode.
+def load_entries(module: nn.Module, state_dict: dict, prefix: str):
+    """Loads the entries below `prefix` into a module.
 
-    Momentum and temperatures, which no state dict holds and only training uses, are the defaults. Raises ValueError,
-    in one line, where names or shapes are of no stage or of an unknown backbone.
+    Raises ValueError, in one line that names the first wrong entry, if they are not exactly those of the module.
     """
-    found = identify(state_dict)
-    if found is None or found["arch"] is None:
-        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
-    stage = found.pop("stage")
-    if stage == "i" and "queue_size" not in found:
-        raise ValueError("it is of stage I, but has no queue of (dim, K)")
-    model = {"i": SSFL, "ii": SLG, "iii": SDL}[stage](**found)
-    state_dict = strip_module(state_dict)
-    wrong = misfits(model, state_dict)
+    entries = strip_prefix(strip_module(state_dict), prefix)
+    wrong = mismatched_keys(module, entries)
     if wrong:
-        raise ValueError(f"it does not fit stage {stage.upper()} at {wrong[0]}")
-    model.load_state_dict(state_dict)
-    return model.eval()
+        found, expected = entries.get(wrong[0]), module.state_dict().get(wrong[0])
+        problem = (
+            "is missing" if found is None
+            else "is unknown" if expected is None
+            else f"has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+        )  # fmt: skip
+        raise ValueError(f"{prefix}{wrong[0]} {problem}")
+    module.load_state_dict(entries)
+
+
+def infer_stage_and_arch(state_dict: dict) -> dict | None:
+    """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
+
+    For stage I, dim and queue_size too if the queue is there. arch is None if the backbone is none of ARCHS. Returns
+    None if the names belong to no stage.
+    """
+    state_dict = strip_module(state_dict)
+    signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}
+    stage = next((s for s, prefix in signs.items() if any(name.startswith(prefix) for name in state_dict)), None)
+    bias = state_dict.get("classifier.fc.bias" if stage == "ii" else "classifier.bias")
+    if stage is None or bias is None or bias.dim() != 1:
+        return None
+    encoder = strip_prefix(state_dict, "encoder." if stage == "ii" else "encoder_q.")
+    found = {"stage": stage, "arch": infer_arch(encoder), "num_classes": len(bias)}
+    queue = state_dict.get("queue")
+    if stage == "i" and queue is not None and queue.dim() == 2:
+        found["dim"], found["queue_size"] = queue.shape
+    return found

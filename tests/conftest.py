@@ -5,13 +5,20 @@ import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # whatever proxy leads out of here
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.helpers import LAST, train, write_tree
+from tests.helpers_processes import TWO
 
+for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+    del os.environ[name]  # of the job that the tests run in
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +49,9 @@ def trained(plain_tree, tmp_path_factory):
     iii = train("iii", plain_tree, root / "iii", "--cos", "--teacher_ckpt", ii / LAST)
     tuned = train("ii", plain_tree, root / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
     return {"i": i, "ii": ii, "iii": iii, "tuned": tuned}
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(plain_tree, tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)

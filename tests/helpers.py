@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def log_of(folder, *, timed=True) -> list[dict]:
 
 def results_of(folder) -> list[dict]:
     return json.loads((Path(folder) / "results.json").read_text())
+
+
+@contextlib.contextmanager
+def limited_memory(more=2**34):
+    """This process may take 16 GiB more, however much the machine has, or promises without having it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + more if hard < 0 else min(held + more, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def same(a, b) -> bool:

@@ -29,9 +29,10 @@ def wait_until(condition, what, patience=PATIENCE):
 def children(pid) -> list[int]:
     """The processes that any thread of a process has started."""
     found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += map(int, file.read_text().split())
+    with contextlib.suppress(OSError):  # it ends meanwhile
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 
@@ -84,7 +85,8 @@ class Job:
 
     def __exit__(self, *exception):
         for pid in filter(alive, self.note()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     @property
@@ -135,10 +137,13 @@ class Job:
 def listening(pids) -> set[str]:
     """Addresses at which these processes listen, over IPv4 and IPv6, in hexadecimal as the kernel lists them."""
     sockets = set()
-    for descriptor in (file for pid in pids for file in Path(f"/proc/{pid}/fd").glob("*")):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            sockets.add(os.readlink(descriptor))
-    lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    sockets.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    tables = [file for file in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if file.exists()]  # IPv6 may be off
+    lines = [line for table in tables for line in table.read_text().splitlines()[1:]]
     rows = map(str.split, lines)
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 

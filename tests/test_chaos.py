@@ -7,26 +7,27 @@ import time
 
 import pytest
 
-from tests.helpers import train
+from tests.helpers import log_of, train
 from tests.helpers_processes import TWO, Job, alive
 from tests.test_resume import assert_same_run
 
 FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves as well
-LATEST = 1.5  # seconds from a run's first step to its kill; its steps and saves take tenths of that
 
 
-def kill_and_resume(plain_tree, run, kills, *flags, seed=0):
+def kill_and_resume(plain_tree, run, whole, kills, *flags, seed=0):
     """Runs with --resume auto and kills the run, all of its processes, `kills` times; then lets it end.
 
-    The moments are random; every second one is then put off until a save is under way. Returns how many kills hit
-    (once the training is done, there is nothing left to hit), and how many left a half-written file.
+    The moments are random, such that all together take a quarter or so of the time that the whole run took here;
+    every second one is then put off until a save is under way. Returns how many kills hit (once the training is done,
+    there is nothing left to hit), and how many left a half-written file.
     """
     moments, hits, halves = random.Random(seed), 0, 0
+    latest = sum(record["seconds"] for record in log_of(whole)) / (2 * kills)
     for number in range(kills):
         with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
             job.wait_for(r"(epoch|test|val)")
             writer = (job.ranks() or [job.pid])[0]
-            time.sleep(moments.uniform(0, LATEST))
+            time.sleep(moments.uniform(0, latest))
             while number % 2 and alive(writer) and not half_written(run):
                 pass
             if alive(writer):
@@ -53,7 +54,7 @@ def assert_nothing_is_left(run, whole):
 
 def test_three_kills(plain_tree, tmp_path):
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS)
-    hits, _ = kill_and_resume(plain_tree, tmp_path / "run", 3, "-j", 1)
+    hits, _ = kill_and_resume(plain_tree, tmp_path / "run", whole, 3, "-j", 1)
     assert hits > 0
     assert_same_run(tmp_path / "run", whole)
     assert_nothing_is_left(tmp_path / "run", whole)
@@ -63,7 +64,7 @@ def test_three_kills(plain_tree, tmp_path):
 def test_twenty_kills_of_two_processes(plain_tree, tmp_path):
     more = ["--epochs", 40]  # enough for twenty kills
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS, *TWO, *more)
-    hits, halves = kill_and_resume(plain_tree, tmp_path / "run", 20, *TWO, "-j", 2, *more, seed=1)
+    hits, halves = kill_and_resume(plain_tree, tmp_path / "run", whole, 20, *TWO, "-j", 2, *more, seed=1)
     print(f"{hits} kills, {halves} of them left a half-written file")
     assert hits == 20 and halves > 0
     assert_same_run(tmp_path / "run", whole)

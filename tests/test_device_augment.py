@@ -14,9 +14,10 @@ import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
 from datasets import device_augment
-from datasets.device_augment import BLUR, FACTORS, GRAYSCALE, NEUTRAL, ORDER, recolour
+from datasets.device_augment import BLUR, FACTORS, GRAYSCALE, NEUTRAL, ORDER, apply_color, to_float
 from datasets.loaders import collate
-from datasets.transforms import SMALL, Views, key_view, normalize, query_view
+from datasets.transforms import Views, key_view, query_view
+from models.preprocess import SMALL, normalize
 
 DRAWS = 2000
 
@@ -50,13 +51,15 @@ def one_by_one(images, parameters):
         if values[GRAYSCALE]:
             image = TF.rgb_to_grayscale(image, 3)
         if values[BLUR] > 0:
-            image = TF.gaussian_blur(image, [2 * device_augment.BLUR_REACH + 1] * 2, [values[BLUR].item()] * 2)
+            image = TF.gaussian_blur(image, [2 * device_augment.BLUR_HALF_WIDTH + 1] * 2, [values[BLUR].item()] * 2)
         changed.append(image)
     return torch.stack(changed)
 
 
 def check(images, parameters):
-    torch.testing.assert_close(recolour(images.clone(), parameters), one_by_one(images, parameters), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        apply_color(images.clone(), parameters), one_by_one(images, parameters), rtol=0, atol=2e-5
+    )
 
 
 @pytest.fixture
@@ -100,15 +103,15 @@ def test_grayscale_and_blur_of_some(images):
 
 
 def test_neutral_parameters_change_nothing(images):
-    assert torch.equal(recolour(images.clone(), torch.stack([row()] * 24)), images)
+    assert torch.equal(apply_color(images.clone(), torch.stack([row()] * 24)), images)
 
 
 def test_an_image_does_not_depend_on_its_batch(images):
     views = Views(("key",), 96, 0, "device")
     pairs = [views(photograph(seed=i), (0, i, 0))[0] for i in range(8)]
     seen, parameters = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    together = normalize(seen, parameters)
-    alone = torch.cat([normalize(seen[i : i + 1], parameters[i : i + 1]) for i in range(8)])
+    together = normalize(to_float(seen, parameters))
+    alone = torch.cat([normalize(to_float(seen[i : i + 1], parameters[i : i + 1])) for i in range(8)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -120,14 +123,14 @@ def test_takes_the_same_random_decisions_as_the_pil_path(size):
     for i in range(16):
         place, image = (1, i, 0), photograph(seed=i)
         for expected, (seen, parameters) in zip(on_pil(image, place), on_device(image, place), strict=True):
-            levels = recolour(seen[None] / 255, parameters[None])[0] * 255
+            levels = apply_color(seen[None] / 255, parameters[None])[0] * 255
             assert (levels - expected).abs().mean() < 4
 
 
 def test_distributions():
     torch.manual_seed(0)
     for view, probabilities, hue in ((query_view(224), (1, 0, 0), 0), (key_view(224), (0.8, 0.2, 0.5), 0.1)):
-        drawn = torch.stack([view.colours.draw() for _ in range(DRAWS)])
+        drawn = torch.stack([view.color.draw() for _ in range(DRAWS)])
         factors, order = drawn[:, FACTORS], drawn[:, ORDER]
         jittered = (factors != torch.tensor(NEUTRAL)).any(dim=1)
         shares = jittered, drawn[:, GRAYSCALE] == 1, drawn[:, BLUR] > 0
@@ -144,7 +147,7 @@ def test_distributions():
         radii = drawn[drawn[:, BLUR] > 0, BLUR]
         if len(radii):
             assert radii.min() >= 0.1 and radii.max() <= 2 and abs(radii.mean() - 1.05) < 0.05
-    assert all(key_view(SMALL).colours.draw()[BLUR] == 0 for _ in range(50))
+    assert all(key_view(SMALL).color.draw()[BLUR] == 0 for _ in range(50))
 
 
 def test_views_depend_on_their_place_alone():
@@ -167,7 +170,7 @@ def test_collate_stacks_both():
     views = Views(("query", "key"), 96, 0, "device")
     (query, key), labels, indices = collate([(views(photograph(), (0, i, 0)), i, i) for i in range(3)])
     for seen, parameters in (query, key):
-        assert seen.shape == (3, 3, 96, 96) and parameters.shape == (3, device_augment.WIDTH)
+        assert seen.shape == (3, 3, 96, 96) and parameters.shape == (3, device_augment.NUM_PARAMETERS)
     assert labels.tolist() == indices == [0, 1, 2]
 
 
@@ -190,13 +193,13 @@ def test_cuda_equals_cpu_without_waiting():
     for pairs in zip(*batch, strict=True):
         seen, parameters = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
         on_cuda = seen.cuda()
-        normalize(on_cuda, parameters.pin_memory())
+        normalize(to_float(on_cuda, parameters.pin_memory()))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            result = normalize(on_cuda, parameters.pin_memory())
+            result = normalize(to_float(on_cuda, parameters.pin_memory()))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(result.cpu(), normalize(seen, parameters), rtol=0, atol=1e-4)
+        torch.testing.assert_close(result.cpu(), normalize(to_float(seen, parameters)), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -189,4 +189,4 @@ def test_the_published_release_is_what_is_expected(monkeypatch):
     monkeypatch.undo()
     with torch.device("meta"):
         model = models.SDL("resnext50_32x4d", 1000)
-    assert models.identify(model.state_dict()) == download.EXPECTED["stage_iii"]
+    assert models.infer_stage_and_arch(model.state_dict()) == download.EXPECTED["stage_iii"]

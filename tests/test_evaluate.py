@@ -1,14 +1,18 @@
 """Accuracies by group of classes against a naive computation, on any number of ranks, and the table of them."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from datasets.samplers import EvalBatchSampler
 from tests.helpers import on_ranks
 from utils import report
-from utils.evaluate import Counts, evaluate, shot_groups
+from utils.evaluation import evaluate
+from utils.metrics import ShotAccuracy, shot_groups
 
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
@@ -53,7 +57,7 @@ def naive(logits, labels, train_counts):
 
 
 def counted(logits, labels, train_counts, batch=16):
-    counts = Counts(train_counts, CPU)
+    counts = ShotAccuracy(train_counts, CPU)
     for start in range(0, len(labels), batch):
         counts.update(logits[start : start + batch], labels[start : start + batch])
     return counts.results()
@@ -99,18 +103,38 @@ def test_batches_do_not_matter():
     assert results[0] == results[1] == results[2]
 
 
+class Batches(list):
+    """Stands for a loader: batches (views, labels, indices)."""
+
+    name = "test"
+
+
+class Model(nn.Module):
+    """Stands for a network: applies a function to images, and keeps what it returned last."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        assert not self.training
+        self.returned = self.function(images)
+        return self.returned
+
+
+def state():
+    """What an evaluation takes from a training state."""
+    args = SimpleNamespace(print_freq=1000, evaluate=True)
+    return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext)
+
+
 def evaluated(rank, world=1):
     """Two classifiers on this rank's shard of the 101 images, through the sampler that the loaders use."""
     logits, labels = predictions()
     shard = [torch.tensor([i for _, _, i in batch]) for batch in EvalBatchSampler(IMAGES, 8, rank, world)]
-    called = []
-    found = evaluate(
-        lambda images: (logits[images], -logits[images]),
-        ((images, labels[images]) for images in shard),
-        ("hard", "soft"), TRAIN_COUNTS, CPU, lambda: called.append(rank),
-    )  # fmt: skip
-    assert called == [rank]
-    return found
+    model = Model(lambda images: (logits[images], -logits[images]))
+    batches = Batches(((images,), labels[images], images.tolist()) for images in shard)
+    return evaluate(model, batches, ("hard", "soft"), TRAIN_COUNTS, state())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -128,15 +152,16 @@ def test_more_ranks_than_images():
 def two_images(rank):
     logits, labels = predictions()
     mine = slice(rank, 2, 3)
-    return evaluate(lambda x: (x,), [(logits[mine], labels[mine])], ("linear",), TRAIN_COUNTS, CPU)["linear"]
+    batches = Batches([((logits[mine],), labels[mine], [])])
+    return evaluate(Model(lambda images: images), batches, ("linear",), TRAIN_COUNTS, state())["linear"]
 
 
 def test_evaluation_computes_no_gradient():
     weights = torch.zeros(CLASSES, requires_grad=True)
     logits, labels = predictions()
-    seen = []
-    evaluate(lambda x: (seen.append(x + weights) or seen[-1],), [(logits, labels)], ("linear",), TRAIN_COUNTS, CPU)
-    assert not seen[0].requires_grad
+    model = Model(lambda images: images + weights)
+    evaluate(model, Batches([((logits,), labels, [])]), ("linear",), TRAIN_COUNTS, state())
+    assert not model.returned.requires_grad
 
 
 RESULT = {"overall": 0.5536, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 import models
 from tests.golden.goldfill import digest, fill, inputs
 
-REFERENCE = json.loads((Path(__file__).parent / "golden" / "reference.json").read_text())
-R = REFERENCE
+R = json.loads((Path(__file__).parent / "golden" / "reference.json").read_text())
 
 
 def sgd(model):
@@ -63,7 +62,7 @@ def stage_i(batches):
 @pytest.fixture(scope="module")
 def stage_ii(stage_i, batches):
     model = models.SLG(R["arch"], R["num_classes"]).double()
-    model.load_stage_i(stage_i[0].state_dict())
+    model.load_pretrained(stage_i[0].state_dict())
     optimizer, record = sgd(model.train()), []
     for im_q, _, labels in batches:
         loss = F.cross_entropy(model(im_q), labels)
@@ -85,7 +84,7 @@ def stage_iii(stage_ii, batches):
     return model, record
 
 
-def test_stage_i(stage_i, batches):
+def test_stage_i_computes_the_published_numbers(stage_i, batches):
     model, record = stage_i
     expected = R["stage_i"]
     assert sorted(model.state_dict()) == sorted(expected["keys"])
@@ -96,7 +95,7 @@ def test_stage_i(stage_i, batches):
         close(model(batches[0][0][:4]), expected["eval_logits"])
 
 
-def test_stage_ii(stage_ii, batches):
+def test_stage_ii_computes_the_published_numbers(stage_ii, batches):
     model, record = stage_ii
     expected = R["stage_ii"]
     assert sorted(model.state_dict()) == sorted(expected["keys"])
@@ -109,7 +108,7 @@ def test_stage_ii(stage_ii, batches):
         close(model(batches[0][0][:4]), expected["eval_logits"])
 
 
-def test_stage_iii(stage_iii, batches):
+def test_stage_iii_computes_the_published_numbers(stage_iii, batches):
     model, record = stage_iii
     expected = R["stage_iii"]
     assert sorted(model.state_dict()) == sorted(expected["keys"])

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.list_file import ListIndex, class_folders, find_place, load_rgb, plain_place, reorganised_place
-from datasets.list_writer import list_content
+from datasets.dataset import load_rgb
+from datasets.layout import as_listed, by_split, find_layout
+from datasets.list_file import ListIndex
+from datasets.prepare.list_writer import list_content
+from datasets.splits import class_folders
 from utils.errors import UserError
 
 
@@ -21,7 +24,7 @@ def entries(index):
 def read(tmp_path, content: bytes):
     file = tmp_path / "list.txt"
     file.write_bytes(content)
-    return ListIndex.read(file)
+    return ListIndex.from_file(file)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ def read(tmp_path, content: bytes):
 )
 def test_accepted(tmp_path, content, expected):
     assert entries(read(tmp_path, content)) == expected
-    assert entries(ListIndex.parse("list", content)) == expected
+    assert entries(ListIndex.from_bytes("list", content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_empty_list(tmp_path, content):
 
 def test_no_such_list(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt"):
-        ListIndex.read(tmp_path / "none.txt")
+        ListIndex.from_file(tmp_path / "none.txt")
 
 
 def test_line_numbers_and_counts(tmp_path):
@@ -102,14 +105,14 @@ def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     content = content.replace(b"\n", newline.encode())
     if not last_newline:
         content = content.removesuffix(newline.encode())
-    assert entries(ListIndex.parse("list", content)) == wanted
+    assert entries(ListIndex.from_bytes("list", content)) == wanted
 
 
 @given(st.lists(st.tuples(st.text("aZé07 ._-()", max_size=12), labels), min_size=1, max_size=20))
 @settings(deadline=None)
 def test_ordinary_names_can_be_written(wanted):
     wanted = [(f"class {name}/i{name}.jpg", label) for name, label in wanted]
-    assert entries(ListIndex.parse("list", list_content(wanted))) == wanted
+    assert entries(ListIndex.from_bytes("list", list_content(wanted))) == wanted
 
 
 @pytest.mark.parametrize("path", ["a\nb.jpg", "/a.jpg", "a/../b.jpg", " a.jpg", "a\udcff.jpg"])
@@ -122,7 +125,7 @@ def test_names_that_a_list_cannot_hold(path):
 @settings(deadline=None)
 def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     try:
-        index = ListIndex.parse("list", content)
+        index = ListIndex.from_bytes("list", content)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -137,7 +140,7 @@ def test_likely_bytes_raise_nothing_but_user_errors(pieces):
 
 
 def test_layouts(tmp_path):
-    index = ListIndex.parse("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
+    index = ListIndex.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
     plain, reorganised = tmp_path / "plain", tmp_path / "reorganised"
     for file in (plain / "train/cat/1.jpg", plain / "train/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,9 +148,9 @@ def test_layouts(tmp_path):
     for file in (reorganised / "val/cat/1.jpg", reorganised / "val/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert find_place(index, plain, "val") == (plain_place, [2])
-    assert find_place(index, reorganised, "val") == (reorganised_place, [2])
-    assert find_place(index, tmp_path, "val") == (plain_place, [0, 1, 2])
+    assert find_layout(index, plain, "val") == (as_listed, [2])
+    assert find_layout(index, reorganised, "val") == (by_split, [2])
+    assert find_layout(index, tmp_path, "val") == (as_listed, [0, 1, 2])
 
 
 def test_class_folders(tmp_path):

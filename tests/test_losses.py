@@ -1,4 +1,4 @@
-"""The two losses against what their formulas say, written down naively."""
+"""The losses: the contrastive one as plain code and streamed, and the distillation loss, against their formulas."""
 
 import math
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import contrastive_loss, distillation_loss
+from models import contrastive_loss, contrastive_loss_plain, distillation_loss
 
 T, CLASSES = 0.2, 5
+TOLERANCE = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
+CHUNK_SIZES = [None, 1, 7, 16, 49, 50, 64]  # the queue of `batch` has 50 keys
 
 
 def batch(n=7, dim=8, size=50, dtype=torch.float64):
@@ -23,7 +25,8 @@ def batch(n=7, dim=8, size=50, dtype=torch.float64):
     return unit(n, dim, dim=1), unit(n, dim, dim=1), labels, unit(dim, size, dim=0), label_queue
 
 
-def naive_contrastive(q, k, labels, queue, label_queue):
+def contrastive_by_loops(q, k, labels, queue, label_queue):
+    """The formula in Python's own numbers."""
     losses = []
     for i in range(len(q)):
         positive = math.exp(float(q[i] @ k[i]) / T)
@@ -34,41 +37,42 @@ def naive_contrastive(q, k, labels, queue, label_queue):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("block", [None, 1, 7, 16, 49, 50, 64])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
-def test_contrastive_is_the_formula(block, dtype, tolerance):
-    given = batch(dtype=dtype)
-    loss = contrastive_loss(*given, T, block)
+def loss_and_gradient(loss_function, given, *options):
+    q, *others = given
+    q = q.clone().requires_grad_()
+    loss = loss_function(q, *others, T, *options)
+    return loss.detach(), torch.autograd.grad(loss, q)[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+def test_the_plain_contrastive_loss_is_the_formula(dtype, tolerance):
+    loss = contrastive_loss_plain(*batch(dtype=dtype), T)
     assert loss.shape == () and loss.dtype == dtype
-    assert float(loss) == pytest.approx(naive_contrastive(*batch()), rel=tolerance)
+    assert float(loss) == pytest.approx(contrastive_by_loops(*batch()), rel=tolerance)
 
 
-@pytest.mark.parametrize("block", [None, 7, 50])
-def test_contrastive_gradient(block):
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+def test_the_streamed_contrastive_loss_equals_the_plain_one(chunk_size, dtype, tolerance):
+    plain = loss_and_gradient(contrastive_loss_plain, batch())
+    streamed = loss_and_gradient(contrastive_loss, batch(dtype=dtype), chunk_size)
+    for expected, actual in zip(plain, streamed, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7, 50])
+def test_the_gradient_is_that_of_finite_differences(chunk_size):
     q, *others = batch()
-    assert torch.autograd.gradcheck(lambda q: 3 * contrastive_loss(q, *others, T, block), q.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q: 3 * contrastive_loss(q, *others, T, chunk_size), q.requires_grad_())
 
 
-def dense_contrastive(q, k, labels, queue, label_queue, temperature):
-    """The formula as one cross entropy over all scores at once."""
-    negatives = (q @ queue / temperature).masked_fill(labels[:, None] == label_queue, -torch.inf)
-    scores = torch.cat([(q * k).sum(1, keepdim=True) / temperature, negatives], dim=1)
-    return F.cross_entropy(scores, torch.zeros(len(q), dtype=torch.long))
-
-
-def test_contrastive_gradient_is_that_of_the_dense_formula():
-    q, *others = batch(n=9, size=130)
-    q.requires_grad_()
-    (streamed,) = torch.autograd.grad(contrastive_loss(q, *others, T, 32), q)
-    (dense,) = torch.autograd.grad(dense_contrastive(q, *others, T), q)
-    torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-12)
-
-
-def test_only_the_query_takes_a_gradient():
+@pytest.mark.parametrize("loss", [contrastive_loss, contrastive_loss_plain])
+def test_only_the_query_takes_a_gradient(loss):
     q, k, labels, queue, label_queue = batch()
     q.requires_grad_()
     k.requires_grad_()
-    contrastive_loss(q, k, labels, queue, label_queue, T).backward()
+    loss(q, k, labels, queue, label_queue, T).backward()
     assert q.grad.abs().sum() > 0 and k.grad is None
 
 
@@ -84,7 +88,7 @@ def test_keys_of_the_same_class_do_not_count():
     torch.testing.assert_close(masked, contrastive_loss(q, k, labels, moved, label_queue, T))
 
 
-def test_a_key_of_no_class_is_a_negative_of_all():
+def test_a_key_of_no_class_is_a_negative_for_every_query():
     q, k, labels, queue, _ = batch()
     unlabelled = torch.full((queue.shape[1],), -1)
     foreign = torch.full((queue.shape[1],), CLASSES + 1)
@@ -93,24 +97,24 @@ def test_a_key_of_no_class_is_a_negative_of_all():
     assert loss > contrastive_loss(q, k, labels, queue, batch()[-1], T)
 
 
-@pytest.mark.parametrize("block", [None, 7])
-def test_without_any_negative_the_loss_is_zero(block):
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_without_any_negative_the_loss_is_zero(chunk_size):
     q, k, labels, queue, label_queue = batch()
     q.requires_grad_()
     labels[:], label_queue[:] = 1, 1
-    loss = contrastive_loss(q, k, labels, queue, label_queue, T, block)
+    loss = contrastive_loss(q, k, labels, queue, label_queue, T, chunk_size)
     loss.backward()
     assert loss.item() == 0 and torch.all(q.grad == 0)
 
 
-@pytest.mark.parametrize("block", [None, 7])
+@pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("towards", [1, -1])
-def test_large_scores_do_not_overflow(block, towards):
-    """Scores of up to 1,000, whose exponentials no float holds, with the positive at the top and at the bottom."""
+def test_large_scores_do_not_overflow(chunk_size, towards):
+    """Scores of up to 1,000, whose exponentials no float holds, the positive being the largest or the smallest."""
     q, _, labels, queue, label_queue = batch(dtype=torch.float32)
     given = q, towards * q, labels, queue, label_queue
-    loss = contrastive_loss(*given, 1e-3, block)
-    exact = dense_contrastive(*(x.double() if x.is_floating_point() else x for x in given), 1e-3)
+    loss = contrastive_loss(*given, 1e-3, chunk_size)
+    exact = contrastive_loss_plain(*(x.double() if x.is_floating_point() else x for x in given), 1e-3)
     assert loss.isfinite() and float(loss) == pytest.approx(float(exact), rel=1e-5, abs=1e-6)
 
 

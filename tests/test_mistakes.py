@@ -47,7 +47,6 @@ def assert_mistake(outcome, *words):
         ("i", ["-b", 1.5], ["--batch-size", "1.5"]),
         ("i", ["-b", "many"], ["--batch-size", "many"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
-        ("ii", ["-b", 155, "--last_stage_ckpt", "unused"], ["--batch-size 155", "no full step"]),
         ("i", ["--epochs", 0], ["--epochs 0"]),
         ("i", ["--epochs", -1], ["--epochs -1"]),
         ("i", ["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
@@ -114,7 +113,7 @@ def test_no_folder_at_all():
 
 
 def test_a_rate_at_which_the_loss_explodes(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--lr", 1e30)
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--lr", 1e6)
     assert_mistake(outcome, "--lr", "epoch 1, step", "train.txt, lines")
 
 

@@ -1,4 +1,6 @@
-"""Queue, momentum encoder and shuffling BN; what each network runs, trains and leaves alone."""
+"""Queue, momentum encoder and shuffling BN; what each network runs, trains and leaves unchanged."""
+
+import re
 
 import pytest
 import torch
@@ -6,25 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from models.moco import enqueue, momentum_update, new_queue, shuffled
+from models.moco import dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
 from tests.helpers import on_ranks
 
 DIM, CLASSES = 4, 5
 
 
 def numbered(first, count):
-    """Keys and labels that tell which they are."""
+    """Keys and labels whose values are their numbers."""
     numbers = torch.arange(first, first + count)
     return numbers.float()[:, None].expand(count, DIM), numbers
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 3), (10, 4), (3, 3), (10, 1), (7, 6)])
 def test_the_queue_is_a_ring(size, batch):
-    state = new_queue(DIM, size)
+    state = init_queue(DIM, size)
     expected, given = [-1] * size, 0
     for _ in range(2 * size + 1):
         keys, labels = numbered(given, batch)
-        enqueue(**state, keys=keys, labels=labels)
+        dequeue_and_enqueue(**state, keys=keys, labels=labels)
         for number in range(given, given + batch):
             expected[number % size] = number
         given += batch
@@ -35,46 +37,46 @@ def test_the_queue_is_a_ring(size, batch):
 
 
 def test_a_batch_larger_than_the_queue_is_refused():
-    state = new_queue(DIM, 3)
+    state = init_queue(DIM, 3)
     before = {name: value.clone() for name, value in state.items()}
     with pytest.raises(ValueError, match="--moco-k"):
-        enqueue(**state, keys=torch.ones(4, DIM), labels=torch.arange(4))
+        dequeue_and_enqueue(**state, keys=torch.ones(4, DIM), labels=torch.arange(4))
     assert all(torch.equal(state[name], before[name]) for name in state)
 
 
 def test_a_fresh_queue_holds_unit_keys_of_no_class():
-    state = new_queue(DIM, 9)
+    state = init_queue(DIM, 9)
     torch.testing.assert_close(state["queue"].norm(dim=0), torch.ones(9))
     assert state["label_queue"].tolist() == [-1] * 9 and state["queue_ptr"].tolist() == [0]
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_keys_that_are_not_finite_never_enter(bad):
-    state = new_queue(DIM, 5)
-    enqueue(**state, keys=torch.full((5, DIM), 9.0), labels=torch.full((5,), 9))
+    state = init_queue(DIM, 5)
+    dequeue_and_enqueue(**state, keys=torch.full((5, DIM), 9.0), labels=torch.full((5,), 9))
     keys, labels = numbered(1, 3)
     keys = keys.clone()
     keys[1, 2] = bad
-    enqueue(**state, keys=keys, labels=labels)
+    dequeue_and_enqueue(**state, keys=keys, labels=labels)
     assert state["label_queue"].tolist() == [1, 9, 3, 9, 9]
     assert state["queue"][0].tolist() == [1, 9, 3, 9, 9]
     assert state["queue_ptr"].tolist() == [3]
 
 
-def test_momentum_averages_parameters_not_statistics():
-    online, momentum = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+def test_momentum_update_averages_parameters_not_statistics():
+    encoder_q, encoder_k = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     with torch.no_grad():
-        online.weight.copy_(torch.tensor([2.0, -1.0]))
-        online.running_mean.fill_(7)
-    momentum_update(online, momentum, 0.9)
-    torch.testing.assert_close(momentum.weight.detach(), torch.tensor([1.1, 0.8]))
-    assert momentum.running_mean.tolist() == [0, 0] and momentum.num_batches_tracked == 0
-    assert online.weight.tolist() == [2, -1]
-    momentum_update(online, momentum, 0.9)
-    torch.testing.assert_close(momentum.weight.detach(), torch.tensor([1.19, 0.62]))
+        encoder_q.weight.copy_(torch.tensor([2.0, -1.0]))
+        encoder_q.running_mean.fill_(7)
+    momentum_update(encoder_q, encoder_k, 0.9)
+    torch.testing.assert_close(encoder_k.weight.detach(), torch.tensor([1.1, 0.8]))
+    assert encoder_k.running_mean.tolist() == [0, 0] and encoder_k.num_batches_tracked == 0
+    assert encoder_q.weight.tolist() == [2, -1]
+    momentum_update(encoder_q, encoder_k, 0.9)
+    torch.testing.assert_close(encoder_k.weight.detach(), torch.tensor([1.19, 0.62]))
 
 
-def test_momentum_of_an_encoder_without_parameters():
+def test_momentum_update_takes_an_encoder_without_parameters():
     momentum_update(nn.Flatten(), nn.Flatten(), 0.9)
 
 
@@ -164,8 +166,8 @@ def test_the_key_view_trains_nothing():
 
 def test_key_encoder_starts_as_a_copy_and_follows():
     model, (im_q, im_k, labels) = ssfl(momentum=0.75), views()
-    for online, key in ((model.encoder_q, model.encoder_k), (model.q_fc, model.k_fc)):
-        for a, b in zip(online.state_dict().values(), key.state_dict().values(), strict=True):
+    for query, key in ((model.encoder_q, model.encoder_k), (model.q_fc, model.k_fc)):
+        for a, b in zip(query.state_dict().values(), key.state_dict().values(), strict=True):
             assert torch.equal(a, b)
     with torch.no_grad():
         model.encoder_q.conv1.weight.add_(1)
@@ -174,16 +176,76 @@ def test_key_encoder_starts_as_a_copy_and_follows():
     torch.testing.assert_close(model.encoder_k.conv1.weight, start + 0.25)
 
 
+def frozen_ssfl():
+    """In train mode, but with the BatchNorm of both encoders in eval mode, so that images do not affect each other."""
+    model = ssfl().double().train()
+    model.encoder_q.eval()
+    model.encoder_k.eval()
+    with torch.no_grad():
+        model.q_fc[0].weight.add_(0.1)  # so that a second momentum update would show
+    return model
+
+
+def accumulated(model, slices, im_q, im_k, labels):
+    """Mean losses of a step over micro-batches of equal size; the gradients are in the model."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for number, part in enumerate(slices):
+        update, enqueue = number == 0, number == len(slices) - 1
+        logits, loss = model(im_q[part], im_k[part], labels[part], update=update, enqueue=enqueue)
+        losses = torch.stack([F.cross_entropy(logits, labels[part]), loss]) / len(slices)
+        losses.sum().backward()
+        total += losses.detach()
+    return total
+
+
+def test_two_micro_batches_are_one_large_batch():
+    given = views(dtype=torch.float64)
+    whole, parts = frozen_ssfl(), frozen_ssfl()
+    for step in range(2):  # the second step finds the keys of the first in the queue, and wraps around
+        expected = accumulated(whole, [slice(0, 6)], *given)
+        actual = accumulated(parts, [slice(0, 3), slice(3, 6)], *given)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        for (name, p), (_, other) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+            torch.testing.assert_close(other, p, rtol=1e-12, atol=1e-12, msg=name)
+            torch.testing.assert_close(other.grad, p.grad, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(parts.queue, whole.queue, rtol=1e-12, atol=1e-12)
+        assert torch.equal(parts.label_queue, whole.label_queue)
+        assert parts.queue_ptr.tolist() == whole.queue_ptr.tolist() == [6 * (step + 1) % 10]
+
+
+def test_keys_wait_until_they_may_enter_the_queue():
+    model, (im_q, im_k, labels) = ssfl().train(), views(n=3)
+    names, queue = model.state_dict().keys(), model.queue.clone()
+    for _ in range(2):
+        model(im_q, im_k, labels, enqueue=False)
+        assert torch.equal(model.queue, queue) and model.queue_ptr == 0
+        assert model.state_dict().keys() == names
+    model(im_q, im_k, labels)
+    assert model.label_queue.tolist() == labels.tolist() * 3 + [-1] and model.queue_ptr == 9
+    model(im_q, im_k, labels)
+    assert model.queue_ptr == 2  # nothing enters twice
+
+
+def test_without_update_the_key_encoder_does_not_move():
+    model, (im_q, im_k, labels) = ssfl().train(), views()
+    with torch.no_grad():
+        model.encoder_q.conv1.weight.add_(1)
+    start = model.encoder_k.conv1.weight.clone()
+    model(im_q, im_k, labels, update=False)
+    assert torch.equal(model.encoder_k.conv1.weight, start)
+    model(im_q, im_k, labels)
+    assert not torch.equal(model.encoder_k.conv1.weight, start)
+
+
 class Forbidden(nn.Module):
-    """What must not be run."""
+    """A module that must not run."""
 
     def forward(self, *_):
         raise AssertionError("this must not run")
 
 
 def test_without_contrast_no_key_encoder_runs():
-    model, (im_q, _, labels) = ssfl(), views()
-    model.disable_contrast()
+    model, (im_q, _, labels) = ssfl(contrast=False), views()
     model.encoder_k = model.k_fc = model.q_fc = Forbidden()
     before = model.queue.clone()
     logits, loss = model(im_q, None, labels)
@@ -192,8 +254,7 @@ def test_without_contrast_no_key_encoder_runs():
 
 
 def test_without_distillation_no_teacher_runs():
-    model, (im_q, _, labels) = models.SDL("resnet8", CLASSES), views()
-    model.disable_distillation()
+    model, (im_q, _, labels) = models.SDL("resnet8", CLASSES, distill=False), views()
     model.encoder_t = model.classifier_t = Forbidden()
     hard, _, distillation = model(im_q)
     (F.cross_entropy(hard, labels) + distillation).backward()
@@ -233,53 +294,52 @@ def test_frozen_statistics_are_used():
     assert not torch.allclose(model.train()(images), model.eval()(images))
 
 
-def trainable(model):
-    return {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+BACKBONE = r"(conv1|bn1|layer[123]\.\d\.(conv|bn)[12])\.(weight|bias)"
+LINEAR = r"(weight|bias)"
+TRAINED = {  # the parameters that train, by stage and loss
+    "i": (lambda: ssfl(), rf"encoder_q\.{BACKBONE}|q_fc\.[02]\.{LINEAR}|classifier\.{LINEAR}"),
+    "i, cross entropy": (lambda: ssfl(contrast=False), rf"encoder_q\.{BACKBONE}|classifier\.{LINEAR}"),
+    "ii": (lambda: models.SLG("resnet8", CLASSES), r"classifier\.scales"),
+    "iii": (lambda: models.SDL("resnet8", CLASSES), rf"encoder_q\.{BACKBONE}|classifier(_kd)?\.{LINEAR}"),
+    "iii, cross entropy": (
+        lambda: models.SDL("resnet8", CLASSES, distill=False), rf"encoder_q\.{BACKBONE}|classifier\.{LINEAR}",
+    ),
+}  # fmt: skip
 
 
-def test_which_parameters_train():
-    assert trainable(ssfl()) == {"encoder_q", "q_fc", "classifier"}
-    baseline = ssfl()
-    baseline.disable_contrast()
-    assert trainable(baseline) == {"encoder_q", "classifier"}
-    two = models.SLG("resnet8", CLASSES)
-    assert [name for name, p in two.named_parameters() if p.requires_grad] == ["classifier.scales"]
-    assert trainable(models.SDL("resnet8", CLASSES)) == {"encoder_q", "classifier", "classifier_kd"}
-    alone = models.SDL("resnet8", CLASSES)
-    alone.disable_distillation()
-    assert trainable(alone) == {"encoder_q", "classifier"}
+@pytest.mark.parametrize("case", TRAINED)
+def test_exactly_the_trained_parameters_take_a_gradient(case):
+    """DistributedDataParallel refuses a parameter that should train and takes no gradient."""
+    build, pattern = TRAINED[case]
+    model, (im_q, im_k, labels) = build().train(), views()
+    if isinstance(model, models.SSFL):
+        logits, loss = model(im_q, im_k, labels)
+    elif isinstance(model, models.SDL):
+        logits, _, loss = model(im_q)
+    else:
+        logits, loss = model(im_q), 0.0
+    (F.cross_entropy(logits, labels) + loss).backward()
+    expected = [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
+    assert expected
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == expected
 
 
-def test_every_trained_parameter_gets_a_gradient():
-    """DistributedDataParallel refuses a network where it is otherwise."""
-    im_q, im_k, labels = views()
-    baseline, alone = ssfl(), models.SDL("resnet8", CLASSES)
-    baseline.disable_contrast()
-    alone.disable_distillation()
-    for model in (ssfl(), baseline, models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES), alone):
-        given = model(im_q, im_k, labels) if isinstance(model, models.SSFL) else model(im_q)
-        given = given if isinstance(given, tuple) else (given,)
-        used = given[:-2] + given[-1:] if alone is model else given  # without distillation nothing uses the soft logits
-        sum(value.square().sum() for value in used).backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
-
-
-def test_hand_over_takes_the_named_classifier():
+def test_stage_two_takes_the_named_classifier():
     student = models.SDL("resnet8", CLASSES)
     published = {f"module.{name}": value for name, value in student.state_dict().items()}
     for name, source in (("hard", student.classifier), ("soft", student.classifier_kd)):
         two = models.SLG("resnet8", CLASSES)
         with torch.no_grad():
             two.classifier.scales.fill_(3)
-        two.load_stage_i(published, name)
+        two.load_pretrained(published, name)
         assert torch.equal(two.classifier.fc.weight, source.weight) and torch.all(two.classifier.scales == 1)
         assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
-    with pytest.raises(ValueError, match="soft"):
-        models.SLG("resnet8", CLASSES).load_stage_i(ssfl().state_dict(), "soft")
+    with pytest.raises(ValueError, match="classifier_kd"):
+        models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
 
 
-def test_teacher_is_stage_two():
+def test_the_teacher_is_the_network_of_stage_two():
     two, three = models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES)
     with torch.no_grad():
         two.classifier.scales.uniform_()
@@ -290,9 +350,9 @@ def test_teacher_is_stage_two():
 
 
 @pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-def test_a_network_is_known_by_its_state_dict(stage):
+def test_stage_and_arch_are_inferred_from_a_state_dict(stage):
     model = {"i": ssfl, "ii": lambda: models.SLG("resnet20", 7), "iii": lambda: models.SDL("resnet18", 3)}[stage]()
-    found = models.identify({f"module.{name}": value for name, value in model.state_dict().items()})
+    found = models.infer_stage_and_arch({f"module.{name}": value for name, value in model.state_dict().items()})
     arch, classes = {"i": ("resnet8", CLASSES), "ii": ("resnet20", 7), "iii": ("resnet18", 3)}[stage]
     assert (found["stage"], found["arch"], found["num_classes"]) == (stage, arch, classes)
     again = models.from_state_dict(model.state_dict())
@@ -301,22 +361,22 @@ def test_a_network_is_known_by_its_state_dict(stage):
 
 
 def shuffled_means(rank):
-    """Features of this rank's images through a BatchNorm encoder, and through one that tells image from image."""
+    """Features of this rank's images through the identity, what a BatchNorm was given, and its features."""
     torch.manual_seed(10 + rank)
     images = torch.arange(4.0).view(4, 1) + 4 * rank
-    told = shuffled(nn.Identity(), images)
+    identity = forward_shuffle_bn(nn.Identity(), images)
     norm = nn.BatchNorm1d(1)
     seen = []
     norm.register_forward_hook(lambda _, given, __: seen.append(given[0].flatten()))
-    normed = shuffled(norm, images)
-    return [told.flatten(), seen[0], normed.detach().flatten()]
+    normed = forward_shuffle_bn(norm, images)
+    return [identity.flatten(), seen[0], normed.detach().flatten()]
 
 
 def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
     outcomes = on_ranks(2, shuffled_means)
-    for rank, (told, seen, _) in enumerate(outcomes):
+    for rank, (identity, seen, _) in enumerate(outcomes):
         own = torch.arange(4.0) + 4 * rank
-        assert torch.equal(told, own)
+        assert torch.equal(identity, own)
         assert set(seen.tolist()) != set(own.tolist())  # statistics of other images too
     batches = [seen for _, seen, _ in outcomes]
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
@@ -329,7 +389,7 @@ def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
 
 def test_shuffling_in_one_process_is_the_encoder_itself():
     images = torch.randn(4, 3)
-    assert torch.equal(shuffled(nn.Identity(), images), images)
+    assert torch.equal(forward_shuffle_bn(nn.Identity(), images), images)
 
 
 def trained_queue(rank):
@@ -345,3 +405,16 @@ def test_all_ranks_hold_the_keys_of_all():
     assert labels.tolist() == [0, 1, 2, 1, 2, 3, -1, -1, -1, -1] and position == 6
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
     assert len(queue[:, :6].unique(dim=1).T) == 6
+
+
+def queue_of_two_micro_batches(rank):
+    model, (im_q, im_k, labels) = ssfl().train(), views(n=4)
+    labels = (labels + rank) % CLASSES
+    for part, enqueue in ((slice(0, 2), False), (slice(2, 4), True)):
+        model(im_q[part], im_k[part], labels[part], update=not enqueue, enqueue=enqueue)
+    return [model.label_queue, model.queue_ptr]
+
+
+def test_micro_batches_on_several_ranks_enter_in_the_order_of_one_large_batch():
+    for labels, position in on_ranks(2, queue_of_two_micro_batches):
+        assert labels.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and position == 8

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from ssd_stage_i import StageI
-from ssd_stage_ii import StageII
-from ssd_stage_iii import StageIII
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
 from tests.helpers import ROOT
 
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
@@ -29,18 +29,18 @@ def test_modules_named_in_commands_exist(document):
 
 def test_stage_commands_parse():
     """Every flag in a command line that the README gives is one of that stage's."""
-    stages = {"i": StageI(), "ii": StageII(), "iii": StageIII()}
+    parsers = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
     lines = re.findall(r"^.*?python ssd_stage_(i+)\.py (.*)$", README, flags=re.M)
     assert len(lines) >= 8
     for stage, rest in lines:
-        known = stages[stage].parser()._option_string_actions
+        known = parsers[stage]._option_string_actions
         for word in rest.split("`")[0].split():
             assert not word.startswith("-") or word in known, word
 
 
 def test_readme_or_documents_mention_every_flag():
     texts = " ".join(document.read_text() for document in DOCUMENTS)
-    for stage in (StageI(), StageII(), StageIII()):
-        for action in stage.parser()._actions:
+    for script in (ssd_stage_i, ssd_stage_ii, ssd_stage_iii):
+        for action in script.get_parser()._actions:
             if action.dest not in ("help", "data"):
                 assert any(option in texts for option in action.option_strings), action.option_strings

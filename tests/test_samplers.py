@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datasets.samplers import BatchSampler, ClassAwareSampler, EvalBatchSampler, ShuffledSampler, draws
+from datasets.samplers import BatchSampler, ClassAwareSampler, EvalBatchSampler, ShuffledSampler
 
 LABELS = np.repeat(np.arange(6), (50, 20, 10, 5, 3, 2))
 WORLDS = (1, 2, 3)
@@ -13,14 +13,6 @@ WORLDS = (1, 2, 3)
 
 def epochs(sampler, count=3):
     return [sampler.epoch(epoch)[1] for epoch in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("indices", "expected"),
-    [([7, 3, 7, 7], [0, 0, 1, 2]), ([0], [0]), ([2, 2, 1, 1, 2], [0, 1, 0, 1, 2]), ([5, 4, 3], [0, 0, 0])],
-)
-def test_draws(indices, expected):
-    assert draws(np.array(indices)).tolist() == expected
 
 
 @pytest.mark.parametrize("world", WORLDS)

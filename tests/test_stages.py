@@ -33,7 +33,7 @@ from tests.helpers import (
     train,
 )
 
-PARSERS = {"i": ssd_stage_i.StageI(), "ii": ssd_stage_ii.StageII(), "iii": ssd_stage_iii.StageIII()}
+PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
 RUNS = tuple(CLASSIFIERS)
 TEST_IMAGES = sum(COUNTS["test"])
@@ -170,9 +170,12 @@ def test_log(trained, run):
 
 
 def test_stages_learn(trained):
+    """More than how often each class comes. (Stage I's loss may rise all the same: the queue fills with negatives.)"""
+    shares = np.array(COUNTS["train"]) / IMAGES
     for run in ("i", "iii"):
-        first, second = log_of(trained[run])
-        assert second["loss"] < first["loss"] and second[f"top1_{CLASSIFIERS[run][0]}"] > 0.75
+        _, second = log_of(trained[run])
+        assert second["cross_entropy"] < -np.sum(shares * np.log(shares))
+        assert second[f"top1_{CLASSIFIERS[run][0]}"] > shares.max()
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -412,9 +415,9 @@ PUBLISHED_BY_STAGE = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_published_flags_and_defaults(stage):
-    parser = PARSERS[stage].parser()
-    args = parser.parse_args(["DIR"])
-    assert args.data == "DIR" and args.arch == "resnext50_32x4d" and args.image_size == 224
+    parser = PARSERS[stage]()
+    args = parser.parse_args(["."])
+    assert args.data == "." and args.arch == "resnext50_32x4d" and args.image_size == 224
     destination = {option: action.dest for action in parser._actions for option in action.option_strings}
     for option, default in (PUBLISHED | PUBLISHED_BY_STAGE[stage]).items():
         assert getattr(args, destination[option]) == default, option
@@ -437,8 +440,10 @@ def test_published_flags_and_defaults(stage):
         ("iii", ["--kd_weight", "3"], "kd_weight", 3.0),
     ],
 )
-def test_dashes_and_underscores_are_alike(stage, words, name, value):
-    args = PARSERS[stage].parser().parse_args([*words, "a_b-c"])
+def test_a_flag_may_be_spelled_with_dashes_or_underscores(stage, words, name, value, tmp_path, monkeypatch):
+    (tmp_path / "a_b-c").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = PARSERS[stage]().parse_args([*words, "a_b-c"])
     assert getattr(args, name) == value and args.data == "a_b-c" and args.given == sorted(["data", name])
 
 
@@ -449,15 +454,19 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_spawned_or_under_torchrun(trained, plain_tree, tmp_path, stage):
-    flags = [*source(stage, trained), "--epochs", 1]
+    young = ["--epochs", 1, "--lr", 1e-3]  # a young network's loss hangs but little on its batches
+    flags = [*source(stage, trained), *young]
+    if stage == "ii":
+        flags = ["--last_stage_ckpt", train("i", plain_tree, tmp_path / "i", *young) / LAST, *young]
+    alone = train(stage, plain_tree, tmp_path / "alone", *flags)
     spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, "--multiprocessing-distributed", "--nproc", 2)
     outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
     assert outcome.status == 0, outcome.err
     assert same(checkpoint(tmp_path / "torchrun"), checkpoint(spawned))
     assert checkpoint(spawned)["run"]["world_size"] == 2
     assert log_of(tmp_path / "torchrun", timed=False) == log_of(spawned, timed=False)
-    (record,), (alone, _) = log_of(spawned), log_of(trained[stage])
-    assert record["loss"] == pytest.approx(alone["loss"], rel=0.3)  # the same method, on other batches
+    (record,), (expected,) = log_of(spawned), log_of(alone)
+    assert record["loss"] == pytest.approx(expected["loss"], rel=0.15)  # the same method, on other batches
     assert [r["count"] for r in results_of(spawned)] == [TEST_IMAGES] * len(CLASSIFIERS[stage])
     one = run_stage(stage, plain_tree, tmp_path / "one", "--resume", spawned / LAST, "--evaluate")
     assert one.status == 0 and results_of(tmp_path / "one") == results_of(spawned)

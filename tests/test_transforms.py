@@ -8,10 +8,12 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
-from datasets.list_file import ListFileDataset, ListIndex
+from datasets.dataset import ListFileDataset
+from datasets.list_file import ListIndex
 from datasets.loaders import batches, build_loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.transforms import MEAN, STD, VIEWS, Views, eval_view, key_view, normalize, query_view
+from datasets.transforms import VIEWS, Views, key_view, query_view
+from models.preprocess import MEAN, STD, eval_view, normalize
 from tests.helpers import class_image
 
 SIZES = (224, 96, 64, 32)
@@ -157,7 +159,9 @@ def loaded(plain_tree):
     """Two epochs of batches by number of workers."""
 
     def epochs(workers):
-        dataset = ListFileDataset(ListIndex.read(plain_tree / "train.txt"), plain_tree, Views(("query", "key"), 32, 7))
+        dataset = ListFileDataset(
+            ListIndex.from_file(plain_tree / "train.txt"), plain_tree, Views(("query", "key"), 32, 7)
+        )
         order = BatchSampler(ShuffledSampler(len(dataset), 7), 32)
         loader = build_loader(dataset, order, workers)
         given = []

@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from datasets import verify as module
+from datasets.prepare import verify as module
 from datasets.verify import main
 
 from .test_list_file import broken_images
@@ -155,7 +155,7 @@ def test_repeated_entries_and_untrained_classes(root, verify):
     append(root / "val.txt", "val/cat/0.jpg 7\n")
     status, said = verify(root)
     assert status == 0
-    assert "train: 1 entries stand in the list more than once" in said
+    assert "train: 1 entries are in the list more than once" in said
     assert "val: 1 classes have no training image, such as 7" in said
 
 
@@ -226,7 +226,7 @@ def test_large_images_are_decoded_one_at_a_time(root, verify, monkeypatch):
 
     append(root / "train.txt", "".join(f"train/ant/{i % 12}.jpg 0\n" for i in range(500)))
     monkeypatch.setattr(module, "load_rgb", counted)
-    monkeypatch.setattr(module, "LARGE", 8 * 8 - 1)
+    monkeypatch.setattr(module, "MAX_PARALLEL_PIXELS", 8 * 8 - 1)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
     assert verify(root, "--decode", root / "train.txt")[0] == 0
     assert most == 1

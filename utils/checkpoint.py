@@ -1,107 +1,425 @@
-"""Checkpoints: written so that a crash cannot spoil them, read so that they cannot harm, checked before use."""
+"""Checkpoints: read so that they cannot harm, checked before use, written so that a crash cannot spoil them."""
 
 import math
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import models
-from models.files import read as read_file
-from models.files import state_dict_of
+from models.load import read_checkpoint, state_dict_of
 
-from .distributed import rank
-from .errors import UserError
+from .command_line import check_value, option_words
+from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
+from .errors import UserError, one_line
+from .files import atomic_write, link, remove_temporary_files
+from .launch.signals import Stopped, heartbeat, stop_requested
+from .metrics import MetricLogger
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
+EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight")  # what --evaluate takes
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
-def write_atomically(path, write, before_replacing=lambda: None):
-    """Calls write(file) on a temporary file beside `path`, flushes it to the disk, and puts it in path's place.
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint that was read: its file, the flag that named it, its content, and what its names and shapes say."""
 
-    Whatever happens, path is the old file or the whole new one. before_replacing is called when the new one is whole.
-    Raises UserError naming path where the disk is full, the folder is read-only or the like.
+    path: str
+    flag: str
+    content: dict
+    found: dict  # stage, arch, num_classes; of stage I, dim and queue_size too
+
+    @property
+    def state_dict(self) -> dict:
+        """The network's weights, without `module.` before the names."""
+        return models.ssd.strip_module(self.content["state_dict"])
+
+    @property
+    def run(self) -> dict:
+        """What it says of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
+        return self.content.get("run", {})
+
+
+# ---- reading
+
+
+def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
+    """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
+
+    parser: the one that args came from; stage: the one that the checkpoint has to be of. Raises UserError, on all
+    ranks, if it cannot be read or is of another stage.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        open_up(temporary)
-        before_replacing()
-        replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{path}: cannot be written ({reason(error)}); the file before it is kept") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    if args.resume == "auto":
+        latest = None
+        with raise_on_all_ranks():
+            if is_main_process():
+                latest = find_latest(args.output_dir)
+                if latest is None and args.evaluate:
+                    raise UserError(f"--resume auto: no checkpoint in {args.output_dir}; name one")
+        args.resume = str(gather_objects(latest)[0] or "")
+    if not args.resume:
+        return None
+    with raise_on_all_ranks():
+        loaded = read_stage(args.resume, "--resume", (stage,))
+        for line in apply_saved_args(loaded, args, parser, EVALUATION_ARGS if args.evaluate else None):
+            print_main(line)
+        check_compatible(loaded, args.arch)
+        return loaded
 
 
-def remove_leftovers(folder):
-    """Removes what a process that was killed while it wrote left behind; the folder's lock must be held."""
-    random = "?" * 8
-    for pattern in (f".*.tar.{random}", "*.tar.link", f".*.json.{random}", f".log.txt.{random}"):
-        for file in Path(folder).glob(pattern):
-            file.unlink(missing_ok=True)
+def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
+    """The checkpoint of an earlier stage that a flag names, to start from.
 
-
-def open_up(temporary):
-    """Gives a temporary file, private when it was made, the permissions of any new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-
-
-def replace(temporary, path):
-    """os.replace, with the folder's new entry flushed to the disk."""
-    os.replace(temporary, path)
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def link(source, target):
-    """A second name for a file that is never written in place; a copy where the file system has no links."""
-    temporary = Path(f"{target}.link")
-    temporary.unlink(missing_ok=True)
-    try:
+    Backbone, image size and statistics are taken from it, unless their flags were given. Raises UserError, on all
+    ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
+    hint: what else would serve, for the message if the flag is missing.
+    """
+    path = getattr(args, flag.lstrip("-").replace("-", "_"))
+    with raise_on_all_ranks():
+        if not path:
+            raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
+        loaded = read_stage(path, flag, stages)
+        for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
+            print_main(line)
+        check_compatible(loaded, args.arch)
         try:
-            os.link(source, temporary)
-        except OSError:
-            with open(source, "rb") as original, open(temporary, "wb") as copy:
-                shutil.copyfileobj(original, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # replacing a name of the same file does nothing
+            models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
+            models.check_weights(loaded.state_dict)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; correct {flag}") from None
+        return loaded
 
 
-def one_line(error) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+def read(path, flag: str) -> dict:
+    """The content of a checkpoint. Raises UserError naming file and flag if it is none, or makes no sense."""
+    try:
+        content = read_checkpoint(path)
+        state_dict_of(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
+    except ValueError as error:
+        raise UserError(f"{error} ({flag})") from None
+    for name, (is_valid, expected) in PROGRESS.items():
+        if name in content and not is_valid(content[name]):
+            raise UserError(f"{path}: its {name} is not {expected}; correct {flag}")
+    return content
 
 
-def reason(error) -> str:
-    """Why writing failed: the system's word for it, which torch's writer buries beneath errors of its own."""
-    cause = error
-    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__
-    return one_line(cause if isinstance(cause, OSError) else error)
+def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
+    """A checkpoint of one of the stages. Raises UserError as read does, and if it is of another stage."""
+    content = read(path, flag)
+    found = models.infer_stage_and_arch(content["state_dict"])
+    if found is None:
+        raise UserError(f"{path}: its names are of no stage of SSD-LT; correct {flag}")
+    if found["stage"] not in stages:
+        raise UserError(
+            f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
+        )
+    return LoadedCheckpoint(str(path), flag, content, found)
 
 
-def save(folder, state: dict, is_best: bool = False):
-    """Writes last_checkpoint.pth.tar, keeps the one before as previous, and names it best as well where it is.
+def named(stages) -> str:
+    """The stages' names in a message."""
+    return " or ".join(STAGE_NAMES[stage] for stage in stages)
 
-    state: tensors, numbers, strings, lists and dicts only. Raises UserError where it cannot be written.
+
+def is_count(value) -> bool:
+    """Whether a value is a whole number, also as a tensor or float of one element as published checkpoints hold it."""
+    if isinstance(value, torch.Tensor):
+        value = value.item() if value.numel() == 1 and not value.is_complex() else math.nan
+    return isinstance(value, int | float) and 0 <= value < 2**31 and value == int(value)
+
+
+def is_accuracy(value) -> bool:
+    """Whether a value is a finite number: of Python's, of numpy's, or a tensor of one element."""
+    try:
+        return not isinstance(value, str | bytes) and math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+
+
+def is_run(value) -> bool:
+    """Whether a value is a record of whole numbers, with an image size that the flags allow."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(number, int) and number >= 0 for number in value.values())
+        and 8 <= value.get("image_size", 8) <= 4096
+    )
+
+
+PROGRESS = {
+    "epoch": (is_count, "a whole number"),
+    "step": (is_count, "a whole number"),
+    "best_acc1": (is_accuracy, "a number"),
+    "run": (is_run, "a record of seed, batch and processes"),
+    "images": (is_count, "a whole number"),
+    "args": (lambda value: isinstance(value, dict), "a record of arguments"),
+    "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
+}
+
+
+def find_latest(folder) -> Path | None:
+    """The newest readable checkpoint of a run: last, else previous, else best; None if there is none.
+
+    Says on stderr which damaged file it passes over. Raises UserError if there are files and none can be read.
+    """
+    present = present_in(folder)
+    for path in present:
+        try:
+            read(path, "--resume auto")
+            return path
+        except UserError as error:
+            print(f"passed over {error}", file=sys.stderr, flush=True)
+    if present:
+        raise UserError(f"{folder}: no checkpoint in it can be read; start anew with --overwrite")
+    return None
+
+
+def present_in(folder) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(Path(folder) / name)]
+
+
+def quarantine_unreadable(folder, resumed):
+    """Renames a last checkpoint that --resume auto passed over, which the next save would keep as the previous one."""
+    last = Path(folder) / LAST
+    if Path(resumed).name != LAST and os.path.lexists(last):
+        try:
+            read(last, "--resume")
+        except UserError:
+            os.replace(last, f"{last}.unreadable")
+
+
+# ---- holding a checkpoint against the run
+
+
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
+    """Takes the flags that were not given from a checkpoint, all that it keeps or those in `only`.
+
+    Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
+    Raises UserError if a saved value is none that the command line could give.
+    """
+    actions, taken, lines = parser.saved_actions(), [], []
+    for name, value in saved_args(loaded).items():
+        if name not in actions or name not in args.saved or (only and name not in only):
+            continue
+        try:
+            value = check_value(actions[name], value)
+        except ValueError as error:
+            raise UserError(f"{loaded.path}: its arguments are not sound ({error}); correct {loaded.flag}") from None
+        now = getattr(args, name)
+        if value is None or value == now:
+            continue
+        if name not in args.given:
+            setattr(args, name, value)
+            taken.append(option_words(actions[name], value))
+        elif name not in ("arch", "moco_k", "moco_dim"):  # others of these are refused
+            lines.append(
+                f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
+                f"{option_words(actions[name], value)}"
+            )
+    args.deterministic = args.deterministic or bool(not only and loaded.run.get("deterministic"))
+    if taken:
+        lines.insert(0, f"as saved: {' '.join(taken)}")
+    return lines
+
+
+def saved_args(loaded: LoadedCheckpoint) -> dict:
+    """The flags that a checkpoint keeps, by name; of older ones what their run and weights say."""
+    found, run = loaded.found, loaded.run
+    saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
+    saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    saved = {name: value for name, value in saved.items() if value is not None}
+    return loaded.content.get("args", {}) | saved
+
+
+def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
+    """Raises UserError, the same on all ranks, if a checkpoint has another backbone or number of classes."""
+    if loaded is None:
+        return
+    path, flag, found = loaded.path, loaded.flag, loaded.found
+    if found["arch"] != arch:
+        backbone = found["arch"] or "unknown"
+        raise UserError(f"{path}: its backbone is {backbone}, not {arch}; correct --arch or {flag}", on_all_ranks=True)
+    if num_classes is not None and found["num_classes"] != num_classes:
+        raise UserError(
+            f"{path}: it has {found['num_classes']} classes, this run {num_classes}; "
+            f"correct {flag}, the lists or --num-classes",
+            on_all_ranks=True,
+        )
+
+
+def restore(loaded: LoadedCheckpoint | None, state, train_loader):
+    """Restores model, optimizer, scaler, metrics, epoch, step and best accuracy of a training state, if resumed.
+
+    An evaluation takes the model alone. Raises UserError, on all ranks, if what was saved does not fit.
+    """
+    if loaded is None:
+        return
+    with raise_on_all_ranks():
+        restore_model(loaded, state.model)
+        if state.args.evaluate:
+            return
+        content = loaded.content
+        for name, load in (("optimizer", restore_momentum), ("scaler", restore_scaler)):
+            try:
+                load(getattr(state, name), content.get(name))
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
+                raise UserError(message) from None
+        state.epoch, state.step = int(content.get("epoch", 0)), int(content.get("step", 0))
+        state.best = float(content.get("best_acc1", 0.0))
+        if content.get("averages"):
+            state.metrics.load_state_dict(content["averages"], loaded.path)
+        check_position(loaded, state, train_loader)
+
+
+def check_position(loaded: LoadedCheckpoint, state, train_loader):
+    """Finds where in its epoch a run goes on, also with another number of processes or of images per step.
+
+    Stages I and III then go on after the images that were seen; stage II, whose draws depend on the ranks, starts the
+    epoch anew. Raises UserError if the epoch has fewer images here than were seen, or if there are none of the steps'.
+    """
+    world_size = get_world_size()
+    per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
+    state.images = int(loaded.content.get("images", state.step * per_step))
+    if state.images > per_epoch or (state.images == 0) != (state.step == 0):
+        raise UserError(
+            f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
+            "resume with the lists it was saved with"
+        )
+    saved_world_size = loaded.run.get("world_size", world_size)
+    if saved_world_size != world_size:
+        print_main(
+            f"warning: {world_size} processes, saved by {saved_world_size}: the result will not be bit-identical"
+        )
+    if state.images == state.step * per_step and (saved_world_size == world_size or not state.step):
+        return
+    if train_loader.depends_on_ranks:
+        state.step, state.images, state.metrics = 0, 0, MetricLogger(state.device)
+        print_main(f"warning: epoch {state.epoch + 1} starts anew, since its batches are others now")
+    else:
+        print_main(f"warning: epoch {state.epoch + 1} goes on after its first {state.images} images")
+
+
+def restore_model(loaded: LoadedCheckpoint, model):
+    """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
+    state_dict = loaded.state_dict
+    wrong = models.ssd.mismatched_keys(model, state_dict)
+    if not wrong:
+        try:
+            models.check_weights(state_dict)
+        except ValueError as error:
+            raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
+        model.load_state_dict(state_dict)
+    elif "queue" in wrong and "queue" in state_dict and state_dict["queue"].dim() == 2:
+        dim, size = state_dict["queue"].shape
+        raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
+    else:
+        stage = STAGE_NAMES[loaded.found["stage"]]
+        raise UserError(f"{loaded.path}: does not fit stage {stage} at {wrong[0]}; correct {loaded.flag}")
+
+
+def restore_momentum(optimizer, saved: dict | None):
+    """Takes the momentum buffers of SGD's state_dict, and nothing else: every setting is the run's."""
+    if not saved:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(parameters):
+        raise ValueError(f"it is of {len(numbers)} parameters, here are {len(parameters)}")
+    for number, parameter in zip(numbers, parameters, strict=True):
+        momentum = saved["state"].get(number, {}).get("momentum_buffer")
+        if momentum is None:
+            continue
+        if momentum.layout != torch.strided or momentum.shape != parameter.shape:
+            raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
+        if not momentum.is_floating_point() or not momentum.isfinite().all():
+            raise ValueError("a momentum that is not finite")
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+
+def restore_scaler(scaler, saved: dict | None):
+    """Takes the loss scale of --amp fp16."""
+    if saved and scaler.is_enabled():
+        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values()):
+            raise ValueError("a value that is no positive number")
+        scaler.load_state_dict(saved)
+
+
+# ---- writing
+
+
+def save(state, is_best: bool = False):
+    """Writes a training state as last_checkpoint.pth.tar, and as best too if it is; all ranks must call it.
+
+    The format is the published one, with what exact resuming needs beside it: tensors, numbers, strings, lists and
+    dicts, which weights_only loading takes. Raises UserError if it cannot be written.
+    """
+    averages = state.metrics.state_dict() if state.step else None
+    if is_main_process():
+        args = state.args
+        content = {
+            "epoch": state.epoch,
+            "step": state.step,
+            "stage": state.stage,
+            "arch": args.arch,
+            "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
+            "best_acc1": torch.tensor(state.best, dtype=torch.float64),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "averages": averages,
+            "images": state.images,
+            "args": {name: as_saved(getattr(args, name)) for name in args.saved},
+            "run": {
+                "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
+                "batch_size": args.batch_size, "world_size": get_world_size(),
+            },
+        }  # fmt: skip
+        write(args.output_dir, content, is_best)
+    heartbeat()
+
+
+def as_saved(value):
+    """An argument's value as weights_only loading takes it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save_if_due(state, args):
+    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
+    if state.flags.stop():
+        save(state)
+        raise stopped(state)
+    if args.save_every_steps and state.step % args.save_every_steps == 0:
+        save(state)
+
+
+def stop_if_asked(state):
+    """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
+    if any(gather_objects(stop_requested())):
+        if state.step and not state.args.evaluate:
+            save(state)
+        raise stopped(state)
+
+
+def stopped(state) -> Stopped:
+    """What to say of a run that stops here."""
+    if state.args.evaluate:
+        message = "stopped on request; evaluate again with the same command"
+    elif state.epoch == state.args.epochs:
+        message = "stopped on request before the test evaluation was done; continue with --resume auto"
+    else:
+        message = f"stopped on request at epoch {state.epoch + 1}, step {state.step}; continue with --resume auto"
+    return Stopped(message, on_all_ranks=True)
+
+
+def write(folder, content: dict, is_best: bool = False):
+    """Writes last_checkpoint.pth.tar, keeps the one before as previous, and names it best as well if it is.
+
+    Raises UserError if it cannot be written; the checkpoints before are then kept.
     """
     folder = Path(folder)
     last = folder / LAST
@@ -111,171 +429,22 @@ def save(folder, state: dict, is_best: bool = False):
             link(last, folder / PREVIOUS)
 
     try:
-        write_atomically(last, lambda file: torch.save(state, file), keep_previous)
+        with atomic_write(last, keep_previous) as file:
+            torch.save(content, file)
         if is_best:
             link(last, folder / BEST)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({one_line(error)}); the checkpoints before are kept") from None
+    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
+        raise UserError(f"{last}: cannot be written ({system_error(error)}); the checkpoints before are kept") from None
 
 
-def read(path, flag: str) -> dict:
-    """A checkpoint's content, with state_dict in it. Raises UserError naming the file and the flag that gave it."""
-    try:
-        content = read_file(path)
-        state_dict_of(path, content)
-        return content
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
-    except ValueError as error:
-        raise UserError(f"{error} ({flag})") from None
+def system_error(error) -> str:
+    """The system's word for why writing failed, which torch's writer buries beneath errors of its own."""
+    cause = error
+    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    return one_line(cause if isinstance(cause, OSError) else error)
 
 
-def read_run(path, flag: str) -> dict:
-    """As read, of a run that is to go on or to be evaluated: what it says of its progress must make sense too."""
-    content = read(path, flag)
-    for name, (is_sound, wanted) in PROGRESS.items():
-        try:
-            sound = name not in content or is_sound(content[name])
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError):
-            sound = False
-        if not sound:
-            raise UserError(f"{path}: its {name} is not {wanted}; correct {flag}")
-    return content
-
-
-def is_whole(value) -> bool:
-    return 0 <= float(value) < 2**31 and float(value) == int(value)
-
-
-def is_run(value) -> bool:
-    return all(isinstance(number, int) and number >= 0 for number in value.values()) and (
-        8 <= value.get("image_size", 8) <= 4096
-    )
-
-
-def is_averages(value) -> bool:
-    if value is None:
-        return True
-    rows, width = value["sums"], len(value["names"])
-    return is_whole(value["steps"]) and len(rows) > 0 and all(len(list(map(float, row))) == width for row in rows)
-
-
-PROGRESS = {
-    "epoch": (is_whole, "a whole number"),
-    "step": (is_whole, "a whole number"),
-    "best_acc1": (lambda value: math.isfinite(value), "a number"),
-    "run": (is_run, "a record of seed, batch and processes"),
-    "averages": (is_averages, "a record of sums"),
-}
-
-
-def newest(folder) -> Path | None:
-    """The newest readable checkpoint of a run: last, where it is damaged previous, then best; None where none is there.
-
-    Says on stderr which file it passes over. Raises UserError where there are files and none can be read.
-    """
-    present = [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if (Path(folder) / name).exists()]
-    for path in present:
-        try:
-            read_run(path, "--resume auto")
-            return path
-        except UserError as error:
-            print(f"passed over {error}", file=sys.stderr, flush=True)
-    if present:
-        raise UserError(f"{folder}: no checkpoint in it can be read; start anew with --overwrite")
-    return None
-
-
-def set_aside_unreadable(folder, resumed):
-    """Renames a last checkpoint that --resume auto passed over, which the next save would keep as the previous one."""
-    last = Path(folder) / LAST
-    if Path(resumed).name != LAST and last.exists():
-        try:
-            read(last, "--resume")
-        except UserError:
-            os.replace(last, f"{last}.unreadable")
-
-
-def adopt(content: dict, args) -> list[str]:
-    """Takes from a checkpoint what the user left open of arch, image size and queue; returns what there is to say."""
-    found = models.identify(content["state_dict"]) or {}
-    size = content.get("run", {}).get("image_size")
-    saved = {"arch": found.get("arch"), "image_size": size}
-    saved |= {"moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    notes = []
-    for name, value in saved.items():
-        if value is None or getattr(args, name, value) == value:
-            continue
-        if name not in args.given:
-            setattr(args, name, value)
-            notes.append(f"--{name.replace('_', '-')} {value}, as saved")
-        elif name == "image_size":
-            notes.append(f"warning: --image-size {args.image_size}, the checkpoint was trained at {value}")
-    return notes
-
-
-def agree(path, flag: str, state_dict: dict, stages: tuple[str, ...], arch: str, num_classes: int):
-    """Raises UserError where a state dict is of none of the stages, or of another arch or number of classes."""
-    found = models.identify(state_dict)
-    if found is None:
-        raise UserError(f"{path}: its names are of no stage of SSD-LT; correct {flag}")
-    if found["stage"] not in stages:
-        wanted = " or ".join(STAGE_NAMES[stage] for stage in stages)
-        raise UserError(
-            f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {wanted}"
-        )
-    if found["arch"] != arch:
-        raise UserError(f"{path}: its backbone is {found['arch'] or 'unknown'}, not {arch}; correct --arch or {flag}")
-    if found["num_classes"] != num_classes:
-        raise UserError(
-            f"{path}: it has {found['num_classes']} classes, this run {num_classes}; "
-            f"correct {flag}, the lists or --num-classes"
-        )
-    return found
-
-
-def restore(path, flag, content: dict, stage: str, model, optimizer=None, scaler=None):
-    """Puts a checkpoint's content into model, optimizer and gradient scaler, each where it is given and saved.
-
-    Names load with and without `module.`. Raises UserError where what was saved does not fit.
-    """
-    state = models.ssd.strip_module(content["state_dict"])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        wrong = models.ssd.misfits(model, state)
-        if "queue" in wrong and "queue" in state and state["queue"].dim() == 2:
-            dim, size = state["queue"].shape
-            raise UserError(
-                f"{path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}"
-            ) from None
-        first = wrong[0] if wrong else one_line(error)
-        raise UserError(f"{path}: does not fit stage {STAGE_NAMES[stage]} at {first}; correct {flag}") from None
-    try:
-        part = "optimizer"
-        if optimizer is not None and content.get(part):
-            optimizer.load_state_dict(content[part])
-            for parameter, values in optimizer.state.items():
-                momentum = values.get("momentum_buffer")
-                if momentum is not None and momentum.shape != parameter.shape:
-                    raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
-        part = "scaler"
-        if scaler is not None and content.get(part):
-            scaler.load_state_dict(content[part])
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its {part} does not fit ({one_line(error)}); correct {flag}") from None
-
-
-def hand_over(load, path, flag: str, stages: tuple[str, ...], args):
-    """load(the state dict of an earlier stage's checkpoint). Raises UserError where it cannot serve this run."""
-    content = read_run(path, flag)
-    state_dict = content["state_dict"]
-    agree(path, flag, state_dict, stages, args.arch, args.num_classes)
-    size = content.get("run", {}).get("image_size", args.image_size)
-    if size != args.image_size and rank() == 0:
-        print(f"warning: --image-size {args.image_size}, but {path} was trained at {size}", flush=True)
-    try:
-        load(state_dict)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()[:200]
-        raise UserError(f"{path}: its weights are not whole ({detail}); correct {flag}") from None
+def remove_leftovers(folder):
+    """Removes what a process that was killed while it wrote left behind; the folder's lock must be held."""
+    remove_temporary_files(folder, LAST, PREVIOUS, BEST, "args.json", "results.json", "log.txt")

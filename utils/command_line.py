@@ -12,16 +12,21 @@ NOT_GIVEN = object()
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set."""
+    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
 
-    def __init__(self, description=None, **options):
+    intermixed: flags may stand between the words of a positional argument of several.
+    """
+
+    def __init__(self, description=None, intermixed=False, **options):
+        self.intermixed = intermixed
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
         """As argparse's; the names of the arguments that were given stand in args.given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
+        parse = super().parse_intermixed_args if self.intermixed else super().parse_args
+        args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
         args.given = sorted(name for name, value in vars(args).items() if value is not NOT_GIVEN)
         for name in set(defaults) - set(args.given):
             setattr(args, name, defaults[name])
@@ -36,48 +41,114 @@ class ArgumentParser(argparse.ArgumentParser):
             if name.startswith("--"):
                 name = known.get(name.replace("_", "-"), name)
             words.append(name + equals + value)
-        found, unknown = super().parse_known_args(words, namespace)
+        try:
+            found, unknown = super().parse_known_args(words, namespace)
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or "").split("/")
+            name = next((name for name in names if name.startswith("--")), names[0])
+            of_value = isinstance(error.__context__, argparse.ArgumentTypeError)  # begins with the value
+            self.error(f"{name}{'' if of_value else ':'} {error.message}")
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
             self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
 
+    def saved_actions(self) -> dict[str, argparse.Action]:
+        """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
+        return {
+            a.dest: a for a in self._actions if a.option_strings and a.dest != "help" and not hasattr(a, "run_only")
+        }
+
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def run_only(action: argparse.Action) -> argparse.Action:
+    """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
+    action.run_only = True
+    return action
+
+
+def option_name(action: argparse.Action) -> str:
+    """The flag's long name."""
+    return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+
+
+def option_words(action: argparse.Action, value) -> str:
+    """The words of a command line that give a flag its value."""
+    name = option_name(action)
+    if isinstance(value, bool):
+        return name if value else name.replace("--", "--no-", 1)
+    return " ".join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+
+
+def check_value(action: argparse.Action, value):
+    """A value from a file as the flag takes it. Raises ValueError if the command line could not give it."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option_name(action)} is on or off")
+        return value
+    if value is None and action.default is None:
+        return None
+    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
+    if several != isinstance(value, list):
+        raise ValueError(f"{option_name(action)} has another number of values")
+    try:
+        values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{option_name(action)} {error}") from None
+    if action.choices and not set(values) <= set(action.choices):
+        raise ValueError(f"{option_name(action)} {values[0]} is unknown")
+    return values if several else values[0]
 
 
 def whole_number(least: int = 0, most: int = 2**31 - 1):
     """An argparse type: whole numbers from least to most, both included."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text[:32])
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:32]}: must be from {least} to {most}")
-        return value
+        if len(text) > 20 or not text.removeprefix("-").isdecimal():
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a whole number from {least} to {most}")
+        check_bounds(text, int(text), least, most)
+        return int(text)
 
     return parse
 
 
-def number(least: float = 0.0, most: float = 1e9, above: float | None = None):
-    """An argparse type: finite numbers from least, or above `above`, to most."""
+def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
+    """An argparse type: numbers from least, or above `above`, to most."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        too_small = value < least if above is None else value <= above
-        if not math.isfinite(value) or too_small or value > most:
-            bound = f"from {least:g}" if above is None else f"above {above:g}"
-            raise argparse.ArgumentTypeError(f"{text[:32]}: must be {bound} to {most:g}")
+            value = math.nan
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a number")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be above {above:g}")
+        check_bounds(text, value, least, most)
         return value
 
     return parse
+
+
+def check_bounds(text: str, value: float, least: float, most: float):
+    """Raises ArgumentTypeError if a value is not from least to most."""
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least {least:g}")
+    if value > most:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]}: must be at most {most if isinstance(most, int) else f'{most:g}'}"
+        )
+
+
+def filled(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
+    return text
 
 
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:

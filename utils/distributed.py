@@ -1,18 +1,16 @@
-"""What the processes of a run say to each other. In a process without a group, each of these is the identity."""
+"""The ranks of a run and what they exchange. Without a process group, every exchange is the identity."""
 
 import contextlib
 from typing import NamedTuple
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
 
 
 class DistInfo(NamedTuple):
-    """Who this process is: rank of world_size processes in all, local_rank of local_world_size on its node.
-
-    launcher: plain, spawn, torchrun, srun, or node (one process per node, by flags). url: where the processes meet.
-    """
+    """This process among those of the run: `local_` counts on its node alone; launcher and url say how they meet."""
 
     rank: int = 0
     world_size: int = 1
@@ -23,62 +21,90 @@ class DistInfo(NamedTuple):
 
     @property
     def nodes(self) -> int:
+        """Number of nodes."""
         return self.world_size // self.local_world_size
 
 
-_dist_info = DistInfo()
+_info = DistInfo()
 
 
 def set_dist_info(info: DistInfo):
-    """Called once by utils.launch, in every process, before main_worker."""
-    global _dist_info
-    _dist_info = info
+    """Says which process this is; the launcher calls it before any work."""
+    global _info
+    _info = info
 
 
 def get_dist_info() -> DistInfo:
-    return _dist_info
+    """What the launcher said of this process."""
+    return _info
 
 
-def rank() -> int:
+def get_rank() -> int:
+    """Rank in the process group, 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def get_world_size() -> int:
+    """Number of processes in the process group, 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0, which alone writes and prints."""
+    return get_rank() == 0
+
+
+def print_main(text: str):
+    """Prints on rank 0."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def distribute(model, device):
+    """The model under DistributedDataParallel if there are several ranks, which averages gradients and sends no buffer.
+
+    The queue is the same on all ranks by construction, and large; BatchNorm's running statistics serve evaluation
+    alone, which takes rank 0's.
+    """
+    if get_world_size() == 1:
+        return model
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum, or whatever op says, over all ranks; in place."""
-    if world() > 1:
+    """Reduces a tensor over all ranks, in place, and returns it."""
+    if get_world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def gather_objects(value) -> list:
-    """The values of all ranks, small picklable ones."""
-    if world() == 1:
+    """The values of all ranks, in their order; small picklable ones."""
+    if get_world_size() == 1:
         return [value]
-    values = [None] * world()
+    values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_buffers(model):
-    """Gives all ranks rank 0's BatchNorm statistics, the ones that checkpoints hold."""
-    if world() > 1:
+    """Gives all ranks rank 0's BatchNorm statistics, which are those that checkpoints hold."""
+    if get_world_size() > 1:
         for name, buffer in model.named_buffers():
             if "queue" not in name:  # the same on all ranks by construction, and large
                 dist.broadcast(buffer, src=0)
 
 
 @contextlib.contextmanager
-def together():
-    """A user's mistake that any rank meets within is raised on all of them, in the words of the first."""
-    mistake = None
+def raise_on_all_ranks():
+    """Raises a UserError of any rank within the block on all of them, with the message of the first."""
+    message = None
     try:
         yield
     except UserError as error:
-        mistake = str(error)
-    first = next((text for text in gather_objects(mistake) if text is not None), None)
+        message = str(error)
+    first = next((text for text in gather_objects(message) if text is not None), None)
     if first is not None:
         raise UserError(first, on_all_ranks=True) from None

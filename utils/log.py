@@ -1,4 +1,4 @@
-"""What a run leaves to read: progress on screen, log.txt and args.json in its folder."""
+"""What a run leaves to read: progress on screen, and log.txt, args.json and TensorBoard's files in its folder."""
 
 import json
 import os
@@ -13,42 +13,50 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from .checkpoint import write_atomically
-from .errors import UserError
+from .distributed import is_main_process
+from .errors import UserError, one_line
+from .files import atomic_write
 
 
 class Progress:
-    """One bar on a terminal, a line every `every` steps elsewhere; nothing where it is quiet (ranks other than 0)."""
+    """One bar on a terminal, elsewhere a line every `every` steps; nothing on ranks other than 0."""
 
-    def __init__(self, title: str, total: int, every: int, initial: int = 0, quiet: bool = False):
-        self.title, self.total, self.every, self.done, self.quiet = title, total, every, initial, quiet
+    def __init__(self, title: str, total: int, every: int, initial: int = 0):
+        self.title, self.total, self.every, self.done = title, total, every, initial
         self.bar = None
-        if not quiet and sys.stderr.isatty():
+        if is_main_process() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, dynamic_ncols=True)
 
-    def step(self, describe):
-        """Counts a step; describe() -> str is called every `every` steps only: it may have to wait for the device."""
+    def step(self, describe=str):
+        """Counts a step; describe() -> str is called every `every` steps only, since it may wait for the device."""
         self.done += 1
         due = self.done % self.every == 0 or self.done == self.total
         if self.bar is not None:
             self.bar.update()
             if due:
                 self.bar.set_postfix_str(describe())
-        elif due and not self.quiet:
+        elif due and is_main_process():
             print(f"{self.title} [{self.done}/{self.total}] {describe()}".rstrip(), flush=True)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         if self.bar is not None:
             self.bar.close()
 
 
 def write_json(path, value):
-    """Writes value as JSON, atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    """Writes value as JSON, atomically. Raises UserError naming the file."""
+    try:
+        with atomic_write(path) as file:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
 
 
 def append_epoch(folder, record: dict):
-    """Adds a line to log.txt."""
+    """Adds a line to log.txt. Raises UserError naming the file."""
     path = Path(folder) / "log.txt"
     try:
         with path.open("a") as file:
@@ -56,11 +64,27 @@ def append_epoch(folder, record: dict):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the checkpoints are kept") from None
+        raise UserError(f"{path}: cannot be written ({one_line(error)}); the checkpoints are kept") from None
 
 
-def open_board(folder, first_epoch: int):
-    """TensorBoard's writer; what a former run wrote from first_epoch on is purged. UserError without tensorboard."""
+def truncate_log(folder, epochs: int):
+    """Drops the lines of log.txt from the given number of epochs on, and a line that a crash cut short."""
+    path, kept = Path(folder) / "log.txt", []
+    try:
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["epoch"] < epochs:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        with atomic_write(path) as file:
+            file.write("".join(kept).encode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be rewritten ({one_line(error)}); move it away") from None
+
+
+def create_summary_writer(folder, first_epoch: int):
+    """TensorBoard's writer, less what a former run wrote from first_epoch on. Raises UserError without tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -68,7 +92,7 @@ def open_board(folder, first_epoch: int):
     return SummaryWriter(str(folder), purge_step=first_epoch)
 
 
-def add_scalars(board, record: dict):
+def add_scalars(writer, record: dict):
     """Gives an epoch's record to TensorBoard, nested names joined by a slash."""
 
     def flat(values, prefix=""):
@@ -79,32 +103,19 @@ def add_scalars(board, record: dict):
                 yield prefix + name, value
 
     for name, value in flat(record):
-        board.add_scalar(name, value, record["epoch"])
-    board.flush()
-
-
-def keep_epochs(folder, before: int):
-    """Drops the lines of log.txt from epoch `before` on, and a line that a crash cut short."""
-    file = Path(folder) / "log.txt"
-    kept = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            if json.loads(line)["epoch"] < before:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(file, lambda out: out.write("".join(kept).encode()))
+        writer.add_scalar(name, value, record["epoch"])
+    writer.flush()
 
 
 def environment() -> dict:
     """Versions, device and git commit, for args.json."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(
-        ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True, text=True, check=False,
-    ) if (root / ".git").exists() else None  # fmt: skip
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    if (root / ".git").exists():
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
-        "commit": git.stdout.strip() or None if git else None,
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -1,4 +1,4 @@
-"""Precision, determinism, seeds, and the watch for numbers that are not finite."""
+"""Precision, determinism, seeds, and the watch for losses that are not finite."""
 
 import os
 import random
@@ -6,13 +6,13 @@ import random
 import numpy as np
 import torch
 
-from . import distributed
+from .distributed import all_reduce
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_numerics(args):
-    """TF32 only where asked for; deterministic algorithms with --seed, else cuDNN's choice of the fastest."""
+    """Allows TF32 only with --tf32; takes deterministic algorithms with --seed, else cuDNN's choice of the fastest."""
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -23,32 +23,36 @@ def set_numerics(args):
 
 
 def seed_everything(*entropy: int):
-    """Seeds torch, numpy and random with what these numbers (seed, epoch, step, rank) give."""
+    """Seeds torch, numpy and random with a function of these numbers (seed, epoch, step, rank)."""
     words = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
     torch.manual_seed(words[0])
     np.random.seed(words[1])
     random.seed(words[2])
 
 
-class Verdict:
-    """What the ranks agree on in a step: whether a loss is not finite, and whether one was asked to stop.
+class StepFlags:
+    """What the ranks agree on in a step: whether any loss is not finite, and whether any was asked to stop.
 
-    The exchange starts before the backward call and is read after it, so that a GPU is not kept waiting.
+    The exchange starts before the backward pass and is read after it, so that a GPU need not wait for the host.
     """
 
     def __init__(self, loss, stop: bool):
-        broken = ~loss.detach().isfinite()
-        flags = torch.stack([broken, torch.full_like(broken, stop)]).to(torch.int32)
-        distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        not_finite = ~loss.detach().isfinite()
+        flags = torch.stack([not_finite, torch.full_like(not_finite, stop)]).to(torch.int32)
+        all_reduce(flags, torch.distributed.ReduceOp.MAX)
         self.flags = torch.empty(2, dtype=torch.int32, pin_memory=loss.is_cuda).copy_(flags, non_blocking=True)
         self.copied = torch.cuda.Event() if loss.is_cuda else None
         if self.copied is not None:
             self.copied.record()
 
-    def bad(self) -> bool:
+    def loss_is_finite(self) -> bool:
+        """Whether the loss of every rank is finite."""
         if self.copied is not None:
             self.copied.synchronize()
-        return bool(self.flags[0])
+        return not self.flags[0]
 
     def stop(self) -> bool:
+        """Whether any rank was asked to stop before this step."""
+        if self.copied is not None:
+            self.copied.synchronize()
         return bool(self.flags[1])

@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from torchvision.datasets.utils import download_file_from_google_drive
+from utils.args import ArgumentParser
 
 import models
-from models.files import read, state_dict_of
-from utils.args import ArgumentParser
+from models.load import read_checkpoint, state_dict_of
 from utils.checkpoint import LAST, one_line, open_up, replace
 from utils.errors import UserError
 
@@ -52,10 +52,10 @@ def verify(name: str, file: Path) -> str:
         if opened.read(1024).lstrip()[:1] == b"<":
             raise ValueError("an HTML page (of a quota or a login), not a checkpoint")
     try:
-        state_dict = state_dict_of(file, read(file))
+        state_dict = state_dict_of(file, read_checkpoint(file))
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{file}: ")) from None
-    found = models.identify(state_dict)
+    found = models.infer_stage_and_arch(state_dict)
     if found != EXPECTED[name]:
         raise ValueError(f"not the release: it holds {describe(found)}, not {describe(EXPECTED[name])}")
     models.from_state_dict(state_dict)
@@ -67,7 +67,7 @@ def verify(name: str, file: Path) -> str:
 
 
 def describe(found: dict | None) -> str:
-    """What models.identify found, in words."""
+    """What models.infer_stage_and_arch found, in words."""
     if found is None:
         return "names of no stage"
     return f"stage {found['stage'].upper()}, {found['arch'] or 'an unknown backbone'}, {found['num_classes']} classes"

@@ -1,4 +1,4 @@
-"""Lists, and where need be images, of the long-tailed data sets.
+"""Makes the lists, and if necessary the images, of the long-tailed data sets.
 
     python -m datasets.prepare imagenet-lt --root DIR       published lists into data/; checks that the images are there
     python -m datasets.prepare places-lt --root DIR         the same
@@ -7,62 +7,35 @@
     python -m datasets.prepare fashion-mnist-lt --out DIR   the same, small enough for a first try
     python -m datasets.prepare folder DIR                   lists of your own class folders
 
-Every command can be run again: it keeps what is complete and goes on with the rest.
+Every command can be run again: it keeps what is complete and does the rest.
 """
 
 import argparse
-import sys
+import functools
 from fractions import Fraction
 from pathlib import Path
 
+from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 
+from ..layout import as_listed, by_split
 from . import long_tail
 from .folder_lists import write_folder_lists
 from .image_tree import find_tree, link_tree
-from .list_file import plain_place, reorganised_place
 from .list_writer import write_files
 from .published import manifest, obtain_lists
 
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other mistake of the user's: in one line."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def ratio(text: str) -> str:
-    """An argparse type: an imbalance factor, kept as text so that it stays exact."""
+    """An argparse type: an imbalance factor of at least 1, kept as text so that it stays exact."""
     try:
         if Fraction(text) >= 1:
             return text
     except (ValueError, ZeroDivisionError):
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-
-
-def at_least(smallest: int):
-    """An argparse type: whole numbers from smallest on."""
-
-    def whole_number(text):
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
-        return int(text)
-
-    return whole_number
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1, neither of them."""
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
 
 
 def prepare_published(args):
@@ -74,7 +47,7 @@ def prepare_published(args):
     if args.root and not args.root.is_dir():
         raise UserError(f"--root {args.root}: no such folder")
     about = manifest(args.dataset)
-    indices = obtain_lists(args.dataset, args.out, args.url, args.given, args.overwrite)
+    indices = obtain_lists(args.dataset, args.out, args.url, args.lists_from, args.overwrite)
     files = {split: args.out / facts["file"] for split, facts in about["splits"].items()}
     absent = [str(file) for file in files.values() if not file.is_file()]
     for split, index in indices.items():
@@ -93,7 +66,7 @@ def prepare_published(args):
         print(f"{args.root}: all {sum(len(split.index) for split in splits.values())} listed images are there")
         if args.link:
             nested = args.dataset == "places-lt"  # class folders within class folders: <class>/<file> would collide
-            made = link_tree(splits, args.link, plain_place if nested else reorganised_place)
+            made = link_tree(splits, args.link, as_listed if nested else by_split)
             write_files(args.link, {f"{name}.txt": files[name].read_bytes() for name in splits}, args.overwrite)
             total = sum(len(split.index) for split in splits.values())
             print(f"{args.link}: {made} links made, {total - made} there already")
@@ -106,7 +79,7 @@ def prepare_small(args):
     made_here = not args.out.exists()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        data = args.read(args)
+        data = args.read(args.source, args.out / "download", args.url)
         counts = long_tail.write_long_tail(
             data, args.out, args.max_per_class, args.imbalance, args.held_out, args.seed, args.overwrite
         )
@@ -116,7 +89,7 @@ def prepare_small(args):
         raise
     held_out = f"{args.held_out * len(counts)} validation, " if args.held_out else ""
     print(
-        f"{args.out}: {sum(counts)} training ({counts[0]} to {counts[-1]} a class), {held_out}"
+        f"{args.out}: {sum(counts)} training ({counts[0]} to {counts[-1]} per class), {held_out}"
         f"{len(data.test_labels)} test images of {len(counts)} classes (seed {args.seed})"
     )
     if not args.held_out:
@@ -136,23 +109,19 @@ def prepare_folder(args):
     print(f"{out}: {classes} classes (names in classes.txt), images: {sizes} (seed {args.seed})")
 
 
-def parser() -> Parser:
-    """The command line: a subcommand a data set."""
-    parser = Parser(
-        prog="python -m datasets.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> ArgumentParser:
+    """The command line: one subcommand per data set."""
+    parser = ArgumentParser(__doc__, prog="python -m datasets.prepare")
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
 
-    replace = argparse.ArgumentParser(add_help=False)
-    replace.add_argument("--overwrite", action="store_true", help="replace what differs from what would be written")
-    seed = argparse.ArgumentParser(add_help=False)
-    seed.add_argument("--seed", type=at_least(0), default=0, help="picks the images (default 0)")
+    replace = ArgumentParser(add_help=False)
+    replace.add_argument("--overwrite", action="store_true", help="replace files of other content")
+    seed = ArgumentParser(add_help=False)
+    seed.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="picks the images (default 0)")
 
-    published = argparse.ArgumentParser(add_help=False)
+    published = ArgumentParser(add_help=False)
     published.add_argument("--out", type=Path, default=PROJECT / "data", help="folder for the lists (default data/)")
-    published.add_argument("--from", dest="given", type=Path, metavar="FILE_OR_DIR", help="lists that are on disk")
+    published.add_argument("--from", dest="lists_from", type=Path, metavar="FILE_OR_DIR", help="lists that are on disk")
     published.add_argument("--url", metavar="BASE", help="a mirror of the lists")
     published.add_argument("--root", type=Path, metavar="DIR", help="folder of the images: checks that all are there")
     for name in ("imagenet-lt", "places-lt", "inaturalist18"):
@@ -160,54 +129,32 @@ def parser() -> Parser:
         command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images there")
         command.set_defaults(run=prepare_published)
 
-    small = argparse.ArgumentParser(add_help=False)
+    small = ArgumentParser(add_help=False)
     small.add_argument("--out", type=Path, required=True, help="folder for the images and lists")
     small.add_argument("--imbalance", type=ratio, default="100", help="largest class over smallest (default 100)")
     small.add_argument("--source", type=Path, metavar="DIR", help="the original files, instead of a download")
     small.add_argument("--url", metavar="BASE", help="a mirror of the original files")
     for classes in (100, 10):
         cifar = commands.add_parser(f"cifar{classes}-lt", parents=[small, seed, replace], help=f"CIFAR-{classes}-LT")
-        cifar.set_defaults(
-            run=prepare_small,
-            held_out=0,
-            max_per_class=None,
-            read=lambda args, classes=classes: long_tail.read_cifar(
-                classes, args.source, args.out / "download", args.url
-            ),
-        )
+        read = functools.partial(long_tail.read_cifar, classes)
+        cifar.set_defaults(run=prepare_small, held_out=0, max_per_class=None, read=read)
     fashion = commands.add_parser("fashion-mnist-lt", parents=[small, seed, replace], help="Fashion-MNIST-LT")
-    fashion.add_argument("--max-per-class", type=at_least(1), default=500, help="of the largest class (default 500)")
-    fashion.set_defaults(
-        run=prepare_small,
-        held_out=50,
-        read=lambda args: long_tail.read_fashion_mnist(args.source, args.out / "download", args.url),
+    fashion.add_argument(
+        "--max-per-class", type=whole_number(1), default=500, help="of the largest class (default 500)"
     )
+    fashion.set_defaults(run=prepare_small, held_out=50, read=long_tail.read_fashion_mnist)
 
     folder = commands.add_parser("folder", parents=[seed, replace], help="lists of your own class folders")
-    folder.add_argument("root", type=Path, metavar="DIR", help="holds a folder of images for each class")
+    share = number(above=0, most=1)
+    folder.add_argument("root", type=Path, metavar="DIR", help="contains one folder of images per class")
     folder.add_argument("--out", type=Path, help="folder for the lists (default DIR)")
-    folder.add_argument("--val", type=fraction, default=0.1, help="share of the images to validate on (default 0.1)")
-    folder.add_argument("--test", type=fraction, default=0.1, help="share of the images to test on (default 0.1)")
+    folder.add_argument("--val", type=share, default=0.1, help="share of the images to validate on (default 0.1)")
+    folder.add_argument("--test", type=share, default=0.1, help="share of the images to test on (default 0.1)")
     folder.set_defaults(run=prepare_folder)
     return parser
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake that one line on stderr names."""
-    try:
-        args = parser().parse_args(argv)
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or args.dataset}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
+    interrupted = "stopped; run the same command again to go on"
+    return run_command(lambda args: args.run(args), build_parser(), argv, interrupted)

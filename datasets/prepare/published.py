@@ -1,4 +1,4 @@
-"""The published lists of data/manifest.json: fetched or taken from disk, verified before they get their final name."""
+"""The published lists of data/manifest.json: downloaded or taken from disk, put in place once they are verified."""
 
 import hashlib
 import json
@@ -11,17 +11,17 @@ from urllib.request import urlretrieve
 
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
+from utils.files import atomic_write
 
-from .list_file import ListIndex
-from .list_writer import whole_file
+from ..list_file import ListIndex
 
-MANIFEST = Path(__file__).resolve().parent.parent / "data" / "manifest.json"
+MANIFEST = Path(__file__).resolve().parents[2] / "data" / "manifest.json"
 TIMEOUT = 60  # seconds without a byte
 
 
 def manifest(dataset: str) -> dict:
-    """What data/manifest.json says of imagenet-lt, places-lt or inaturalist18."""
+    """The facts of data/manifest.json about imagenet-lt, places-lt or inaturalist18."""
     return json.loads(MANIFEST.read_text())["lists"][dataset]
 
 
@@ -40,13 +40,13 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
     lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if lines != facts["lines"]:
         raise UserError(f"{source}: {lines} lines, {facts['file']} has {facts['lines']}: cut short, or another list")
-    index = ListIndex.parse(source, content)
+    index = ListIndex.from_bytes(source, content)
     if index.num_classes != num_classes:
-        raise UserError(f"{source}: {index.num_classes} classes where {facts['file']} has {num_classes}: another list")
+        raise UserError(f"{source}: {index.num_classes} classes, {facts['file']} has {num_classes}: another list")
     counts = index.counts(num_classes)
     for bound, count in (("max_per_class", int(counts.max())), ("min_per_class", int(counts.min()))):
         if facts.get(bound, count) != count:
-            raise UserError(f"{source}: {bound} is {count} where {facts['file']} has {facts[bound]}: another list")
+            raise UserError(f"{source}: {bound} is {count}, in {facts['file']} it is {facts[bound]}: another list")
     if git_blob_id(content) not in facts["git_blobs"]:
         raise UserError(
             f"{source}: git blob id {git_blob_id(content)}, that of {facts['file']} is {facts['git_blobs'][0]}: "
@@ -57,20 +57,19 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
 
 @contextmanager
 def download_errors(what: str, hint: str):
-    """Turns what a download raises into a UserError with the hint; a connection that stalls ends in TIMEOUT seconds."""
+    """Turns what a download raises into a UserError with the hint; a stalled connection ends after TIMEOUT seconds."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         yield
     except (OSError, HTTPException, ValueError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: the download failed ({reason}); try again, {hint}") from None
+        raise UserError(f"{what}: the download failed ({one_line(error)}); try again, {hint}") from None
     finally:
         socket.setdefaulttimeout(before)
 
 
-def download(url: str, file: Path):
-    """Fetches url into file with a progress bar on a terminal. Raises UserError."""
+def download(url: str, file: str):
+    """Downloads url into file with a progress bar on a terminal. Raises UserError."""
     with (
         download_errors(url, "or fetch the list by hand and give it with --from"),
         tqdm(desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True, disable=None) as bar,
@@ -84,7 +83,7 @@ def download(url: str, file: Path):
 
 
 def find_on_disk(given: Path, facts: dict, name: str) -> Path | None:
-    """The list in given: the file itself by its name or id, or in a folder, such as a clone, where clones have it."""
+    """The list in given: the file itself if its name or id matches, or the usual places of a folder such as a clone."""
     if given.is_file():
         known = given.name == facts["file"] or git_blob_id(given.read_bytes()) in facts["git_blobs"]
         return given if known else None
@@ -95,9 +94,9 @@ def find_on_disk(given: Path, facts: dict, name: str) -> Path | None:
 def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, overwrite=False) -> dict[str, ListIndex]:
     """Brings the published lists of a data set into out; returns {split: index} of those that are there now.
 
-    They are taken from given (a file: that list alone, or a folder), else downloaded from url, else from the published
-    source. Lists that are there already are verified and kept. Raises UserError where a list is not to be had, is not
-    the published one, or where another file has its name and overwrite is not set.
+    They are taken from given (a folder, or a file: that list alone), else downloaded from url, else from the published
+    source. Lists that are there already are verified and kept. Raises UserError if a list cannot be obtained or is not
+    the published one, and if another file has its name and overwrite is not set.
     """
     about = manifest(dataset)
     wanted = {split: facts for split, facts in about["splits"].items() if "lines" in facts}
@@ -121,14 +120,14 @@ def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, o
         if given is not None and found[split] is None:
             continue
         out.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as partial:
+        with atomic_write(file) as target:
             if given is not None:
                 source = str(found[split])
-                shutil.copyfile(source, partial)
+                shutil.copyfile(source, target.name)
             else:
                 source = f"{(url or about['source']).rstrip('/')}/{facts['file']}"
-                download(source, partial)
-            index = check_list(partial.read_bytes(), source, facts, about["classes"])
+                download(source, target.name)
+            index = check_list(Path(target.name).read_bytes(), source, facts, about["classes"])
             index.name = str(file)
             indices[split] = index
     return indices

@@ -1,12 +1,12 @@
-"""Writing list files: sure to read back as meant, in one piece, and never over a different list unasked."""
+"""Writing list files: they read back exactly, are written whole, and replace another list only on request."""
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import atomic_write
 
-from .list_file import parse_line
+from ..list_file import parse_line
 
 
 def list_content(entries) -> bytes:
@@ -18,20 +18,9 @@ def list_content(entries) -> bytes:
             if b"\n" in line or parse_line(line) != (os.fsencode(path), label):
                 raise ValueError("white space at an end of the path, or a line break in it")
         except ValueError as error:
-            raise UserError(f"{path!r}: cannot stand in a list ({error}); rename the file or folder") from None
+            raise UserError(f"{path!r}: a list cannot hold this path ({error}); rename the file or folder") from None
         lines.append(line + b"\n")
     return b"".join(lines)
-
-
-@contextmanager
-def whole_file(file: Path):
-    """A temporary path beside the file that becomes the file if the block ends well, and vanishes otherwise."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool):
@@ -53,7 +42,7 @@ def write_files(folder: Path, files: dict[str, bytes], overwrite: bool = False) 
         file = folder / name
         if file.is_file() and file.read_bytes() == content:
             continue
-        with whole_file(file) as partial:
-            partial.write_bytes(content)
+        with atomic_write(file) as target:
+            target.write(content)
         written.append(name)
     return written

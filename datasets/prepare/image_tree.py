@@ -1,4 +1,4 @@
-"""Trees of images: what is wrong where listed files are missing, and the reorganised tree of symbolic links."""
+"""Trees of images: why listed files are missing, and the sorted tree of symbolic links."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -7,89 +7,89 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-from .list_file import missing_entries, missing_message, reorganised_place
-from .splits import Split, find_splits
+from ..layout import by_split, missing_entries
+from ..splits import Split, find_splits
 
 SORTING = "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"
 
 
-def flat_place(path: str, split: str) -> str:
-    """Where an entry lies in a folder without class folders, as the ILSVRC2012 validation set is unpacked."""
+def flat(path: str, split: str) -> str:
+    """The layout of a folder without class folders, as the ILSVRC2012 validation set is unpacked."""
     parts = PurePosixPath(path).parts
     return f"{parts[0]}/{parts[-1]}"
 
 
 def bar(what: str):
-    """A progress wrapper for the pools that look files up, 1,024 at a time."""
+    """A progress bar for missing_entries, which looks up 1,024 files at a time."""
     return lambda spans: tqdm(spans, desc=what, unit="k files", disable=None)
 
 
 def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> dict[str, Split]:
     """The splits of the lists, all of whose files are below root.
 
-    sort_flat: accept test images without class folders. Raises UserError where files are missing: one line with the
-    first, their number and what it looks like.
+    sort_flat: accept test images without class folders. Raises UserError if files are missing: one line with the first,
+    their number and the likely cause.
     """
     splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
     for name, split in splits.items():
         if sort_flat and split.missing and name == "test":
-            missing = tuple(missing_entries(split.index, root, flat_place, name, bar("unsorted images")))
+            missing = tuple(missing_entries(split.index, root, flat, name, bar("unsorted images")))
             if len(missing) < len(split.missing):
-                splits[name] = split = split._replace(place=flat_place, missing=missing)
+                splits[name] = split = split._replace(layout=flat, missing=missing)
         if split.missing:
-            found = missing_message(split.index, root, split.place, name, split.missing)
-            raise UserError(f"{found}; it looks like this: {diagnose(split)}")
+            raise UserError(f"{split.missing_message()}; it looks like this: {diagnose(split)}")
     return splits
 
 
 def diagnose(split: Split) -> str:
-    """What mistake the missing files of a split look like."""
+    """The likely cause of a split's missing files."""
     index, root = split.index, Path(split.root)
     step = max(1, len(split.missing) // 200)
     paths = [split.index.path(i) for i in split.missing[::step]]
-    places = [split.place(path, split.name) for path in paths]
+    files = [split.layout(path, split.name) for path in paths]
 
-    def some(base, relative):
-        return any((base / path).is_file() for path in relative)
+    def any_in(folder, paths):
+        return any((folder / path).is_file() for path in paths)
 
-    if split.place is not flat_place and some(root, [flat_place(path, split.name) for path in paths]):
+    if any((root / file).exists() for file in files):
+        return "something that is no regular file, such as a FIFO, with an image's name; replace it by the image"
+    if split.layout is not flat and any_in(root, [flat(path, split.name) for path in paths]):
         return f"an unsorted validation folder, images without class folders; {SORTING}"
     if len(split.missing) == len(index):
         usual = [root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
         below = sorted(child for child in root.iterdir() if child.is_dir())[:1000]
         for base in (root.resolve().parent, *usual, *below):
-            for relative in (paths[:20], [reorganised_place(path, split.name) for path in paths[:20]]):
-                if some(base, relative):
+            for relative in (paths[:20], [by_split(path, split.name) for path in paths[:20]]):
+                if any_in(base, relative):
                     return f"the wrong root; these files lie below {base}"
-    folders = {str(PurePosixPath(place).parent) for place in places}
+    folders = {str(PurePosixPath(file).parent) for file in files}
     absent = {folder for folder in folders if not (root / folder).is_dir()}
     if any((root / f"{folder}.tar").is_file() for folder in absent):
         return f"class archives that are not unpacked yet ({next(iter(sorted(absent)))}.tar)"
     if len(absent) == len(folders) and len(split.missing) == len(index):
         return "the wrong root, or images that are not unpacked: none of the listed folders is there"
-    for place in places:
+    for file in files:
         for suffix in (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp"):
-            other = PurePosixPath(place).with_suffix(suffix)
-            if str(other) != place and (root / other).is_file():
-                return f"another release or a converted copy: {other} is there instead of {PurePosixPath(place).name}"
+            other = PurePosixPath(file).with_suffix(suffix)
+            if str(other) != file and (root / other).is_file():
+                return f"another release or a converted copy: {other} is there instead of {PurePosixPath(file).name}"
     if len(absent) == len(folders):
         return f"an incomplete copy: class folders such as {min(absent)} are not there"
     return "the wrong release for these lists (ImageNet-LT's are of ILSVRC2012), or files that were lost or removed"
 
 
-def link_tree(splits: dict[str, Split], out: Path, layout=reorganised_place) -> int:
-    """Makes symbolic links below out to the images of the splits, out/<split>/<class>/<file> by default.
+def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
+    """Makes symbolic links below out to the images of the splits, and returns how many were not there yet.
 
-    Returns how many were not there. layout: as plain_place.
-
-    Run again, it goes on where it stopped, and turns links of a tree that has moved. Raises UserError where two images
-    want one name, or a file that is no link has it.
+    layout: where below out the link of an entry lies, a function of datasets.layout. Run again, it makes the links that
+    are missing, and corrects those of a tree that has moved. Raises UserError if two images would have one name, or if
+    a file that is no link has it.
     """
     links = {}
     for name, split in splits.items():
         for i in range(len(split.index)):
             path = split.index.path(i)
-            image = os.path.abspath(os.path.join(split.root, split.place(path, name)))
+            image = os.path.abspath(os.path.join(split.root, split.layout(path, name)))
             link = layout(path, name)
             if links.setdefault(link, image) != image:
                 raise UserError(f"--link {out}: {image} and {links[link]} would both be {link}; use the tree as it is")

@@ -14,19 +14,20 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
+from utils.files import atomic_write
 
-from .list_writer import list_content, refuse_other_content, whole_file, write_files
+from .list_writer import list_content, refuse_other_content, write_files
 from .published import download_errors
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from the package dataset-fashion-mnist
 CIFAR = {10: CIFAR10, 100: CIFAR100}
 
 
 def long_tail_counts(largest: int, imbalance, num_classes: int) -> list[int]:
-    """Images a class, floor(largest * imbalance^(-c / (C-1))), the exponential profile of the CIFAR-LT literature.
+    """Images per class, floor(largest * imbalance^(-c / (C-1))), the exponential profile of CIFAR-LT.
 
-    imbalance: a number of at least 1, or its text. Exact: no count falls one short by rounding.
+    imbalance: a number of at least 1, or its text. Exact: rounding never makes a count one too small.
     """
     ratio, last = Fraction(imbalance), num_classes - 1
     counts = []
@@ -52,7 +53,7 @@ class SmallImages:
 def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
     """Fashion-MNIST from the idx files, plain or gzipped, in source; by default Debian's, else downloaded.
 
-    url: a mirror for the download. Raises UserError where the files are missing or damaged.
+    url: a mirror for the download. Raises UserError if the files are missing or damaged.
     """
     if source is None and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
@@ -69,13 +70,15 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
             file = Path(source) / name
             archive = file.with_name(f"{name}.gz")
             try:
-                if not file.is_file() and archive.is_file():
+                if not file.is_file():
+                    if not archive.is_file():
+                        raise UserError(f"--source {source}: neither {name} nor {name}.gz is in it")
                     file = Path(extract_archive(str(archive), unpacked))
                 return reader(str(file)).numpy()
-            except FileNotFoundError:
-                raise UserError(f"--source {source}: neither {name} nor {name}.gz is in it") from None
+            except UserError:
+                raise
             except Exception as error:  # the reader raises nearly anything on a damaged file
-                raise UserError(f"{file}: damaged or no idx file ({one_line(error)})") from None
+                raise UserError(f"{file}: damaged, or no idx file ({one_line(error)})") from None
 
     data = SmallImages(
         FashionMNIST.classes,
@@ -86,7 +89,7 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
     )
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         if len(images) != len(labels):
-            raise UserError(f"{source}: {len(images)} images but {len(labels)} labels; get the files anew")
+            raise UserError(f"{source}: {len(images)} images but {len(labels)} labels; get the files again")
     return data
 
 
@@ -114,7 +117,7 @@ def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallIm
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")  # which refuses what would land outside
+                tar.extractall(unpacked, filter="data")  # refuses members that would land outside
         except Exception as error:  # truncated, not an archive, disk full
             raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
         return load_cifar(original, Path(unpacked), named=archive)
@@ -129,16 +132,11 @@ def load_cifar(original, root: Path, named=None) -> SmallImages:
     return SmallImages(train.classes, train.data, np.array(train.targets), test.data, np.array(test.targets))
 
 
-def one_line(error) -> str:
-    """The error's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
     """(training, held out): image numbers, drawn without replacement in every class.
 
-    With seed 0 the training images of CIFAR are those that the LDAM-DRW code (Cao et al., 2019), the usual reference,
-    picks: the same generator draws in the same order.
+    With seed 0 the training images of CIFAR are those of the LDAM-DRW code (Cao et al., 2019), the usual reference:
+    the same generator draws in the same order.
     """
     random = np.random.RandomState(seed)
     train, rest = [], []
@@ -153,9 +151,9 @@ def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
 def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
     """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
 
-    largest: images of the largest class, by default all. held_out: validation images a class, taken from the training
-    images that are left; 0: the test images serve as validation too. What is there already is kept. Raises UserError
-    where the data cannot give that many images, or where out holds a different selection and overwrite is not set.
+    largest: images of the largest class, by default all. held_out: validation images per class, taken from the training
+    images that are left; 0: the test images serve as validation too. Files that exist are kept. Raises UserError if the
+    data do not have that many images, or if out holds a different selection and overwrite is not set.
     """
     available = np.bincount(data.train_labels, minlength=len(data.classes)).tolist()
     most = min(available) - held_out
@@ -195,7 +193,7 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):
-    """Removes the images of another selection, which a reader of class folders would take for this one's."""
+    """Removes images of another selection, which a reader of class folders would take for this one's."""
     for split in ("train", "val", "test"):
         for file in out.glob(f"{split}/*/*.png"):
             if file.relative_to(out).as_posix() in images:
@@ -206,10 +204,10 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
 
 
 def write_images(out: Path, images: dict[str, np.ndarray]):
-    """Writes those that are not there yet."""
+    """Writes the images that are not there yet."""
     absent = [path for path in images if not (out / path).is_file()]
     for folder in {os.path.dirname(path) for path in absent}:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for path in tqdm(absent, desc="images", unit="image", disable=None if absent else True):
-        with whole_file(out / path) as partial:
-            Image.fromarray(images[path]).save(partial, format="PNG")
+        with atomic_write(out / path, sync=False) as file:
+            Image.fromarray(images[path]).save(file, format="PNG")

@@ -9,16 +9,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from utils.errors import UserError
 
-from .list_file import class_folders
+from ..layout import as_listed, missing_entries
+from ..splits import SPLITS, Split, class_folders
 from .list_writer import list_content, write_files
-
-SPLITS = ("train", "val", "test")
 
 
 def split_class(count: int, val: float, test: float) -> tuple[int, int]:
-    """(validation, test) images of a class of count images: the fractions, rounded, but at least one in each split.
+    """(validation, test) images of a class of count images: the rounded fractions, but at least one in each split.
 
-    A class of two gives a training and a test image, a class of one a training image.
+    A class of two images has one for training and one for testing, a class of one image only that for training.
     """
     if count < 3:
         return 0, count // 2
@@ -28,50 +27,59 @@ def split_class(count: int, val: float, test: float) -> tuple[int, int]:
     return held[0], held[1]
 
 
-def split_folder(root: Path, val: float, test: float, seed: int):
-    """(classes, {split: entries}, notes) of root/<class>/<image>, images below in deeper folders too.
+def class_images(root: Path):
+    """({class: paths below root}, notes) of root/<class>/<image>, images in deeper folders included.
 
-    Classes are numbered in sorted order; folders without images and hidden ones are left out. notes: a line for each
-    split that lacks classes. Raises UserError where there are fewer than two classes of images.
+    Classes are in sorted order; hidden folders and those without images are left out. notes: one line for each folder
+    and each kind of file that is left out. Raises UserError if there are fewer than two classes.
     """
     try:
         folders = [name for name in find_classes(root)[0] if not name.startswith(".")]
     except FileNotFoundError:
         folders = []
     if not folders:
-        raise UserError(f"{root}: holds no class folders; DIR is the folder with a folder of images for each class")
-    numbers = {name: number for number, name in enumerate(folders)}
-    images = [[] for _ in folders]
-    for file, number in make_dataset(root, numbers, IMG_EXTENSIONS, allow_empty=True):
-        images[number].append(os.path.relpath(file, root).replace(os.sep, "/"))
-    notes = [f"{name}: no images in it, left out" for name, found in zip(folders, images, strict=True) if not found]
-    notes += left_out(root, folders)
-    classes = [(name, found) for name, found in zip(folders, images, strict=True) if found]
-    if len(classes) < 2:
+        raise UserError(f"{root}: has no class folders; DIR is the folder that contains one folder of images per class")
+    images, irregular = {name: [] for name in folders}, []
+    for file, number in make_dataset(
+        root, {name: i for i, name in enumerate(folders)}, IMG_EXTENSIONS, allow_empty=True
+    ):
+        found = images[folders[number]] if os.path.isfile(file) else irregular
+        found.append(os.path.relpath(file, root).replace(os.sep, "/"))
+    notes = [f"left out: {path} is not a regular file" for path in irregular]
+    notes += [f"{name}: no images in it, left out" for name in folders if not images[name]]
+    notes += other_files(root, folders)
+    images = {name: found for name, found in images.items() if found}
+    if len(images) < 2:
         raise UserError(f"{root}: images of fewer than two classes ({folders[0]}, ...); give the folder above")
+    return images, notes
 
+
+def split_folder(root: Path, val: float, test: float, seed: int):
+    """(classes, {split: entries}, notes): the images of every class drawn for train, val and test.
+
+    notes: those of class_images, and one line for each split that lacks classes. Raises UserError as class_images does.
+    """
+    images, notes = class_images(root)
     random = np.random.RandomState(seed)
     entries = {split: [] for split in SPLITS}
     lacking = {"val": [], "test": []}
-    for label, (name, found) in enumerate(classes):
+    for label, (name, found) in enumerate(images.items()):
         order = random.permutation(len(found))
         held_val, held_test = split_class(len(found), val, test)
-        bounds = np.split(order, [held_test, held_test + held_val])
-        for split, chosen in zip(("test", "val", "train"), bounds, strict=True):
+        parts = np.split(order, [held_test, held_test + held_val])
+        for split, chosen in zip(("test", "val", "train"), parts, strict=True):
             entries[split] += [(found[i], label) for i in sorted(chosen.tolist())]
             if not len(chosen):
                 lacking[split].append(name)
     for split, needed in (("val", 3), ("test", 2)):
-        if lacking[split]:
-            shown = ", ".join(lacking[split][:5]) + (", ..." if len(lacking[split]) > 5 else "")
-            notes.append(
-                f"{split}: no image of {len(lacking[split])} classes that have fewer than {needed} images: {shown}"
-            )
-    return [name for name, _ in classes], entries, notes
+        if names := lacking[split]:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            notes.append(f"{split}: no image of {len(names)} classes that have fewer than {needed} images: {shown}")
+    return list(images), entries, notes
 
 
-def left_out(root: Path, folders) -> list[str]:
-    """A line for each ending of files that are no images to torchvision, such as .heic; hidden files do not count."""
+def other_files(root: Path, folders) -> list[str]:
+    """One line per ending of files that torchvision does not read as images, such as .heic; without hidden files."""
     files = [file for name in folders for file in (root / name).rglob("*") if file.is_file()]
     endings = Counter(f.suffix.lower() or "none" for f in files if not f.name.startswith("."))
     kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
@@ -83,12 +91,13 @@ def left_out(root: Path, folders) -> list[str]:
 
 
 def own_splits(root: Path):
-    """As split_folder, for a tree of train/, val/ and test/; where one of the last two is absent, the other serves."""
+    """As split_folder, for a tree of train/, val/ and test/; if one of the last two is absent, the other serves."""
     there = [split for split in SPLITS if (root / split).is_dir()]
-    indices, classes = {}, None
+    entries, classes = {}, None
     for split in there:  # train comes first: it numbers the classes
-        indices[split], classes = class_folders(root, split, classes)
-    entries = {split: [(i.path(n), int(i.labels[n])) for n in range(len(i))] for split, i in indices.items()}
+        index, classes = class_folders(root, split, classes)
+        Split(split, str(root), index, missing=tuple(missing_entries(index, root, as_listed, split))).require()
+        entries[split] = [(index.path(i), int(index.labels[i])) for i in range(len(index))]
     notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: lists of these"]
     for split, other in (("val", "test"), ("test", "val")):
         if split not in entries:

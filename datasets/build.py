@@ -1,0 +1,131 @@
+"""The data of a run: which lists, checked before anything is trained, and a loader for each."""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from utils.distributed import (
+    gather_objects,
+    get_dist_info,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    print_main,
+    raise_on_all_ranks,
+)
+from utils.errors import UserError
+
+from .loaders import Loader
+from .samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
+from .splits import find_splits
+from .transforms import Views
+
+MAX_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
+
+
+class Data(NamedTuple):
+    """Loaders of the splits (under --evaluate none for val), and the training images per class, int (num_classes,)."""
+
+    train: Loader
+    val: Loader | None
+    test: Loader
+    num_classes: int
+    train_counts: torch.Tensor
+
+
+@contextmanager
+def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **sampler_options):
+    """Yields the Data of a run, whose workers end with the block.
+
+    views: names of the views of a training image, of transforms.VIEWS; sampler_class, sampler_options: of samplers.py,
+    for the training list. Raises UserError, on all ranks, for images that are missing, labels beyond --num-classes, and
+    a batch that the processes or the data cannot fill. Under --evaluate the training list gives its counts alone.
+    """
+    info = get_dist_info()
+    batch_size = batch_size_per_process(args, info.local_world_size)
+    eval_batch_size = max(1, args.eval_batch_size // info.local_world_size)
+    splits = locate_splits(args, info)
+    ranks = {"rank": get_rank(), "world_size": get_world_size()}
+    with raise_on_all_ranks():
+        args.num_classes = check_labels(args, splits)
+        train = splits["train"].index
+        sampler = BatchSampler(sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options), batch_size)
+        if sampler.steps == 0 and not args.evaluate:
+            raise UserError(
+                f"--batch-size {args.batch_size}: the training list's {len(train)} images give no full step; lower it"
+            )
+    loaders = {}
+    for name, split in splits.items():
+        if name == "train":
+            transform = Views(views, args.image_size, args.seed, args.augment)
+        else:
+            transform = Views(("eval",), args.image_size)
+            sampler = EvalBatchSampler(len(split.index), eval_batch_size, **ranks)
+        workers = -(-args.workers // info.local_world_size)
+        loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, args.channels_last)
+    try:
+        yield Data(
+            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes)
+        )
+    finally:
+        for loader in loaders.values():
+            loader.close()
+
+
+def batch_size_per_process(args, local_world_size: int) -> int:
+    """Images per step and process. Raises UserError, the same on all ranks, if there are fewer than two."""
+    size = args.batch_size // local_world_size
+    if args.evaluate:
+        return size
+    if size < 2:
+        raise UserError(
+            f"--batch-size {args.batch_size}: {local_world_size} processes need at least {2 * local_world_size}, "
+            "two images each, for BatchNorm",
+            on_all_ranks=True,
+        )
+    if size * local_world_size != args.batch_size:
+        print_main(f"--batch-size {args.batch_size}: {size} images per process")
+    return size
+
+
+def locate_splits(args, info) -> dict:
+    """The splits that the run needs; the first process of a node looks for their files, the others take its word."""
+    given = {split: getattr(args, f"{split}_list") for split in ("train", "val", "test")}
+    wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
+
+    def progress(iterator):
+        return tqdm(iterator, desc="looking for the images", leave=False, disable=None if is_main_process() else True)
+
+    with raise_on_all_ranks():
+        splits = find_splits(args.data, given, wanted, progress, check=info.local_rank == 0)
+    looked = gather_objects({name: (split.layout, split.missing) for name, split in splits.items()})
+    found = looked[get_rank() - info.local_rank]
+    return {name: s._replace(layout=found[name][0], missing=found[name][1]) for name, s in splits.items()}
+
+
+def check_labels(args, splits: dict) -> int:
+    """The number of classes. Raises UserError for missing files, and for labels beyond --num-classes."""
+    for name, split in splits.items():
+        if not (args.evaluate and name == "train"):
+            split.require()
+    num_classes = args.num_classes
+    if num_classes is None:
+        index = splits["train"].index
+        num_classes = index.num_classes
+        if num_classes > MAX_CLASSES:
+            line = index.line(int(index.labels.argmax()))
+            raise UserError(
+                f"{index.name}, line {line}: the label {num_classes - 1} would mean {num_classes} "
+                "classes; correct the list, or give --num-classes"
+            )
+    for split in splits.values():
+        largest = split.index.num_classes - 1
+        if largest >= num_classes:
+            line = split.index.line(int(split.index.labels.argmax()))
+            raise UserError(
+                f"{split.index.name}, line {line}: the label {largest} is out of range of {num_classes} "
+                f"classes; correct the list, or give --num-classes {largest + 1}"
+            )
+    return num_classes

@@ -1,0 +1,83 @@
+"""The data set of a list's images: reads, decodes and transforms one image at a time."""
+
+import ctypes
+import os
+import stat
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import UserError, one_line
+
+from .layout import as_listed
+from .list_file import ListIndex
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, whose programs Ghostscript would run
+OUT_OF_MEMORY = "a data worker ran out of memory: lower -j/--workers, --batch-size or --image-size"
+warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read all the same
+if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
+    libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
+
+
+def load_rgb(file) -> Image.Image:
+    """The image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits.
+
+    Raises UserError naming the file if it is missing, no regular file, damaged, no image, or if it has more pixels
+    than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
+            raise UserError(f"{file}: not a regular file; replace it")
+        with Image.open(file, formats=FORMATS) as image:
+            if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
+                levels = np.asarray(image).clip(0, 65535) // 257
+                image = Image.fromarray(levels.astype(np.uint8))
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy an RGB image
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such image") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{file}: not an image that can be read; replace the file") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        raise UserError(f"{file}: cannot be decoded ({one_line(error)}); replace the file") from None
+
+
+class ListFileDataset(torch.utils.data.Dataset):
+    """Images of a list below a root folder.
+
+    Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index came before in the
+    epoch. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns, a tuple of
+    uint8 tensors (3, S, S). Raises UserError, naming file and list line, for an image that cannot be read.
+    """
+
+    def __init__(self, index: ListIndex, root, transform, layout=as_listed, split="train"):
+        self.index, self.root, self.transform = index, os.fspath(root), transform
+        self.layout, self.split = layout, split
+
+    def __len__(self):
+        return len(self.index)
+
+    def file(self, i: int) -> str:
+        """The file of entry i."""
+        return os.path.join(self.root, self.layout(self.index.path(i), self.split))
+
+    def __getitem__(self, item):
+        epoch, draw, i = item
+        try:
+            image = load_rgb(self.file(i))
+        except UserError as error:
+            raise UserError(f"{error} ({self.index.name}, line {self.index.line(i)})") from None
+        return self.transform(image, (epoch, i, draw)), int(self.index.labels[i]), i
+
+    def __getitems__(self, items):
+        """The items of a batch, or the UserError of one of them: raised in a worker, it would print a traceback."""
+        try:
+            return [self[item] for item in items]
+        except UserError as error:
+            return error

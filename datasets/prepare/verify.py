@@ -1,0 +1,290 @@
+"""Checks a data set before the hours of training: every listed image is there and, with --decode, can be read.
+
+    python -m datasets.verify DIR                        the lists that training on DIR would use
+    python -m datasets.verify DIR my_train.txt           only these lists; their names end in train, val or test
+    python -m datasets.verify DIR --decode               reads every image, as training does
+
+Exit status: 0; 1 if an image is missing or unreadable, or if a training image is also in another split; 2 if nothing
+could be checked (no such folder, a malformed list).
+"""
+
+import os
+import posixpath
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from threading import Lock
+
+from PIL import Image
+from tqdm import tqdm
+
+from utils.command_line import ArgumentParser, run_command
+from utils.errors import UserError, one_line
+from utils.metrics import shot_groups
+
+from ..dataset import load_rgb
+from ..layout import as_listed, by_split
+from ..splits import SPLITS, Split, find_splits
+from .image_tree import bar, diagnose, flat
+
+MAX_SHOWN = 20
+MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to bound the memory
+SUFFIXES = Image.registered_extensions()
+LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganised", flat: "flat"}
+
+
+@dataclass
+class Findings:
+    """What examine found: entry numbers, some with a reason or a format."""
+
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    renamed: list[tuple[int, str]] = field(default_factory=list)
+    outside: list[int] = field(default_factory=list)
+    modes: Counter = field(default_factory=Counter)
+
+
+def read_image(file: str, large=Lock()) -> tuple[str | None, str | None]:  # noqa: B008 (one lock for all threads)
+    """(format, mode) of an image after decoding all of it. Raises as load_rgb does, and UserError if it is empty."""
+    if os.path.getsize(file) == 0:
+        raise UserError(f"{file}: an empty file, 0 bytes")
+    try:
+        with Image.open(file) as image:
+            kind, mode, pixels = image.format, image.mode, image.width * image.height
+    except Exception:  # load_rgb says what is wrong
+        kind, mode, pixels = None, None, 0
+    with large if pixels > MAX_PARALLEL_PIXELS else nullcontext():
+        load_rgb(file)
+    return kind, mode
+
+
+def examine(split: Split, decode: bool) -> Findings:
+    """Looks at every image of the split that exists: does a link lead out of the root, and, if decode, its content."""
+    root = os.path.realpath(split.root)
+    real_folder = lru_cache(maxsize=None)(os.path.realpath)
+    missing = set(split.missing)
+
+    def look(span):
+        found = Findings()
+        for i in span:
+            if i in missing:
+                continue
+            file = os.path.join(split.root, split.layout(split.index.path(i), split.name))
+            folder, name = os.path.split(file)
+            real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
+            if os.path.commonpath((root, real)) != root:
+                found.outside.append(i)
+            if not decode:
+                continue
+            try:
+                kind, mode = read_image(file)
+            except (UserError, OSError) as error:
+                found.unreadable.append((i, str(error).removeprefix(f"{file}: ")))
+                continue
+            except MemoryError:
+                found.unreadable.append((i, "not enough memory to decode it"))
+                continue
+            named = SUFFIXES.get(os.path.splitext(file)[1].lower(), kind)
+            if {named, kind} not in ({kind}, {"JPEG", "MPO"}):  # MPO: a JPEG followed by further pictures
+                found.renamed.append((i, kind))
+            found.modes[mode] += 1
+        return found
+
+    step = 64 if decode else 1024
+    spans = [range(start, min(start + step, len(split.index))) for start in range(0, len(split.index), step)]
+    all_found = Findings()
+    threads = min(8, os.cpu_count() or 1)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(desc=f"{split.name}: reading", total=len(split.index), unit="image", disable=None) as progress,
+    ):
+        for span, found in zip(spans, pool.map(look, spans), strict=True):
+            for name, values in vars(found).items():
+                collected = getattr(all_found, name)
+                collected.update(values) if name == "modes" else collected.extend(values)
+            progress.update(len(span))
+    return all_found
+
+
+def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool) -> list[str]:
+    """The table's lines, one row per split; its many, medium and few follow from the training list's counts."""
+    groups = shot_groups(splits["train"].index.counts(0)) if "train" in splits else None
+    rows = [("split", "images", "classes", "many", "medium", "few", "imbalance", "missing", "unreadable", "layout")]
+    for name, split in splits.items():
+        counts = split.index.counts(0)
+        present = counts.nonzero().flatten()
+        shots = ["-"] * 3
+        if groups is not None:
+            of_training = groups[present[present < len(groups)]]
+            shots = [str(int((of_training == group).sum())) for group in range(3)]
+        unreadable = str(len(findings[name].unreadable)) if decoded else "-"
+        factor = f"{int(counts.max()) / int(counts[present].min()):.1f}"
+        row = (
+            name,
+            len(split.index),
+            len(present),
+            *shots,
+            factor,
+            len(split.missing),
+            unreadable,
+            LAYOUT_NAMES[split.layout],
+        )
+        rows.append(tuple(map(str, row)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def shared_images(splits: dict[str, Split]):
+    """(problems, information): lines about entries that are in several splits, or several times in one."""
+    problems, information, paths = [], [], {}
+    for name, split in splits.items():
+        paths[name] = {posixpath.normpath(split.index.path(i)) for i in range(len(split.index))}
+        if repeated := len(split.index) - len(paths[name]):
+            information.append(f"{name}: {repeated} entries are in the list more than once")
+    for one, other in combinations(splits, 2):
+        both = paths[one] & paths[other]
+        if both and paths[one] == paths[other] and "train" not in (one, other):
+            information.append(f"{one} and {other} are the same images")
+        elif both:
+            problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
+    return problems, information
+
+
+def entry(split: Split, i: int) -> str:
+    """An entry for messages: its file below the root, and its line in the list."""
+    file = split.layout(split.index.path(i), split.name)
+    return f"{file} ({split.index.name}, line {split.index.line(i)})" if Path(split.index.name).is_file() else file
+
+
+def show(lines: list[str]):
+    """Prints the first lines and the number of the others."""
+    for line in lines[:MAX_SHOWN]:
+        print(f"  {line}")
+    if len(lines) > MAX_SHOWN:
+        print(f"  and {len(lines) - MAX_SHOWN} more")
+
+
+def describe(split: Split, found: Findings):
+    """Prints what is wrong with a split, then what is good to know."""
+    index, name = split.index, split.name
+    if split.missing:
+        print(f"{name}: {len(split.missing)} of {len(index)} images are missing; it looks like {diagnose(split)}")
+        show([entry(split, i) for i in split.missing[:MAX_SHOWN]])
+        if len(split.missing) > MAX_SHOWN:
+            print(f"  and {len(split.missing) - MAX_SHOWN} more")
+    if found.unreadable:
+        print(f"{name}: {len(found.unreadable)} images cannot be read")
+        show([f"{entry(split, i)}: {reason}" for i, reason in found.unreadable])
+    if found.outside:
+        first = entry(split, found.outside[0])
+        print(f"{name}: information: {len(found.outside)} links lead out of {split.root}; the first: {first}")
+    if found.renamed:
+        print(
+            f"{name}: information: {len(found.renamed)} images are not what their name says; training reads them anyway"
+        )
+        show([f"{entry(split, i)}: {kind}" for i, kind in found.renamed])
+    converted = {mode: number for mode, number in found.modes.items() if mode != "RGB"}
+    if converted:
+        modes = ", ".join(f"{number} {mode}" for mode, number in sorted(converted.items()))
+        print(f"{name}: information: images of other modes, which training converts to RGB: {modes}")
+
+
+def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findings]):
+    """Writes one line per missing or unreadable image: what, split, path in the list, reason, separated by tabs."""
+    with file.open("w", errors="surrogateescape") as report:
+        for name, split in splits.items():
+            for i in split.missing:
+                report.write(f"missing\t{name}\t{split.index.path(i)}\tno such file\n")
+            for i, reason in findings[name].unreadable:
+                report.write(f"unreadable\t{name}\t{split.index.path(i)}\t{reason}\n")
+
+
+def plotting():
+    """matplotlib's Figure. Raises UserError if it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot: needs matplotlib; pip install matplotlib") from None
+    return Figure
+
+
+def plot(figure_class, file: Path, splits: dict[str, Split]):
+    """Draws one curve per split: the number of images per class, largest class first."""
+    figure = figure_class(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, split in splits.items():
+        counts = split.index.counts(0).sort(descending=True).values
+        axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
+    for bound in (20, 100):
+        axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
+    axes.legend()
+    try:
+        figure.savefig(file)
+    except ValueError as error:  # matplotlib has no format for this ending
+        raise UserError(f"--plot {file}: {one_line(error)}") from None
+
+
+def given_lists(args) -> dict[str, str | None]:
+    """The list files of the command line, by split."""
+    given = {split: getattr(args, f"{split}_list") for split in SPLITS}
+    for file in args.lists:
+        split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
+        if split is None:
+            raise UserError(f"{file}: its name ends in none of train, val, test; give it with --train-list or the like")
+        if given[split] is not None:
+            raise UserError(f"{file}: a second {split} list, after {given[split]}")
+        given[split] = file
+    return given
+
+
+def verify(args) -> int:
+    """Prints the report; returns 1 if something is wrong with the data, else 0."""
+    figure_class = plotting() if args.plot else None
+    given = given_lists(args)
+    wanted = [split for split in SPLITS if given[split]] or SPLITS
+    splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
+    findings = {name: examine(split, args.decode) for name, split in splits.items()}
+    problems, information = shared_images(splits)
+
+    print("\n".join(table(splits, findings, args.decode)))
+    for name, split in splits.items():
+        describe(split, findings[name])
+    if "train" in splits:
+        trained = set(splits["train"].index.labels.unique().tolist())
+        for name, split in splits.items():
+            if untrained := set(split.index.labels.unique().tolist()) - trained:
+                information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
+    for line in problems:
+        print(line)
+    for line in information:
+        print(f"information: {line}")
+    if args.report:
+        write_report(args.report, splits, findings)
+    if args.plot:
+        plot(figure_class, args.plot, splits)
+    wrong = bool(problems) or any(split.missing or findings[name].unreadable for name, split in splits.items())
+    if not wrong:
+        print("all images are there" + (" and can be read" if args.decode else ""))
+    return int(wrong)
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(__doc__, prog="python -m datasets.verify", intermixed=True)
+    parser.add_argument("data", metavar="DIR", help="image folder, as the training scripts take it")
+    parser.add_argument("lists", nargs="*", metavar="LIST", help="list files whose names end in train, val or test")
+    for split in SPLITS:
+        parser.add_argument(f"--{split}-list", metavar="FILE", help=f"the {split} list")
+    parser.add_argument("--decode", action="store_true", help="decode every image fully")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write all missing and unreadable images there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the images per class (needs matplotlib)")
+    return parser
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, 1 if the data have a problem, 2 if nothing could be checked."""
+    return run_command(verify, build_parser(), argv)

@@ -1,0 +1,221 @@
+"""Checkpoint files and the state dicts in them: read without running code, checked before they are used."""
+
+import errno
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import nn
+
+from .ssd import SDL, SLG, SSFL, infer_stage_and_arch, mismatched_keys, strip_module
+
+MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
+MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, which has to be read whole
+
+# Published checkpoints may hold best_acc1 as a numpy scalar, under the module's present or former name.
+NUMPY_SCALARS = [
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MAX_FLOAT = torch.finfo(torch.float32).max
+
+
+# ---- files
+
+
+def load(path) -> nn.Module:
+    """The network in a checkpoint file, of whichever stage, with its weights, on the CPU, in eval mode.
+
+    Stage, arch and sizes are read from names and shapes (see from_state_dict). Raises OSError for what cannot be opened
+    or is no regular file; ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
+    """
+    state_dict = state_dict_of(path, read_checkpoint(path))
+    try:
+        return from_state_dict(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; use another file") from None
+
+
+def read_checkpoint(path) -> dict:
+    """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
+
+    Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read: those that are
+    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError for what
+    cannot be opened or is no regular file; ValueError, in one line that names the file, if it is damaged, is no
+    checkpoint, would run code or would unpack to more than the file.
+    """
+    with open_regular(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
+        warnings.simplefilter("ignore")  # about what ends in an error here
+        try:
+            is_zip = file.read(4) == b"PK\x03\x04"
+            sizes = check_zip(file) if is_zip else check_legacy(file)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip and storage_sizes(content) - sizes:
+                raise Refused("it is damaged: a tensor in it is cut short")
+        except Exception as error:
+            raise ValueError(f"{path}: not loaded: {reason_of(error)}; use another file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict; use another file")
+    return content
+
+
+class Refused(Exception):
+    """Why a file is not loaded."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file is not loaded, on one line."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it holds {found[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
+    return str(error) if isinstance(error, Refused) else "it is damaged or no checkpoint"
+
+
+def open_regular(path):
+    """open(path, "rb") for regular files only: a FIFO would block, a device has no end. Raises OSError."""
+    if stat.S_ISREG(os.stat(path).st_mode):
+        file = open(path, "rb")
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def check_legacy(file):
+    """Raises Refused if a file in the format before PyTorch 1.6 is too large to be read whole."""
+    if os.fstat(file.fileno()).st_size > MAX_LEGACY:
+        raise Refused(f"it is in the format before PyTorch 1.6 and has more than {MAX_LEGACY:,} bytes")
+
+
+def check_zip(file) -> Counter:
+    """The sizes in bytes of the tensors in a zip file, with how many have each.
+
+    Raises Refused if the file could unpack to more than its own size, or if what is not a tensor in it is too large.
+    """
+    members = zipfile.ZipFile(file).infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
+        raise Refused("it is compressed, which torch.save never does")
+    if sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
+        raise Refused("its parts are larger than the whole")
+    is_tensor = re.compile("[^/]+/data/[^/]+").fullmatch
+    if sum(m.file_size for m in members if not is_tensor(m.filename)) > MAX_PICKLE:
+        raise Refused(f"it has more than {MAX_PICKLE:,} bytes that are not tensors")
+    return Counter(m.file_size for m in members if is_tensor(m.filename))
+
+
+def storage_sizes(content) -> Counter:
+    """The sizes in bytes of the storages of all tensors in nested dicts, lists and tuples, with how many have each."""
+    storages, seen, stack = {}, set(), [content]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and is_dense(value):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple):
+            stack.extend(value)
+    return Counter(size for size in storages.values() if size > 0)
+
+
+# ---- state dicts
+
+
+def state_dict_of(path, content: dict) -> dict:
+    """The state dict in a checkpoint's content. Raises ValueError if there is none of dense tensors."""
+    state_dict = content.get("state_dict")
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+    ):
+        raise ValueError(f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors; use another file")
+    for name, value in strip_module(state_dict).items():
+        if not is_dense(value):
+            raise ValueError(f"{path}: not a checkpoint of SSD-LT: no dense tensor at {name}; use another file")
+    return state_dict
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is an ordinary one: on the CPU, not sparse, nested, quantized or expanded beyond its storage."""
+    return (
+        tensor.layout == torch.strided and tensor.device.type == "cpu"
+        and not tensor.is_nested and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )  # fmt: skip
+
+
+def from_state_dict(state_dict: dict) -> nn.Module:
+    """The network of whichever stage the state dict belongs to, with its weights, in eval mode.
+
+    Momentum and temperatures, which no state dict holds and only training uses, are the defaults. Raises ValueError,
+    in one line, if names or shapes belong to no stage or to an unknown backbone, or if check_weights refuses it.
+    """
+    found = infer_stage_and_arch(state_dict)
+    if found is None or found["arch"] is None:
+        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
+    stage = found.pop("stage")
+    if stage == "i" and "queue_size" not in found:
+        raise ValueError("it is of stage I, but has no queue of (dim, K)")
+    with torch.device("meta"):  # nothing is allocated before names, shapes and values are checked
+        model = {"i": SSFL, "ii": SLG, "iii": SDL}[stage](**found)
+    state_dict = strip_module(state_dict)
+    wrong = mismatched_keys(model, state_dict)
+    if wrong:
+        raise ValueError(f"it does not fit stage {stage.upper()} at {wrong[0]}")
+    check_weights(state_dict)
+    model.to_empty(device="cpu").load_state_dict(state_dict)
+    return model.eval()
+
+
+def check_weights(state_dict: dict):
+    """Checks types and values of a state dict, with or without `module.`; reads every entry, so check shapes first.
+
+    Weights and statistics are floating-point and finite, no running variance is below 0, counters are integers; the
+    label queue may be either, it is float32 in published checkpoints. Raises ValueError, in one line that names the
+    entry.
+    """
+    for name, value in strip_module(state_dict).items():
+        entry = name.rpartition(".")[2]
+        if entry == "label_queue":
+            expected = FLOATS + INTEGERS
+        elif entry in ("queue_ptr", "num_batches_tracked"):
+            expected = INTEGERS
+        else:
+            expected = FLOATS
+        if value.dtype not in expected:
+            raise ValueError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, which no network has")
+        if value.numel() == 0:
+            continue
+        least, most = map(float, value.detach().aminmax())  # both NaN if there is one
+        if not -MAX_FLOAT <= least <= most <= MAX_FLOAT:
+            raise ValueError(f"{name} holds values that are not finite in float32")
+        if entry == "running_var" and least < 0:
+            raise ValueError(f"{name} holds a variance below 0")
+
+
+def check_complete(state_dict: dict, classifier: str = "hard"):
+    """Checks that a state dict holds all that the next stage takes from it, by a rehearsal that allocates nothing.
+
+    That is SLG.load_pretrained for stages I and III, with the named classifier, and SDL.load_teacher for stage II.
+    Raises ValueError, in one line that names the entry.
+    """
+    found = infer_stage_and_arch(state_dict)
+    if found is None or found["arch"] is None:
+        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies to the meta device have no effect
+        if found["stage"] == "ii":
+            SDL(found["arch"], found["num_classes"]).load_teacher(state_dict)
+        else:
+            SLG(found["arch"], found["num_classes"]).load_pretrained(state_dict, classifier)

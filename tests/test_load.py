@@ -1,0 +1,372 @@
+"""models.load: the network in a checkpoint file, and files and weights that are refused."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import models
+from models.load import MAX_LEGACY, MAX_PICKLE, read_checkpoint, state_dict_of
+from tests.helpers import LAST, ROOT, STAGES, checkpoint, same
+
+BUILD = {
+    "i": lambda arch: models.SSFL(arch, 5, dim=8, queue_size=32),
+    "ii": lambda arch: models.SLG(arch, 5),
+    "iii": lambda arch: models.SDL(arch, 5),
+}
+CASES = [(stage, arch) for stage in STAGES for arch in ("resnet8", "resnet32", "resnet18")]
+CASES += [("ii", "resnext50_32x4d")]
+
+
+def write(content, path, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def state_of(stage, **changes):
+    """A state dict with `module.`, with entries replaced, or without those that are None; `__` stands for a dot."""
+    state_dict = dict(BUILD[stage]("resnet8").state_dict())
+    state_dict |= {name.replace("__", "."): value for name, value in changes.items()}
+    return {f"module.{name}": value for name, value in state_dict.items() if value is not None}
+
+
+def refusal(path) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        models.load(path)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+# ---- valid checkpoints
+
+
+def test_load_is_the_function_and_its_module_is_importable():
+    assert callable(models.load) and read_checkpoint.__module__ == "models.load"
+
+
+@pytest.mark.parametrize(("stage", "arch"), CASES)
+def test_load_gives_the_network(stage, arch, tmp_path):
+    model = BUILD[stage](arch)
+    file = write({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "file")
+    loaded = models.load(file)
+    assert type(loaded) is type(model) and not loaded.training
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert same(loaded(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_load_takes_what_a_stage_saved(stage, trained):
+    loaded = models.load(str(trained[stage] / LAST))
+    saved = checkpoint(trained[stage])["state_dict"]
+    assert same({f"module.{k}": v for k, v in loaded.state_dict().items()}, saved)
+
+
+def test_load_leaves_the_file_and_the_random_state_alone(tmp_path):
+    file = write({"state_dict": state_of("iii")}, tmp_path / "file")
+    content, state = file.read_bytes(), torch.get_rng_state()
+    model = models.load(file)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    assert file.read_bytes() == content
+
+
+def test_half_precision_and_a_float_label_queue_are_converted(tmp_path):
+    state_dict = state_of("i", label_queue=torch.full((32,), 3.0))
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state_dict.items()}
+    model = models.load(write({"state_dict": half}, tmp_path / "file"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.label_queue.tolist() == [3] * 32 and model.label_queue.dtype == torch.long
+
+
+# ---- what is no checkpoint
+
+
+class Malicious:
+    """Makes a folder when it is loaded by a loader that runs code."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+LEGACY = {"_use_new_zipfile_serialization": False}
+FORMATS = pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
+
+
+@FORMATS
+def test_code_does_not_run(options, tmp_path):
+    target = tmp_path / "ran"
+    file = write({"state_dict": state_of("ii"), "args": Malicious(target)}, tmp_path / "file", **options)
+    assert "mkdir" in refusal(file) and not target.exists()
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("spoil", [half, lambda _: b"", lambda _: b"<html></html>", lambda _: b"\x80\x02}q\x00."])
+@FORMATS
+def test_garbage_is_refused(spoil, options, tmp_path):
+    file = write({"state_dict": state_of("ii")}, tmp_path / "file", **options)
+    file.write_bytes(spoil(file.read_bytes()))
+    assert "damaged or no checkpoint" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"classifier_t__scales": None}, "classifier_t.scales"),
+        ({"classifier_kd__weight": torch.zeros(3, 64)}, "classifier_kd.weight"),
+        ({"extra": torch.zeros(1)}, "extra"),
+        ({"encoder_q__conv1__weight": None}, "known backbone"),
+        ({"classifier__bias": None}, "of no stage"),
+        ({"classifier__bias": torch.tensor(1.0)}, "of no stage"),
+        ({"encoder_k__conv1__weight": torch.zeros(1)}, "of stage I, but has no queue"),
+    ],
+)
+def test_the_entry_that_does_not_fit_is_named(changes, told, tmp_path):
+    assert told in refusal(write({"state_dict": state_of("iii", **changes)}, tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"epoch": 1},
+        {"state_dict": 3},
+        {"state_dict": {"a": 1}},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"state_dict": {}},
+        {"state_dict": {"fc.weight": torch.zeros(2, 2)}},
+        {"conv1.weight": torch.zeros(2)},
+    ],
+)
+def test_content_of_no_stage_is_refused(content, tmp_path):
+    refusal(write(content, tmp_path / "file"))
+
+
+# ---- what is no regular file
+
+
+def test_a_missing_file_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="nothing"):
+        models.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device", "a folder", "a link to a FIFO"])
+def test_only_regular_files_are_opened(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path has to be short
+    path = "special"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        socket.socket(socket.AF_UNIX).bind(path)
+    elif kind == "a device":
+        path = os.devnull
+    elif kind == "a folder":
+        os.mkdir(path)
+    else:
+        os.mkfifo("fifo")
+        os.symlink("fifo", path)
+    with pytest.raises(OSError, match=f"not a regular file: '{path}'"):
+        models.load(path)
+
+
+# ---- what would take more memory than the file
+
+
+def rewritten(file, change=lambda name, content: content, **options):
+    """The zip file with its members written anew: change(name, content) gives the new content."""
+    with zipfile.ZipFile(file) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(file, "w", **options) as target:
+        for name, content in members.items():
+            target.writestr(name, change(name, content))
+    return file
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    file = write({"state_dict": state_of("ii")}, tmp_path / "file")
+    models.load(rewritten(file))
+    assert "compressed" in refusal(rewritten(file, compression=zipfile.ZIP_DEFLATED))
+
+
+def test_members_that_overlap_are_refused(tmp_path):
+    file = write({"state_dict": state_of("ii")}, tmp_path / "file")
+    with zipfile.ZipFile(file, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        archive.filelist += [largest] * 10
+        archive.writestr("more", b"")
+    assert "larger than the whole" in refusal(file)
+
+
+def test_a_large_pickle_is_refused(tmp_path):
+    content = {"state_dict": state_of("ii"), "text": "x" * MAX_PICKLE}
+    assert "not tensors" in refusal(write(content, tmp_path / "file"))
+
+
+def test_a_large_file_in_the_legacy_format_is_refused(tmp_path):
+    file = write({"state_dict": state_of("ii")}, tmp_path / "file", **LEGACY)
+    os.truncate(file, MAX_LEGACY + 1)  # sparse: takes no room on the disk
+    assert "before PyTorch 1.6" in refusal(file)
+
+
+def test_a_tensor_that_is_cut_short_is_refused(tmp_path):
+    file = write({"state_dict": state_of("ii")}, tmp_path / "file")
+    cut = rewritten(file, lambda name, content: content[:2] if name.endswith("/data/0") else content)
+    assert "cut short" in refusal(cut)
+
+
+PEAK = """
+import sys, models
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+for path in sys.argv[1:]:
+    before = peak()
+    try:
+        models.load(path)
+    except ValueError as error:
+        print((peak() - before) // 1024, error)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux shows it")
+def test_a_refused_file_costs_no_memory(tmp_path):
+    """One of 1 GiB of zeros that the network has no entry for, and one of 256 MiB once it is decompressed."""
+    state_dict = state_of("ii", extra=torch.zeros(0))
+    with torch.serialization.skip_data():  # a sparse file, which takes no room on the disk
+        zeros = write({"state_dict": state_dict | {"module.extra": torch.empty(2**28)}}, tmp_path / "zeros")
+    texts = ["x" * 2**20 + str(number) for number in range(256)]
+    packed = write({"state_dict": state_of("ii"), "texts": texts}, tmp_path / "packed")
+    rewritten(packed, compression=zipfile.ZIP_DEFLATED)
+    assert zeros.stat().st_size > 2**30 and packed.stat().st_size < 2**21
+
+    command = [sys.executable, "-c", PEAK, zeros, packed]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, told in zip(lines, ("at extra", "compressed"), strict=True):
+        mib, text = line.split(maxsplit=1)
+        assert told in text and int(mib) < 128
+
+
+# ---- tensors and values that no network has
+
+
+def stretched():
+    """A tensor of 256 MB in four bytes."""
+    return torch.zeros(1).expand(10**6, 64)
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+        lambda: torch.zeros(5, 64).to_sparse(),
+        lambda: torch.zeros(5, 64).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.zeros(5, 64), 0.1, 0, torch.qint8),
+        lambda: torch.zeros(5, 64, device="meta"),
+        stretched,
+    ],
+    ids=["nested", "jagged", "sparse", "csr", "quantized", "meta", "stretched"],
+)
+def test_a_tensor_that_is_not_dense_is_named(make, tmp_path):
+    content = {"state_dict": state_of("ii", classifier__fc__weight=make())}
+    file = write(content, tmp_path / "file")
+    assert "no dense tensor at classifier.fc.weight" in refusal(file)
+    with pytest.raises(ValueError, match="no dense tensor"):
+        state_dict_of(file, read_checkpoint(file))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told"),
+    [
+        ("ii", {"classifier__fc__weight": torch.zeros(5, 64, dtype=torch.int8)}, "int8"),
+        ("ii", {"classifier__scales": torch.zeros(5, dtype=torch.complex64)}, "complex64"),
+        ("ii", {"classifier__scales": torch.zeros(5, dtype=torch.bool)}, "bool"),
+        ("ii", {"classifier__scales": torch.zeros(5, dtype=torch.float8_e5m2)}, "float8_e5m2"),
+        ("ii", {"encoder__bn1__running_mean": torch.zeros(16, dtype=torch.long)}, "int64"),
+        ("ii", {"encoder__bn1__num_batches_tracked": torch.tensor(1.0)}, "float32"),
+        ("i", {"queue_ptr": torch.zeros(1)}, "float32"),
+        ("i", {"label_queue": torch.zeros(32, dtype=torch.complex64)}, "complex64"),
+        ("i", {"label_queue": torch.full((32,), torch.nan)}, "not finite"),
+        ("ii", {"classifier__fc__bias": torch.tensor([0, 0, torch.nan, 0, 0])}, "not finite"),
+        ("ii", {"classifier__fc__bias": torch.tensor([0, 0, 0, 0, -torch.inf])}, "not finite"),
+        ("ii", {"classifier__fc__bias": torch.full((5,), 1e300, dtype=torch.float64)}, "not finite"),
+        ("ii", {"encoder__bn1__running_mean": torch.full((16,), torch.inf)}, "not finite"),
+        ("ii", {"encoder__bn1__running_var": torch.tensor([1.0] * 15 + [-1e-9])}, "variance below 0"),
+    ],
+)
+def test_weights_that_no_network_has_are_named(stage, changes, told, tmp_path):
+    state_dict = state_of(stage, **changes)
+    (name,) = (name.replace("__", ".") for name in changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} .*{told}"):
+        models.check_weights(state_dict)
+    text = refusal(write({"state_dict": state_dict}, tmp_path / "file"))
+    assert name in text and told in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_valid_weights_pass(stage):
+    models.check_weights(state_of(stage))
+    models.check_weights({name: v.double() for name, v in state_of(stage).items() if v.is_floating_point()})
+
+
+# ---- from stage to stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "classifier", "changes", "told"),
+    [
+        ("i", "hard", {}, None),
+        ("i", "hard", {"queue": None, "k_fc__0__weight": None}, None),  # the next stage does not take them
+        ("i", "hard", {"classifier__weight": None}, "classifier.weight is missing"),
+        (
+            "i",
+            "hard",
+            {"classifier__weight": torch.zeros(5, 63)},
+            "classifier.weight has the shape (5, 63), not (5, 64)",
+        ),
+        ("i", "hard", {"classifier__scale": torch.zeros(5)}, "classifier.scale is unknown"),
+        ("i", "soft", {}, "classifier_kd.bias is missing"),
+        ("iii", "soft", {}, None),
+        ("iii", "soft", {"classifier_kd__bias": torch.zeros(4)}, "classifier_kd.bias has the shape (4,), not (5,)"),
+        ("ii", "hard", {}, None),
+        ("ii", "hard", {"classifier__scales": None}, "classifier.scales is missing"),
+    ],
+)
+def test_the_next_stage_names_what_is_missing(stage, classifier, changes, told):
+    state_dict = state_of(stage, **changes)
+
+    def load():
+        if stage == "ii":
+            models.SDL("resnet8", 5).load_teacher(state_dict)
+        else:
+            models.SLG("resnet8", 5).load_pretrained(state_dict, classifier)
+
+    for take in (load, lambda: models.check_complete(state_dict, classifier)):
+        if told is None:
+            take()
+        else:
+            with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+                take()
+
+
+def test_a_backbone_that_is_cut_is_named():
+    state_dict = state_of("ii", encoder__bn1__weight=None)
+    with pytest.raises(ValueError, match=re.escape("encoder.bn1.weight is missing")):
+        models.SDL("resnet8", 5).load_teacher(state_dict)
+    with pytest.raises(ValueError, match="known backbone"):
+        models.check_complete(state_dict)

@@ -1,0 +1,35 @@
+"""Evaluation of a list: exact counts, every image once, whatever the number of processes."""
+
+import torch
+
+from . import checkpoint
+from .distributed import broadcast_buffers
+from .launch.signals import defer_stop, heartbeat, stop_requested
+from .log import Progress
+from .metrics import ShotAccuracy
+
+
+@torch.no_grad()
+def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -> dict[str, dict]:
+    """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
+
+    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of the classifiers
+    in order and perhaps more; loader: this rank's (views, labels, indices); train_counts: int (C,), training images
+    per class. All ranks take rank 0's BatchNorm statistics. Raises Stopped, after a save, if a stop was asked for.
+    """
+    defer_stop()
+    broadcast_buffers(model)
+    model.eval()
+    counts = {name: ShotAccuracy(train_counts, state.device) for name in classifiers}
+    with Progress(loader.name, len(loader), state.args.print_freq) as progress:
+        for (images,), labels, _ in loader:
+            if stop_requested():
+                break
+            with state.autocast():
+                logits = model(images)
+            for count, scores in zip(counts.values(), logits if isinstance(logits, tuple) else (logits,), strict=False):
+                count.update(scores, labels)
+            progress.step()
+            heartbeat()
+    checkpoint.stop_if_asked(state)
+    return {name: count.results() for name, count in counts.items()}

@@ -1,0 +1,148 @@
+"""Losses and accuracies: averaged over an epoch's steps, and counted per class in evaluation."""
+
+import math
+
+import torch
+
+from .distributed import all_reduce, gather_objects, get_rank, get_world_size
+from .errors import UserError
+
+MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
+GROUPS = ("many", "medium", "few")
+
+
+class MetricLogger:
+    """Means over an epoch's steps, summed on the device, so that nothing but reading them waits for it."""
+
+    def __init__(self, device):
+        self.device, self.names, self.sums, self.steps = device, (), None, 0
+        self.source = None  # the file that the sums so far were read from
+        self.images, self.seconds = 0, 0.0  # trained on in this process since the epoch began or was resumed
+
+    def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
+        """Adds a step: its losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""
+        values = dict(losses)
+        for name, scores in logits.items():
+            values[f"top1_{name}"], values[f"top5_{name}"] = topk_accuracy(scores.detach(), labels)
+        if self.steps and tuple(values) != self.names:
+            raise UserError(
+                f"{self.source}: its averages are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
+                "resume from a checkpoint that was saved after an epoch (previous or best)",
+                on_all_ranks=True,
+            )
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Means of this process."""
+        return dict(zip(self.names, (self.sums / self.steps).tolist(), strict=True)) if self.steps else {}
+
+    def global_means(self) -> dict[str, float]:
+        """Means of all processes; all must call it."""
+        if not self.steps:
+            return {}
+        total = all_reduce(self.sums.clone()) / (self.steps * get_world_size())
+        return dict(zip(self.names, total.tolist(), strict=True))
+
+    def state_dict(self) -> dict:
+        """The sums of all processes, for a checkpoint within an epoch; all must call it."""
+        return {
+            "names": list(self.names),
+            "sums": gather_objects(self.sums.tolist() if self.steps else []),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict, source):
+        """Goes on from a state_dict, also of another number of processes: each then takes an equal part.
+
+        source: the file that it was read from, for messages.
+        """
+        self.source = source
+        sums = state["sums"]
+        if len(sums) == get_world_size():
+            own = sums[get_rank()]
+        else:
+            own = (torch.tensor(sums, dtype=torch.float64).sum(0) / len(sums)).tolist()
+        self.names, self.steps = tuple(state["names"]), state["steps"]
+        self.sums = torch.tensor(own, dtype=torch.float64, device=self.device) if self.steps else None
+
+    @staticmethod
+    def is_state_dict(value) -> bool:
+        """Whether a value read from a file is a state_dict: names of text, finite sums per process, whole steps."""
+        if not isinstance(value, dict) or set(value) != {"names", "sums", "steps"}:
+            return False
+        names, sums, steps = value["names"], value["sums"], value["steps"]
+        if type(steps) is not int or not 0 <= steps < 2**31:
+            return False
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+            return False
+        if not isinstance(sums, list) or not sums or (steps > 0) != bool(names):
+            return False
+        return all(
+            isinstance(row, list)
+            and len(row) == len(names)
+            and all(isinstance(number, float) and math.isfinite(number) for number in row)
+            for row in sums
+        )
+
+
+def topk_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-1 and top-5 accuracy of a batch, in [0, 1]; logits (N, C), labels (N,)."""
+    hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return hit[:, 0].float().mean(), hit.any(dim=1).float().mean()
+
+
+def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
+    """0 for many-shot classes (> 100 training images), 1 for medium-shot (20 to 100), 2 for few-shot (< 20)."""
+    return (train_counts <= MANY_ABOVE).long() + (train_counts < FEW_BELOW).long()
+
+
+class ShotAccuracy:
+    """Counts of one classifier's predictions, per class and between groups of classes (Liu et al., 2019).
+
+    train_counts: int (C,), training images per class. Memory depends on the number of classes alone.
+    """
+
+    def __init__(self, train_counts: torch.Tensor, device):
+        num_classes = len(train_counts)
+        self.train_counts = train_counts
+        self.groups = shot_groups(train_counts).to(device)
+        self.top1, self.top5, self.images = torch.zeros(3, num_classes, dtype=torch.long, device=device)
+        self.confusion = torch.zeros(9, dtype=torch.long, device=device)
+
+    def update(self, logits, labels):
+        """Adds a batch: logits (N, C), labels (N,)."""
+        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hit = predicted == labels[:, None]
+        self.images.index_add_(0, labels, torch.ones_like(labels))
+        self.top1.index_add_(0, labels, hit[:, 0].long())
+        self.top5.index_add_(0, labels, hit.any(dim=1).long())
+        pairs = 3 * self.groups[labels] + self.groups[predicted[:, 0]]
+        self.confusion.index_add_(0, pairs, torch.ones_like(pairs))
+
+    def results(self) -> dict:
+        """Accuracies in [0, 1] over all ranks, None if there is nothing to average; all ranks must call it, once.
+
+        overall and top5 are over images; many, medium and few are means of the accuracies of those classes that have
+        test images. confusion_groups[i][j]: images of group i that were taken for group j.
+        """
+        flat = all_reduce(torch.cat([self.top1, self.top5, self.images, self.confusion])).cpu()
+        top1, top5, images = flat[:-9].view(3, -1)
+        count = int(images.sum())
+        accuracy = [int(c) / int(n) if n else None for c, n in zip(top1, images, strict=True)]
+        groups = shot_groups(self.train_counts).tolist()
+
+        def mean_of_group(group):
+            values = [a for a, g in zip(accuracy, groups, strict=True) if g == group and a is not None]
+            return sum(values) / len(values) if values else None
+
+        return {
+            "overall": int(top1.sum()) / count if count else None,
+            "top5": int(top5.sum()) / count if count else None,
+            **{name: mean_of_group(number) for number, name in enumerate(GROUPS)},
+            "per_class": accuracy,
+            "train_counts": self.train_counts.tolist(),
+            "count": count,
+            "confusion_groups": flat[-9:].view(3, 3).tolist(),
+        }

@@ -1,0 +1,89 @@
+"""The folder of a run: claimed for this run alone, and what is written there beside the checkpoints."""
+
+import fcntl
+from pathlib import Path
+
+from . import checkpoint, log, report
+from .arguments import resolved
+from .distributed import is_main_process, print_main, raise_on_all_ranks
+from .errors import UserError, one_line
+
+
+class RunFolder:
+    """The run's --output_dir, to be used in a with block, which keeps other runs out of it.
+
+    Rank 0 writes; an evaluation writes results.json alone, and only if --output_dir was given. Entering raises
+    UserError, on all ranks, if the folder cannot be written, another run uses it, or it holds a checkpoint that this
+    run neither continues nor may overwrite.
+    """
+
+    def __init__(self, args):
+        self.args, self.path = args, Path(args.output_dir)
+        self.writes = not args.evaluate or "output_dir" in args.given
+        self.lock, self.summary_writer = None, None
+
+    def __enter__(self):
+        with raise_on_all_ranks():
+            if is_main_process() and self.writes:
+                self._claim()
+        return self
+
+    def __exit__(self, *exception):
+        if self.summary_writer is not None:
+            self.summary_writer.close()
+        if self.lock is not None:
+            self.lock.close()
+
+    def _claim(self):
+        folder = self.path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"--output_dir {folder}: cannot be written ({one_line(error)})") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
+        checkpoint.remove_leftovers(folder)
+        present = checkpoint.present_in(folder)
+        if present and not (self.args.evaluate or self.args.overwrite or self._continues()):
+            raise UserError(
+                f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
+                "start anew with --overwrite, or choose another folder"
+            )
+
+    def _continues(self) -> bool:
+        """Whether --resume names a checkpoint in this folder."""
+        return bool(self.args.resume) and Path(self.args.resume).resolve().parent == self.path.resolve()
+
+    def start(self, first_epoch: int):
+        """Begins what the run writes: args.json, log.txt up to first_epoch, TensorBoard's files.
+
+        It is called when all else is checked, for --overwrite removes the former run's checkpoints here.
+        """
+        with raise_on_all_ranks():
+            if self.args.evaluate or not is_main_process():
+                return
+            if self._continues():
+                checkpoint.quarantine_unreadable(self.path, self.args.resume)
+            else:
+                for file in checkpoint.present_in(self.path):
+                    file.unlink()
+            log.write_json(self.path / "args.json", resolved(self.args) | {"environment": log.environment()})
+            log.truncate_log(self.path, first_epoch if self.args.resume else 0)
+            if self.args.tensorboard:
+                self.summary_writer = log.create_summary_writer(self.path, first_epoch)
+
+    def write_epoch(self, record: dict):
+        """Adds an epoch's record to log.txt, and to TensorBoard's files with --tensorboard; on rank 0."""
+        log.append_epoch(self.path, record)
+        if self.summary_writer is not None:
+            log.add_scalars(self.summary_writer, record)
+
+    def write_results(self, results: dict[str, dict]):
+        """Prints the table of the test list and writes results.json; results: classifier -> its record."""
+        print_main("\n" + report.table({f"{name} classifier": result for name, result in results.items()}))
+        if is_main_process() and self.writes:
+            records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]
+            log.write_json(self.path / "results.json", records)

@@ -1,0 +1,125 @@
+"""The state of a training and the parts of a step that every stage takes: batches, precision, gradients, epochs."""
+
+import math
+import time
+
+import torch
+
+from . import checkpoint
+from .distributed import gather_objects, get_rank, get_world_size, is_main_process, print_main
+from .errors import UserError
+from .launch.signals import defer_stop, heartbeat, stop_requested
+from .log import Progress
+from .metrics import MetricLogger
+from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
+from .report import percent
+
+VALIDATION_COLUMNS = ("overall", "top5", "many", "medium", "few")
+
+
+def prepare_model(model, device, args):
+    """Brings a model to the device, with the memory layout, precision and compilation that the flags ask for."""
+    set_numerics(args)
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model.to(device=device, memory_format=layout)
+    if args.compile:
+        for name, module in model.named_children():
+            if name.startswith("encoder"):
+                module.compile()  # unlike torch.compile(module), it keeps the names of the state dict
+    return model
+
+
+def learning_rate(epoch: int, lr: float, epochs: int, cos: bool, schedule=()) -> float:
+    """The rate of an epoch, from 0: half a cosine from lr on, or a tenth of it from each epoch in schedule on."""
+    if cos:
+        return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
+
+
+def set_lr(optimizer, epoch: int, args):
+    """Gives the optimizer the learning rate of an epoch."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(epoch, args.lr, args.epochs, args.cos, args.schedule)
+
+
+class TrainState:
+    """What a training has come to: epoch, step in it, best accuracy, gradient scaler, the epoch's metrics.
+
+    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to.
+    """
+
+    def __init__(self, stage: str, model, optimizer, folder, device, args):
+        self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
+        self.device = device
+        self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.metrics = MetricLogger(device)
+        self.images = 0  # of all ranks, seen in this epoch
+        self.flags = None  # what the ranks agree on in the step under way
+        self.loader = None  # where the images of the step under way come from
+
+    def batches(self, loader):
+        """(views, labels) of the epoch's remaining steps, on the device, each with random numbers of its own.
+
+        The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
+        """
+        args, started, images_before = self.args, time.perf_counter(), self.images
+        defer_stop()
+        self.loader = loader
+        loader.start_at(self.epoch, -(-self.images // get_world_size()))
+        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader)
+        with Progress(title, total, args.print_freq, self.step) as progress:
+            for views, labels, _ in loader:
+                seed_everything(args.seed, self.epoch, self.step, get_rank())
+                self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
+                yield views, labels
+                progress.step(lambda: ", ".join(f"{name} {mean:.4g}" for name, mean in self.metrics.means().items()))
+                heartbeat()
+        self.metrics.images = self.images - images_before
+        self.metrics.seconds = time.perf_counter() - started
+
+    def autocast(self):
+        """The context of a forward pass, in mixed precision with --amp."""
+        return torch.autocast(self.device.type, AUTOCAST.get(self.args.amp), enabled=self.args.amp != "none")
+
+    def backward(self, loss):
+        """Computes the gradients. Raises UserError on all ranks, before any weight moves, if a loss is not finite."""
+        self.flags = StepFlags(loss, stop_requested())
+        self.scaler.scale(loss).backward()
+        if not self.flags.loss_is_finite():
+            own = None if loss.isfinite() else self.loader.locate()
+            where = next(text for text in gather_objects(own) if text)
+            raise UserError(
+                f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:g}; weights and checkpoints stay as they were; lower --lr, or "
+                f"look at the batch of {where}",
+                on_all_ranks=True,
+            )
+
+    def optimizer_step(self):
+        """Moves the weights, and counts the step."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.images += self.loader.images_per_step * get_world_size()
+
+    def end_epoch(self, results: dict[str, dict], best: str):
+        """Logs the epoch and saves it, as best too if the classifier named `best` has its best overall accuracy.
+
+        results: classifier -> its record of the validation list. Raises Stopped if a stop was asked for.
+        """
+        means, speed = self.metrics.global_means(), self.metrics
+        record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
+        record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
+        record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
+        is_best = results[best]["overall"] > self.best
+        self.best = max(results[best]["overall"], self.best)
+        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
+        if is_main_process():
+            self.folder.write_epoch(record)
+        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
+        accuracies = [f"validation {name} {percent(result['overall'])} %" for name, result in results.items()]
+        summary = ", ".join(losses + accuracies)
+        print_main(f"epoch {self.epoch}/{self.args.epochs}: {summary}; {record['seconds']:.0f} s")
+        checkpoint.save(self, is_best)
+        checkpoint.stop_if_asked(self)
