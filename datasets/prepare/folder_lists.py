@@ -90,7 +90,7 @@ def split_folder(root: Path, val: float, test: float, seed: int):
     for split, other in (("val", "test"), ("test", "val")):
         if not kept[split]:
             entries[split] = entries[other]
-            notes.append(f"--{split} 0: the {other} images serve as {split} images too")
+            notes.append(f"{split}: none of its own (--{split} 0), so the {other} images serve")
     return list(images), entries, notes
 
 
@@ -102,7 +102,7 @@ def coarse_note(classes: list[str], tested) -> list[str]:
         return []
     shown = ", ".join(f"{name} {count}" for count, name in coarse[:SHOWN]) + (", ..." if len(coarse) > SHOWN else "")
     number = f"{len(coarse)} of {len(classes)} classes have" if len(coarse) > 1 else f"1 of {len(classes)} classes has"
-    return [f"test: {number} fewer than {COARSE} images, which make a coarse accuracy: {shown}"]
+    return [f"test: {number} fewer than {COARSE} images, so that their accuracies are coarse: {shown}"]
 
 
 def other_files(root: Path, folders) -> list[str]:
