@@ -88,14 +88,15 @@ def main_worker(args, device):
         state = TrainState("ii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
         checkpoint.restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
-        folder.start(state.epoch)
+        folder.start(state, data)
 
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
             results = evaluate(model, data.val, classifiers, data.train_counts, state)
             state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
-        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
+        results = evaluate(model, data.test, classifiers, data.train_counts, state)
+        folder.finish(state, results, pretrained)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

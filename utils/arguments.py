@@ -9,7 +9,7 @@ import torch
 
 from models import ARCHS
 
-from .command_line import ArgumentParser, filled, number, run_only, whole_number
+from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
 from .distributed import gather_objects, print_main
 from .errors import UserError
 
@@ -17,6 +17,11 @@ ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
+SHARED_ARGS = {  # that the stages of one training have in common; backbone and image size come with the checkpoint
+    "cos", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment", "amp",
+    "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size", "rank",
+    "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard", "plots",
+}  # fmt: skip
 
 
 class TrainingParser(ArgumentParser):
@@ -29,9 +34,16 @@ class TrainingParser(ArgumentParser):
         args = super().parse_args(argv)
         args.program = self.prog
         args.saved = sorted(self.saved_actions())
+        args.shared_words = self.shared_words(args)
         args.deterministic = args.seed is not None
         check_arguments(args)
         return args
+
+    def shared_words(self, args) -> list[str]:
+        """The words of the given flags that a run of the next stage needs as well."""
+        actions = {action.dest: action for action in self._actions}
+        names = [name for name in args.given if name in SHARED_ARGS]
+        return [option_words(actions[name], getattr(args, name)) for name in names]
 
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
@@ -182,5 +194,5 @@ def resolved(args) -> dict:
     return {
         name: str(v) if isinstance(v, Path) else v
         for name, v in sorted(vars(args).items())
-        if name not in ("given", "saved")
+        if name not in ("given", "saved", "shared_words")
     }

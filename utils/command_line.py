@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import math
+import shlex
 import sys
 
 from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
 NOT_GIVEN = object()
+SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # what one stage calls it
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -51,6 +53,8 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            meant = SYNONYMS.get(flags[0].replace("_", "-"))
+            close = [meant] if meant in self._option_string_actions else close
             self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
 
@@ -81,7 +85,7 @@ def option_words(action: argparse.Action, value) -> str:
     name = option_name(action)
     if isinstance(value, bool):
         return name if value else name.replace("--", "--no-", 1)
-    return " ".join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
 
 
 def check_value(action: argparse.Action, value):
