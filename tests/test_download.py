@@ -166,11 +166,11 @@ def test_a_file_that_is_there_is_verified_and_kept(files, tmp_path, capsys):
     check_accepted(capsys, files / "good", out, "--from", files / "good")
     check_accepted(capsys, files / "good", out, "--from", out)
     assert download.main([*argv, "--from", str(files / "legacy")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     out.write_bytes((files / "stage_ii").read_bytes())
     for more in ([], ["--from", str(files / "good")]):
         assert download.main(argv + more) == 2
-        assert f"error: {out}: is there already" in capsys.readouterr().err
+        assert f"error: {out}: exists already" in capsys.readouterr().err
     assert out.read_bytes() == (files / "stage_ii").read_bytes()
 
 
