@@ -1,6 +1,10 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import os
+import sys
 import warnings
+from multiprocessing import active_children
+from multiprocessing.queues import Queue
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -9,17 +13,34 @@ from models.preprocess import normalize
 from utils.errors import UserError
 from utils.launch.signals import block_signals
 
+from .dataset import memory_errors
 from .device_augment import to_float
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
 
 
 def collate(items):
-    """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers."""
+    """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
+
+    A UserError in place of the items is passed on, and one of its own is returned: a worker prints no traceback.
+    """
     if isinstance(items, UserError):
         return items
     views, labels, indices = zip(*items, strict=True)
-    return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+    try:
+        with memory_errors():
+            return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+    except UserError as error:
+        return error
+
+
+def init_worker(_):
+    """Makes a worker that cannot hand over a batch exit, which the run notices and reports.
+
+    Queue's own thread would drop the batch with a traceback, and the run would wait for it forever.
+    """
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    sys.stderr = open(os.devnull, "w")
 
 
 def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
@@ -47,6 +68,7 @@ class Loader(DataLoader):
             batch_sampler=batch_sampler,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -74,17 +96,35 @@ class Loader(DataLoader):
         return f"{index.name}, lines {', '.join(str(index.line(i)) for i in indices)}"
 
     def __iter__(self):
-        with block_signals():
-            batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            views, labels, indices = batch
-            images = tuple(to_device(view, self.device, self.channels_last) for view in views)
-            yield images, labels.to(self.device, non_blocking=True), indices
+        with memory_errors():
+            for batch in self._start():
+                if isinstance(batch, UserError):
+                    raise batch
+                views, labels, indices = batch
+                images = tuple(to_device(view, self.device, self.channels_last) for view in views)
+                yield images, labels.to(self.device, non_blocking=True), indices
+
+    def _start(self):
+        """The iterator over the batches, which starts the workers. Raises UserError if there is no memory for them."""
+        others = set(active_children())
+        try:
+            with memory_errors(), block_signals():
+                return super().__iter__()
+        except UserError:
+            end_processes(set(active_children()) - others)
+            raise
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
+            workers = self._iterator._workers
             self._iterator._shutdown_workers()
+            end_processes(workers)
             self._iterator = None
+
+
+def end_processes(workers):
+    """Ends workers that do not end by themselves in time: that load a batch, or were never told to end."""
+    for worker in workers:
+        worker.kill()
+        worker.join()
