@@ -197,7 +197,9 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findi
     with file.open("w", errors="surrogateescape") as report:
         for name, split in splits.items():
             for i in split.missing:
-                report.write(f"missing\t{name}\t{split.index.path(i)}\tno such file\n")
+                file = os.path.join(split.root, split.layout(split.index.path(i), name))
+                reason = "not a regular file" if os.path.exists(file) else "no such file"
+                report.write(f"missing\t{name}\t{split.index.path(i)}\t{reason}\n")
             for i, reason in findings[name].unreadable:
                 report.write(f"unreadable\t{name}\t{split.index.path(i)}\t{reason}\n")
 
