@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers
 def collate(items):
     """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
 
-    A UserError in place of the items is passed on, and one of its own is returned: a worker prints no traceback.
+    A UserError in place of the items is returned, and so is that of a lack of memory, for the run to raise.
     """
     if isinstance(items, UserError):
         return items
@@ -35,9 +35,9 @@ def collate(items):
 
 
 def init_worker(_):
-    """Makes a worker that cannot hand over a batch exit, which the run notices and reports.
+    """Makes a worker exit if it cannot send a batch, which the run notices and reports.
 
-    Queue's own thread would drop the batch with a traceback, and the run would wait for it forever.
+    By default the thread that sends it drops the batch with a traceback, and the run waits for the batch forever.
     """
     Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     sys.stderr = open(os.devnull, "w")
@@ -135,7 +135,7 @@ class Loader(DataLoader):
 
 
 def end_processes(workers):
-    """Ends workers that do not end by themselves in time: that load a batch, or were never told to end."""
+    """Kills workers that have not ended by themselves, since they are busy or could not be told to."""
     for worker in workers:
         worker.kill()
         worker.join()

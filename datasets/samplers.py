@@ -19,7 +19,7 @@ class ShuffledSampler:
     labels: one per image; only their number matters here.
     """
 
-    depends_on_ranks = False  # the images of a step are the same however many ranks share them
+    depends_on_ranks = False  # the images of a step are the same for any number of ranks
 
     def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
         self.size, self.seed, self.rank, self.world_size = len(labels), seed, rank, world_size

@@ -48,7 +48,7 @@ def test_workers_do_not_change_the_batches(loaded, workers):
             assert torch.equal(labels, expected[1]) and indices == expected[2]
 
 
-def test_an_image_is_augmented_anew_in_every_epoch(loaded):
+def test_every_epoch_augments_an_image_differently(loaded):
     """Persistent workers learn of the new epoch, too."""
     for given in loaded.values():
         first, second = ({i: v for views, _, numbers in epoch for i, v in zip(numbers, views[0], strict=True)}

@@ -558,7 +558,7 @@ def test_fashion_mnist_lt_is_completed_or_overwritten(tmp_path, fashion, capsys)
     assert everything(out) == first
 
     assert "--overwrite" in fails(capsys, *command, "--seed", 1)
-    (out / "train.txt").unlink()  # interrupted, then begun anew with another seed
+    (out / "train.txt").unlink()  # as if interrupted, then started with another seed
     assert "--overwrite" in fails(capsys, *command, "--seed", 1)
     succeeds(capsys, *command, "--seed", 1, "--overwrite")
     second = everything(out)

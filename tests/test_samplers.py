@@ -43,7 +43,7 @@ def test_class_aware_shards_are_disjoint(world_size):
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_classes_take_turns_in_cyclic_order(samples):
-    """Every class once, for `samples` images, before any comes again; the order changes from round to round."""
+    """Every class once, for `samples` images, before any is repeated; the order changes from round to round."""
     sampler = ClassAwareSampler(LABELS, samples, 0)
     for picked in epochs(sampler):
         turns = LABELS[picked][: len(picked) // samples * samples].reshape(-1, samples)
@@ -59,7 +59,7 @@ def test_classes_are_balanced():
 
 
 def test_images_of_a_class_take_turns_in_cyclic_order():
-    """Every image of a class once before any comes again, in an order that changes."""
+    """Every image of a class once before any is repeated, in an order that changes."""
     for picked in epochs(ClassAwareSampler(LABELS, 2, 0)):
         for label, size in enumerate(np.bincount(LABELS)):
             own = picked[LABELS[picked] == label]
