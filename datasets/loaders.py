@@ -3,7 +3,8 @@
 import os
 import sys
 import warnings
-from multiprocessing import active_children
+from contextlib import contextmanager
+from multiprocessing import active_children, connection
 from multiprocessing.queues import Queue
 
 import torch
@@ -107,8 +108,9 @@ class Loader(DataLoader):
         return f"{index.name}, lines {', '.join(str(index.line(i)) for i in self.indices)}"
 
     def __iter__(self):
-        with memory_errors():
-            for batch in self._start():
+        batches = self._start()
+        with memory_errors(), report_killed_workers(batches):
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 views, labels, self.indices = batch
@@ -139,3 +141,14 @@ def end_processes(workers):
     for worker in workers:
         worker.kill()
         worker.join()
+
+
+@contextmanager
+def report_killed_workers(iterator):
+    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None

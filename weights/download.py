@@ -126,13 +126,18 @@ def download(args):
         print(f"published, {classifier} classifier, in %:", ", ".join(f"{group} {figure}" for group, figure in groups))
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
+def build_parser() -> ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(__doc__, prog="python -m weights.download")
     parser.add_argument("name", choices=sorted(EXPECTED), help="which checkpoint")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a file on disk instead of a download")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: weights/NAME_released/{LAST})")
-    return run_command(download, parser, argv, interrupted="stopped; nothing was kept")
+    return parser
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
+    return run_command(download, build_parser(), argv, interrupted="stopped; nothing was kept")
 
 
 if __name__ == "__main__":
