@@ -1,4 +1,4 @@
-"""What evaluation does to an image before the network sees it: resize, crop, normalize (paper, section 4.2)."""
+"""What evaluation does to an image before the network sees it: resize, crop, normalize."""
 
 import functools
 
@@ -24,19 +24,17 @@ class ResizeTo:
 
 
 class CropEnds:
-    """Cuts the ends off an image that is over MAX_ASPECT_RATIO times as long as wide.
+    """Cuts off the ends of an image whose longer side is over MAX_ASPECT_RATIO times the shorter one.
 
-    A central crop takes nothing of them; resizing the shorter side of 60,000 x 1 pixels to 256 would take 12 GB.
+    The central crop does not reach them, and resizing 60,000 x 1 pixels to a shorter side of 256 would take 12 GB.
     """
 
     def __call__(self, image):
         width, height = TF.get_image_size(image)
         longest = MAX_ASPECT_RATIO * min(width, height)
-        return (
-            image
-            if max(width, height) <= longest
-            else TF.center_crop(image, [min(height, longest), min(width, longest)])
-        )
+        if max(width, height) <= longest:
+            return image
+        return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def eval_view(size: int) -> T.Compose:
@@ -49,14 +47,14 @@ def eval_view(size: int) -> T.Compose:
     return T.Compose([CropEnds(), T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
 
 
+@functools.cache
+def _statistics(dtype, device):
+    """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU waits for it."""
+    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+
 def normalize(images: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
     """Images (N, 3, H, W), uint8 or floats in [0, 1], with ImageNet's mean and deviation; on the images' device."""
     mean, std = _statistics(dtype, images.device)
     images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
     return images.div_(std)
-
-
-@functools.cache
-def _statistics(dtype, device):
-    """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU waits for it."""
-    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))

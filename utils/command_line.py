@@ -14,9 +14,9 @@ SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_sta
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
+    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given: what the user set.
 
-    intermixed: flags may stand between the words of a positional argument of several.
+    intermixed: flags may come between the values of one positional argument.
     """
 
     def __init__(self, description=None, intermixed=False, **options):
@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
-        """As argparse's; the names of the arguments that were given stand in args.given."""
+        """As argparse's; args.given has the names of the arguments that were given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         parse = super().parse_intermixed_args if self.intermixed else super().parse_args
         args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
