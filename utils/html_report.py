@@ -6,7 +6,7 @@ import json
 
 from .errors import UserError, one_line, printable
 from .files import atomic_write
-from .plots import draw, group_of, to_png
+from .plots import draw, to_png
 from .report import CLASS_COLUMNS, class_cells, class_rows, summary_cells, summary_rows
 from .runs import Run, read_args
 from .seeds import Group, mean_rows
@@ -27,7 +27,8 @@ HEAD = """<!DOCTYPE html>
 body { margin: 0 auto; max-width: 1240px; padding: 24px 20px 60px; color: var(--ink); background: #fff;
  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7em; margin: 0 0 .2em; }
-h2 { font-size: 1.3em; margin: 2.2em 0 .6em; padding-top: .6em; border-top: 2px solid var(--line); overflow-wrap: anywhere; }
+h2 { font-size: 1.3em; margin: 2.2em 0 .6em; padding-top: .6em; border-top: 2px solid var(--line);
+ overflow-wrap: anywhere; }
 h3 { font-size: 1.05em; margin: 1.6em 0 .5em; }
 p.note { color: var(--dim); margin: .3em 0 .8em; }
 nav a { display: inline-block; margin: 0 12px 4px 0; color: var(--accent); overflow-wrap: anywhere; }
@@ -56,7 +57,8 @@ figcaption { color: var(--dim); font-size: .87em; padding: 4px 4px 0; }
 .tables > * { min-width: 0; }
 details { margin: 10px 0; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: 6px; }
-@media (max-width: 600px) { body { padding: 14px 10px 40px; font-size: 14px; } th, td { padding: 4px 8px; } }
+@media (max-width: 600px) { body { padding: 14px 10px 40px; font-size: 14px; } th, td { padding: 4px 8px; }
+ td:first-child { white-space: normal; min-width: 7.5em; } }
 @media print { .scroll, .tall { overflow: visible; max-height: none; } }
 </style>
 </head>
@@ -145,9 +147,8 @@ def plots_of(run: Run) -> str:
     for plot in draw(run):
         image = base64.b64encode(to_png(plot)).decode()
         caption = html.escape(plot.caption)
-        figures.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>\n'
-        )
+        figures.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}">')
+        figures.append(f"<figcaption>{caption}</figcaption></figure>\n")
     return f'<div class="plots">\n{"".join(figures)}</div>\n'
 
 

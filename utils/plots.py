@@ -14,7 +14,7 @@ from .runs import Run, is_accuracy, mean, read_log
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everybody
 SHADES = {"many": "#dcebf7", "medium": "#e3f2e1", "few": "#fdebd8"}
 NO_LOSSES = ("epoch", "lr", "images_per_second", "seconds")  # numbers of log.txt that are no losses
-SIZE = (6.0, 3.8)  # inches
+SIZE = (5.4, 3.6)  # inches
 DPI = 150
 
 
@@ -64,17 +64,17 @@ def draw(run: Run):
     if accuracies:
         figure = draw_curves(accuracies, "accuracy (%)")
         yield Plot("accuracies", "Accuracies by epoch: training, augmented images; validation", figure)
-    for record in run.records:
-        classifier = record["classifier"]
-        if record["per_class"] and record["train_counts"]:
-            caption = f"Accuracy of every class against its training images, {classifier} classifier"
-            yield Plot(f"per_class_{classifier}", caption, draw_per_class(record))
-        if record["confusion_groups"]:
-            caption = f"Test images of a group taken for a class of a group, {classifier} classifier"
-            yield Plot(f"confusion_{classifier}", caption, draw_confusion(record))
     counts = run.records[0]["train_counts"]
     if counts:
         yield Plot("class_counts", "Training images per class, largest class first", draw_class_counts(counts))
+    for record in run.records:
+        if record["per_class"] and counts:
+            caption = f"Accuracy of every class against its training images, {record['classifier']} classifier"
+            yield Plot(f"per_class_{record['classifier']}", caption, draw_per_class(record))
+    for record in run.records:
+        if record["confusion_groups"]:
+            caption = f"Test images of each group taken for classes of each group, {record['classifier']} classifier"
+            yield Plot(f"confusion_{record['classifier']}", caption, draw_confusion(record))
 
 
 def loss_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
@@ -118,9 +118,9 @@ def add_point(curves: dict, name: str, epoch: int, value: float):
     values.append(value)
 
 
-def new_axes(size=SIZE, **labels):
+def new_axes(**labels):
     """(figure, axes) without the upper and the right line."""
-    figure = require_matplotlib("--plots")(figsize=size, layout="constrained")
+    figure = require_matplotlib("--plots")(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
@@ -206,17 +206,16 @@ def plain_numbers(axis):
 
 def draw_confusion(record: dict):
     """A square per pair of groups: how many per cent of a group's test images were taken for each group."""
-    figure, axes = new_axes((4.6, 3.8), xlabel="taken for a class of", ylabel="test images of")
+    figure, axes = new_axes(xlabel="taken for a class of", ylabel="test images of")
     rows = record["confusion_groups"]
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(rows):
         for j, count in enumerate(row):
             text = f"{shares[i][j]:.0f} %\n({count})" if sum(row) else "-"
             axes.text(j, i, text, ha="center", va="center", color="white" if shares[i][j] > 55 else "black")
     axes.set_xticks(range(3), GROUPS)
     axes.set_yticks(range(3), GROUPS)
-    figure.colorbar(image, label="% of the group's images")
     return figure
 
 
@@ -230,7 +229,7 @@ def draw_class_counts(train_counts: list[int]):
         size = sum(group_of(count) == group for count in counts)
         if size:
             axes.axvspan(first, first + size, color=SHADES[group], linewidth=0, zorder=0)
-            text = f"{group}\n{size}"
+            text = f"{group} {size}"
             place = first + size / 2
             axes.text(
                 place, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small"
@@ -238,7 +237,7 @@ def draw_class_counts(train_counts: list[int]):
         first += size
     axes.plot(range(1, len(counts) + 1), counts, color=COLORS[0], linewidth=2, marker="o" if len(counts) < 50 else None)
     axes.set_xlim(0.5, len(counts) + 0.5)
-    axes.set_ylim(0, counts[0] * 1.5 + 1)
+    axes.set_ylim(counts[-1] / 1.5, max(counts[0], 1) * 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
     plain_numbers(axes.yaxis)
     return figure

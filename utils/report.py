@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from .command_line import ArgumentParser, filled, run_command
-from .errors import UserError
-from .runs import ACCURACIES, Run, read_runs
+from .errors import UserError, printable
+from .runs import ACCURACIES, Run, class_mean, read_runs
 from .seeds import group_by_seed, mean_rows
 
 COLUMNS = {
@@ -36,7 +36,8 @@ def percent(value) -> str:
 
 def table(results: dict[str, dict]) -> str:
     """A Markdown table in per cent; results: row name -> a record of results.json."""
-    rows = [[name, *(percent(result.get(key)) for key in COLUMNS)] for name, result in results.items()]
+    results = {name: result | {"class_mean": class_mean(result)} for name, result in results.items()}
+    rows = [[name, *(percent(result[key]) for key in COLUMNS)] for name, result in results.items()]
     return markdown(["", *COLUMNS.values()], rows)
 
 
@@ -165,7 +166,7 @@ def report(args):
     if args.mean:
         groups, notes = group_by_seed(runs)
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note)}", file=sys.stderr)
     if args.plots:
         for run in runs:
             folder = Path(args.plots, run.name.lstrip("/")) if len(runs) > 1 else Path(args.plots)

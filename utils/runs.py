@@ -107,12 +107,18 @@ def checked_record(record) -> dict:
     for name, check in checks.items():
         if record[name] is not None and not check(record[name]):
             raise ValueError(f"{name} does not fit")
-    if record["class_mean"] is None:
-        record["class_mean"] = mean([value for value in per_class or [] if value is not None])
+    record["class_mean"] = class_mean(record)
     if record["test_counts"] is None and record["confusion"] is not None:
         record["test_counts"] = [sum(row) for row in record["confusion"]]
     names = record["classes"] or [f"class {label}" for label in range(size)]
     return record | {"classes": [printable(name) for name in names]}
+
+
+def class_mean(record: dict) -> float | None:
+    """The mean of the classes' accuracies: as it is recorded, else computed, None if that cannot be."""
+    if record.get("class_mean") is not None:
+        return record["class_mean"]
+    return mean([value for value in record.get("per_class") or [] if value is not None])
 
 
 def mean(values: list[float]) -> float | None:

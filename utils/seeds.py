@@ -1,5 +1,6 @@
 """Runs that differ in their seed alone, and the mean and standard deviation of their accuracies."""
 
+import itertools
 import os
 import statistics
 from pathlib import Path
@@ -9,11 +10,11 @@ from .errors import printable
 from .runs import ACCURACIES, Run, distinct_names, mean, read_args
 
 # What does not change the method: where things are, how they are printed, what the run is started on.
-IGNORED = frozenset(
-    "data train_list val_list test_list output_dir overwrite resume evaluate workers eval_batch_size print_freq "
-    "save_every_steps tensorboard plots deterministic device gpu rank dist_url dist_backend dist_timeout "
-    "dist_interface memory_check no_memory_check environment started".split()
-)
+IGNORED = {
+    *("data", "train_list", "val_list", "test_list", "output_dir", "overwrite", "resume", "evaluate", "plots"),
+    *("workers", "eval_batch_size", "print_freq", "save_every_steps", "tensorboard", "deterministic", "device", "gpu"),
+    *("rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "memory_check", "environment"),
+}
 CHECKPOINTS = ("last_stage_ckpt", "teacher_ckpt")  # where a run starts from: compared by the run that they belong to
 
 
@@ -119,10 +120,17 @@ def _braces(names: list[str]) -> str:
     """One text for several names: run_{a,b} for run_a and run_b."""
     if len(names) == 1:
         return names[0]
-    start = os.path.commonprefix(names)
-    rest = [name[len(start) :] for name in names]
-    end = os.path.commonprefix([name[::-1] for name in rest])[::-1]
-    return f"{start}{{{','.join(name[: len(name) - len(end)] for name in rest)}}}{end}"
+    start = common_length(names)
+    rest = [name[start:] for name in names]
+    end = common_length([name[::-1] for name in rest])
+    middles = ",".join(name[: len(name) - end] for name in rest)
+    return f"{names[0][:start]}{{{middles}}}{rest[0][len(rest[0]) - end :]}"
+
+
+def common_length(texts: list[str]) -> int:
+    """The number of characters with which all texts begin."""
+    same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
+    return sum(1 for _ in same)
 
 
 def mean_rows(groups: list[Group]) -> list[dict]:
