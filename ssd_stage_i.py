@@ -69,7 +69,7 @@ def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     contrast = args.con_weight > 0
     classifiers = ("linear",)
-    resumed = checkpoint.load_resume(args, stage="i")  # None without --resume
+    resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
     settle_defaults(args)
     views = ("query", "key") if contrast else ("query",)
     with RunFolder(args) as folder, build_data(args, device, views) as data:
@@ -88,7 +88,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState("i", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train.steps)  # all of these, and the weights
+        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state.epoch)
 

@@ -169,10 +169,10 @@ RESULT = {"overall": 0.5536, "top5": 1.0, "many": 0.673, "medium": None, "few": 
 
 def test_table():
     assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
-        "|                 | Many | Medium | Few | Overall | Class mean | Top-5 |\n"
-        "|:----------------|-----:|-------:|----:|--------:|-----------:|------:|\n"
-        "| hard classifier | 67.3 |      - | 0.0 |    55.4 |          - | 100.0 |\n"
-        "| soft            | 67.3 |      - | 0.0 |   100.0 |          - | 100.0 |"
+        "|                 | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
+        "|:----------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
+        "| hard classifier | 67.3 |      - | 0.0 |          - |    55.4 | 100.0 |\n"
+        "| soft            | 67.3 |      - | 0.0 |          - |   100.0 | 100.0 |"
     )
 
 

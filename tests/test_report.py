@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
 from tests.helpers import LAST, call, stage_flags
 from utils import report
 from utils.runs import distinct_names, read_runs
-from utils.seeds import checkpoint_folder, pattern
+from utils.seeds import CHECKPOINTS, IGNORED, checkpoint_folder, pattern
 
 # Three classes of which each shot group has one: 4, 2 and 2 test images, 3, 1 and 0 of them right.
 RECORD = {
@@ -66,7 +69,7 @@ def refused(outcome) -> str:
 
 
 def first_cells(out: str) -> list[str]:
-    return [line.split("|")[1].strip() for line in out.splitlines()[2:]]
+    return [line.split("|")[1].strip() for line in out.splitlines()[2:] if line.startswith("|")]
 
 
 # Names
@@ -107,10 +110,11 @@ def test_folder_of_runs_stands_for_its_runs(tmp_path, said):
 def test_table_in_per_cent(tmp_path, said):
     old = {**OLD, "classifier": "hard", "per_class": [0.75, None, 0.0], "medium": None}
     assert said(write_run(tmp_path / "run", RECORD, old))[1] == (
-        "|                        | Many | Medium | Few | Overall | Class mean | Top-5 |\n"
-        "|:-----------------------|-----:|-------:|----:|--------:|-----------:|------:|\n"
-        "| run, linear classifier | 75.0 |   50.0 | 0.0 |    50.0 |       41.7 | 100.0 |\n"
-        "| run, hard classifier   | 75.0 |      - | 0.0 |    50.0 |       37.5 | 100.0 |\n"
+        "|                        | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
+        "|:-----------------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
+        "| run, linear classifier | 75.0 |   50.0 | 0.0 |       41.7 |    50.0 | 100.0 |\n"
+        "| run, hard classifier   | 75.0 |      - | 0.0 |       37.5 |    50.0 | 100.0 |\n\n"
+        "Few: 2 test images in all few-shot classes together; read this column with care.\n"
     )
 
 
@@ -190,6 +194,15 @@ def test_runs_without_arguments_are_not_averaged(tmp_path, said):
 ])  # fmt: skip
 def test_groups_are_named_by_what_their_folders_share(folders, name):
     assert "/".join(pattern([Path(folder) for folder in folders])).removeprefix("//") == name
+
+
+def test_flags_of_one_run_alone_do_not_keep_seeds_apart():
+    """All that a checkpoint does not keep, but for flags that change the method or are compared otherwise."""
+    kept = {"start_epoch", "num_classes", "compile", "multiprocessing_distributed", "nproc", "world_size", "pretrained"}
+    for script in (ssd_stage_i, ssd_stage_ii, ssd_stage_iii):
+        parser = script.get_parser()
+        run_only = {action.dest for action in parser._actions} - {"help"} - set(parser.saved_actions())
+        assert run_only - kept - set(CHECKPOINTS) <= IGNORED
 
 
 def test_checkpoints_elsewhere_are_found_where_they_were():
@@ -438,7 +451,16 @@ def test_the_page_escapes_every_name(page):
 def test_the_page_holds_everything(page):
     parsed, _ = page
     assert parsed.tags.count("img") == 2 * len(NAMES)
-    for text in ("Seeds", "50.0 ± 0.0", "Class mean", "41.7", "Commonest mistake", "2.14.1", "ssd_stage_i.py"):
+    for text in (
+        "Seeds",
+        "50.0 ± 0.0",
+        "Class mean",
+        "41.7",
+        "Few: 2 test images in all few-shot classes together; read this column with care.",
+        "Commonest mistake",
+        "2.14.1",
+        "ssd_stage_i.py",
+    ):
         assert text in parsed.texts
 
 

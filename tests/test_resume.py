@@ -160,16 +160,3 @@ def test_resuming_needs_no_earlier_stage(trained, plain_tree, tmp_path, stage):
     outcome = run_stage(stage, plain_tree, tmp_path / "e", "--cos", "--resume", trained[stage] / PREVIOUS)
     assert outcome.status == 0
     assert same(checkpoint(tmp_path / "e"), checkpoint(trained[stage]))
-
-
-def test_the_saved_seed_is_taken_up(trained, plain_tree, tmp_path):
-    flags = stage_flags("i", plain_tree, tmp_path / "run", ["--cos", "--resume", trained["i"] / PREVIOUS])
-    at = flags.index("--seed")
-    outcome = call("i", flags[:at] + flags[at + 2 :])
-    assert outcome.status == 0 and "seed 3, as saved" in outcome.out
-    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
-
-
-def test_another_batch_is_warned_of(trained, plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--cos", "-b", 12, "--resume", trained["i"] / PREVIOUS)
-    assert outcome.status == 0 and "warning: batch_size is 12, it was 16" in outcome.out

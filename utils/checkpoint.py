@@ -11,6 +11,7 @@ import torch
 import models
 from models.load import read_checkpoint, state_dict_of
 
+from .command_line import check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
@@ -18,6 +19,8 @@ from .launch.signals import Stopped, heartbeat, stop_requested
 from .metrics import MetricLogger
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
+EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight")  # what --evaluate takes
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
@@ -43,10 +46,11 @@ class LoadedCheckpoint(NamedTuple):
 # ---- reading
 
 
-def load_resume(args, stage: str) -> LoadedCheckpoint | None:
-    """The checkpoint that --resume names, None without one; what the user left open in args is taken from it.
+def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
+    """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
 
-    stage: the one that it has to be of. Raises UserError, on all ranks, if it cannot be read or is of another stage.
+    parser: the one that args came from; stage: the one that the checkpoint has to be of. Raises UserError, on all
+    ranks, if it cannot be read or is of another stage.
     """
     if args.resume == "auto":
         latest = None
@@ -60,16 +64,17 @@ def load_resume(args, stage: str) -> LoadedCheckpoint | None:
         return None
     with raise_on_all_ranks():
         loaded = read_stage(args.resume, "--resume", (stage,))
-        for note in apply_saved_args(loaded, args):
-            print_main(note)
+        for line in apply_saved_args(loaded, args, parser, EVALUATION_ARGS if args.evaluate else None):
+            print_main(line)
         check_compatible(loaded, args.arch)
         return loaded
 
 
-def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
+def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
     """The checkpoint of an earlier stage that a flag names, to start from.
 
-    Raises UserError, on all ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
+    Backbone, image size and statistics are taken from it, unless their flags were given. Raises UserError, on all
+    ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
     hint: what else would serve, for the message if the flag is missing.
     """
     path = getattr(args, flag.lstrip("-").replace("-", "_"))
@@ -77,15 +82,14 @@ def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> Load
         if not path:
             raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
         loaded = read_stage(path, flag, stages)
+        for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
+            print_main(line)
         check_compatible(loaded, args.arch)
         try:
             models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
             models.check_weights(loaded.state_dict)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
-        size = loaded.run.get("image_size", args.image_size)
-        if size != args.image_size:
-            print_main(f"warning: --image-size {args.image_size}, but {path} was trained at {size}")
         return loaded
 
 
@@ -151,6 +155,8 @@ PROGRESS = {
     "step": (is_count, "a whole number"),
     "best_acc1": (is_accuracy, "a number"),
     "run": (is_run, "a record of seed, batch and processes"),
+    "images": (is_count, "a whole number"),
+    "args": (lambda value: isinstance(value, dict), "a record of arguments"),
     "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
 }
 
@@ -190,29 +196,44 @@ def quarantine_unreadable(folder, resumed):
 # ---- holding a checkpoint against the run
 
 
-def apply_saved_args(loaded: LoadedCheckpoint, args) -> list[str]:
-    """Takes from a checkpoint what the user left open: seed, arch, image size, queue. Returns the lines to print."""
-    found, run, lines = loaded.found, loaded.run, []
-    saved = {"arch": found["arch"], "image_size": run.get("image_size")}
-    saved |= {"moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    for name, value in saved.items():
-        if value is None or getattr(args, name, value) == value:
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
+    """Takes the flags that were not given from a checkpoint, all that it keeps or those in `only`.
+
+    Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
+    Raises UserError if a saved value is none that the command line could give.
+    """
+    actions, taken, lines = parser.saved_actions(), [], []
+    for name, value in saved_args(loaded).items():
+        if name not in actions or name not in args.saved or (only and name not in only):
+            continue
+        try:
+            value = check_value(actions[name], value)
+        except ValueError as error:
+            raise UserError(f"{loaded.path}: its arguments are not sound ({error}); correct {loaded.flag}") from None
+        now = getattr(args, name)
+        if value is None or value == now:
             continue
         if name not in args.given:
             setattr(args, name, value)
-            lines.append(f"--{name.replace('_', '-')} {value}, as saved")
-        elif name == "image_size":
-            lines.append(f"warning: --image-size {args.image_size}, the checkpoint was trained at {value}")
-    args.deterministic = args.deterministic or bool(run.get("deterministic"))
-    if args.evaluate:
-        return lines
-    if args.seed is None and "seed" in run:
-        args.seed = run["seed"]
-        lines.append(f"seed {args.seed}, as saved")
-    for name, value in {"seed": args.seed, "batch_size": args.batch_size, "world_size": get_world_size()}.items():
-        if run.get(name, value) != value:
-            lines.append(f"warning: {name} is {value}, it was {run[name]}: the result will not be bit-identical")
+            taken.append(option_words(actions[name], value))
+        elif name not in ("arch", "moco_k", "moco_dim"):  # others of these are refused
+            lines.append(
+                f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
+                f"{option_words(actions[name], value)}"
+            )
+    args.deterministic = args.deterministic or bool(not only and loaded.run.get("deterministic"))
+    if taken:
+        lines.insert(0, f"as saved: {' '.join(taken)}")
     return lines
+
+
+def saved_args(loaded: LoadedCheckpoint) -> dict:
+    """The flags that a checkpoint keeps, by name; of older ones what their run and weights say."""
+    found, run = loaded.found, loaded.run
+    saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
+    saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    saved = {name: value for name, value in saved.items() if value is not None}
+    return loaded.content.get("args", {}) | saved
 
 
 def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
@@ -231,7 +252,7 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
         )
 
 
-def restore(loaded: LoadedCheckpoint | None, state, steps_per_epoch: int):
+def restore(loaded: LoadedCheckpoint | None, state, train_loader):
     """Restores model, optimizer, scaler, metrics, epoch, step and best accuracy of a training state, if resumed.
 
     An evaluation takes the model alone. Raises UserError, on all ranks, if what was saved does not fit.
@@ -253,11 +274,35 @@ def restore(loaded: LoadedCheckpoint | None, state, steps_per_epoch: int):
         state.best = float(content.get("best_acc1", 0.0))
         if content.get("averages"):
             state.metrics.load_state_dict(content["averages"], loaded.path)
-        if state.step > steps_per_epoch:
-            raise UserError(
-                f"{loaded.path}: stopped at step {state.step}, of {steps_per_epoch} here; resume with "
-                "the lists, --batch-size and processes it was saved with"
-            )
+        check_position(loaded, state, train_loader)
+
+
+def check_position(loaded: LoadedCheckpoint, state, train_loader):
+    """Finds where in its epoch a run goes on, also with another number of processes or of images per step.
+
+    Stages I and III then go on after the images that were seen; stage II, whose draws depend on the ranks, starts the
+    epoch anew. Raises UserError if the epoch has fewer images here than were seen, or if there are none of the steps'.
+    """
+    world_size = get_world_size()
+    per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
+    state.images = int(loaded.content.get("images", state.step * per_step))
+    if state.images > per_epoch or (state.images == 0) != (state.step == 0):
+        raise UserError(
+            f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
+            "resume with the lists it was saved with"
+        )
+    saved_world_size = loaded.run.get("world_size", world_size)
+    if saved_world_size != world_size:
+        print_main(
+            f"warning: {world_size} processes, saved by {saved_world_size}: the result will not be bit-identical"
+        )
+    if state.images == state.step * per_step and (saved_world_size == world_size or not state.step):
+        return
+    if train_loader.depends_on_ranks:
+        state.step, state.images, state.metrics = 0, 0, MetricLogger(state.device)
+        print_main(f"warning: epoch {state.epoch + 1} starts anew, since its batches are others now")
+    else:
+        print_main(f"warning: epoch {state.epoch + 1} goes on after its first {state.images} images")
 
 
 def restore_model(loaded: LoadedCheckpoint, model):
@@ -327,6 +372,8 @@ def save(state, is_best: bool = False):
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "averages": averages,
+            "images": state.images,
+            "args": {name: as_saved(getattr(args, name)) for name in args.saved},
             "run": {
                 "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
                 "batch_size": args.batch_size, "world_size": get_world_size(),
@@ -334,6 +381,11 @@ def save(state, is_best: bool = False):
         }  # fmt: skip
         write(args.output_dir, content, is_best)
     heartbeat()
+
+
+def as_saved(value):
+    """An argument's value as weights_only loading takes it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def save_if_due(state, args):

@@ -7,7 +7,7 @@ import json
 from .errors import UserError, one_line, printable
 from .files import atomic_write
 from .plots import draw, to_png
-from .report import CLASS_COLUMNS, class_cells, class_rows, summary_cells, summary_rows
+from .report import CLASS_COLUMNS, class_cells, class_rows, few_note, summary_cells, summary_rows
 from .runs import Run, read_args
 from .seeds import Group, mean_rows
 
@@ -112,6 +112,8 @@ def page(runs: list[Run], groups: list[Group] | None) -> str:
         parts += ["<h3>Mean ± standard deviation over seeds</h3>\n", data_table(*summary_cells(mean_rows(groups)))]
         parts.append("<h3>Single runs</h3>\n")
     parts.append(data_table(*summary_cells(summary_rows(runs))))
+    notes = few_note([record for run in runs for record in run.records])
+    parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in notes if note]
     if len(runs) > 1:
         links = [f'<a href="#run{i}">{html.escape(run.name)}</a>' for i, run in enumerate(runs)]
         parts.append(f"<nav><p>{' '.join(links)}</p></nav>\n")

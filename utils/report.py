@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .command_line import ArgumentParser, filled, run_command
 from .errors import UserError, printable
+from .metrics import FEW_BELOW
 from .runs import ACCURACIES, Run, class_mean, read_runs
 from .seeds import group_by_seed, mean_rows
 
@@ -23,10 +24,11 @@ COLUMNS = {
     "many": "Many",
     "medium": "Medium",
     "few": "Few",
-    "overall": "Overall",
     "class_mean": "Class mean",
+    "overall": "Overall",
     "top5": "Top-5",
 }
+HANDFUL = 50  # test images of few-shot classes, below which a table says how many there are
 
 
 def percent(value) -> str:
@@ -35,10 +37,23 @@ def percent(value) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table in per cent; results: row name -> a record of results.json."""
+    """A Markdown table in per cent, with few_notes; results: row name -> a record of results.json."""
     results = {name: result | {"class_mean": class_mean(result)} for name, result in results.items()}
     rows = [[name, *(percent(result[key]) for key in COLUMNS)] for name, result in results.items()]
-    return markdown(["", *COLUMNS.values()], rows)
+    return "\n".join([markdown(["", *COLUMNS.values()], rows), *few_note(list(results.values()))])
+
+
+def few_note(records: list[dict]) -> list[str]:
+    """The lines below a table whose few-shot accuracies rest on a handful of test images, if they do."""
+    numbers = set()
+    for record in records:
+        classes = zip(record.get("train_counts") or (), record.get("test_counts") or (), strict=False)
+        numbers.add(sum(tested for trained, tested in classes if trained < FEW_BELOW))
+    few = sorted(number for number in numbers if 0 < number < HANDFUL)
+    if not few:
+        return []
+    number = f"{few[0]}" if len(few) == 1 else f"{few[0]} to {few[-1]}"
+    return ["", f"Few: {number} test images in all few-shot classes together; read this column with care."]
 
 
 def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
@@ -191,7 +206,8 @@ def write_tables(args, runs: list[Run], groups):
             print(f"{rows[0]['run']}, {rows[0]['classifier']} classifier\n")
             print(markdown(CLASS_COLUMNS, class_cells(rows), texts=(0, 4)) + "\n")
     else:
-        print(markdown(*summary_cells(tables[0])))
+        records = [record for run in runs for record in run.records]
+        print("\n".join([markdown(*summary_cells(tables[0])), *few_note(records)]))
 
 
 def main(argv=None) -> int:

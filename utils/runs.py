@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .errors import UserError, one_line, printable
 
-ACCURACIES = ("many", "medium", "few", "overall", "class_mean", "top5")
+ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
 MAX_COUNT = 2**53  # images; beyond, a number is no count
 
 

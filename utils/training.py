@@ -1,6 +1,5 @@
 """The state of a training and the parts of a step that every stage takes: batches, precision, gradients, epochs."""
 
-import functools
 import math
 import time
 
@@ -55,26 +54,28 @@ class TrainState:
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.metrics = MetricLogger(device)
+        self.images = 0  # of all ranks, seen in this epoch
         self.flags = None  # what the ranks agree on in the step under way
-        self.locate = str  # says where the images of the step under way are listed
+        self.loader = None  # where the images of the step under way come from
 
     def batches(self, loader):
         """(views, labels) of the epoch's remaining steps, on the device, each with random numbers of its own.
 
         The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
         """
-        args, started, first = self.args, time.perf_counter(), self.step
+        args, started, images_before = self.args, time.perf_counter(), self.images
         defer_stop()
-        loader.start_at(self.epoch, self.step)
-        with Progress(f"epoch {self.epoch + 1}/{args.epochs}", loader.steps, args.print_freq, self.step) as progress:
-            for views, labels, indices in loader:
+        self.loader = loader
+        loader.start_at(self.epoch, -(-self.images // get_world_size()))
+        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader)
+        with Progress(title, total, args.print_freq, self.step) as progress:
+            for views, labels, _ in loader:
                 seed_everything(args.seed, self.epoch, self.step, get_rank())
-                self.locate = functools.partial(loader.locate, indices)
                 self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
                 yield views, labels
                 progress.step(lambda: ", ".join(f"{name} {mean:.4g}" for name, mean in self.metrics.means().items()))
                 heartbeat()
-        self.metrics.images = (self.step - first) * loader.images_per_step * get_world_size()
+        self.metrics.images = self.images - images_before
         self.metrics.seconds = time.perf_counter() - started
 
     def autocast(self):
@@ -86,7 +87,7 @@ class TrainState:
         self.flags = StepFlags(loss, stop_requested())
         self.scaler.scale(loss).backward()
         if not self.flags.loss_is_finite():
-            own = None if loss.isfinite() else self.locate()
+            own = None if loss.isfinite() else self.loader.locate()
             where = next(text for text in gather_objects(own) if text)
             raise UserError(
                 f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
@@ -100,6 +101,7 @@ class TrainState:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
+        self.images += self.loader.images_per_step * get_world_size()
 
     def end_epoch(self, results: dict[str, dict], best: str):
         """Logs the epoch and saves it, as best too if the classifier named `best` has its best overall accuracy.
@@ -112,7 +114,7 @@ class TrainState:
         record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
         is_best = results[best]["overall"] > self.best
         self.best = max(results[best]["overall"], self.best)
-        self.epoch, self.step, self.metrics = self.epoch + 1, 0, MetricLogger(self.device)
+        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
         if is_main_process():
             self.folder.write_epoch(record)
         losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
