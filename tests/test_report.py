@@ -343,6 +343,14 @@ def test_plots_of_several_runs_have_folders(tmp_path, said, matplotlib):
     assert drawn["s0"] == {*NAMES[2:], "per_class_hard", "confusion_hard"}
 
 
+def test_a_foreign_log_is_passed_over(tmp_path, said, matplotlib):
+    odd = ["text", [1], {"epoch": "one"}, {"epoch": 0, "loss": "low", "val": 3, "top1_linear": 7, "$x": 1e400},
+           {"epoch": 1, "loss": None, "val": {"linear": [1]}}, {"epoch": 2, "$x^": 1.0}]  # fmt: skip
+    run = write_run(tmp_path / "run", log=odd)
+    assert said(run, "--plots", tmp_path / "out")[0] == 0
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"losses", *NAMES[2:]}
+
+
 @pytest.mark.parametrize("counts", [[0, 0, 0], [0, 50, 5], [1, 1, 1], [10**9, 10**5, 1]])
 def test_any_counts_are_drawn(tmp_path, said, matplotlib, counts):
     run = write_run(tmp_path / "run", RECORD | {"train_counts": counts, "per_class": [None, 0.5, None], "many": None})

@@ -97,12 +97,14 @@ def accuracy_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
         for name, value in record.items():
             if name.startswith("top1_") and is_accuracy(value) and value is not None:
                 add_point(curves, f"training, {name.removeprefix('top1_')}", record["epoch"], 100 * value)
-        validation = record.get("val")
-        for classifier, result in validation.items() if isinstance(validation, dict) else ():
+        validation = record["val"] if isinstance(record.get("val"), dict) else {}
+        for classifier, result in validation.items():
+            result = result if isinstance(result, dict) else {}
             key = "class_mean" if "class_mean" in result else "overall"
-            if is_accuracy(result.get(key)) and result.get(key) is not None:
+            value = result.get(key)
+            if value is not None and is_accuracy(value):
                 name = f"validation {key.replace('_', ' ')}, {classifier}"
-                add_point(curves, name, record["epoch"], 100 * result[key])
+                add_point(curves, name, record["epoch"], 100 * value)
     return curves
 
 
