@@ -35,8 +35,8 @@ nav a { display: inline-block; margin: 0 12px 4px 0; color: var(--accent); overf
 .scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
 .tall { max-height: 560px; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.fit { display: inline-block; }
 th, td { padding: 5px 12px; text-align: left; white-space: nowrap; }
+th, .sortable td:last-child { white-space: normal; }
 th { background: var(--soft); position: sticky; top: 0; border-bottom: 1px solid var(--line); font-weight: 600; }
 tr + tr td { border-top: 1px solid #eceff2; }
 tbody tr:hover td { background: #f8fafc; }
@@ -52,13 +52,17 @@ figure { margin: 0; padding: 8px; border: 1px solid var(--line); border-radius: 
  flex-direction: column; justify-content: space-between; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--dim); font-size: .87em; padding: 4px 4px 0; }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr)); gap: 0 16px;
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); gap: 0 16px;
  align-items: start; }
 .tables > * { min-width: 0; }
 details { margin: 10px 0; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: 6px; }
-@media (max-width: 600px) { body { padding: 14px 10px 40px; font-size: 14px; } th, td { padding: 4px 8px; }
- td:first-child { white-space: normal; min-width: 7.5em; } }
+@media (max-width: 600px) {
+ body { padding: 14px 10px 40px; font-size: 14px; }
+ table { font-size: 12px; line-height: 1.35; }
+ th, td { padding: 4px; }
+ td:first-child { white-space: normal; min-width: 5em; }
+}
 @media print { .scroll, .tall { overflow: visible; max-height: none; } }
 </style>
 </head>
