@@ -74,6 +74,7 @@ def main_worker(args, device):
     views = ("query", "key") if contrast else ("query",)
     with RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
         global_batch = data.train.images_per_step * get_world_size()
         if args.moco_k < global_batch and not args.evaluate:
             message = f"--moco-k {args.moco_k}: the queue must hold at least one step's {global_batch} keys"
@@ -87,8 +88,8 @@ def main_worker(args, device):
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("i", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
+        state = TrainState("i", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state.epoch)
 

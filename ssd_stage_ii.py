@@ -73,6 +73,7 @@ def main_worker(args, device):
     sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
     with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or pretrained, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed or pretrained, data.classes)  # None if nothing names them
         seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn)
         if pretrained is not None:
@@ -84,8 +85,8 @@ def main_worker(args, device):
             scales, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("ii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
+        state = TrainState("ii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state.epoch)
 

@@ -73,6 +73,7 @@ def main_worker(args, device):
     settle_defaults(args)
     with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         seed_everything(args.seed)
         model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill)
         if teacher is not None:
@@ -83,8 +84,8 @@ def main_worker(args, device):
             student, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("iii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train)  # all of these, and the weights
+        state = TrainState("iii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state.epoch)
 

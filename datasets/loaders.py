@@ -1,6 +1,8 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import contextlib
 import warnings
+from multiprocessing import connection
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -87,15 +89,27 @@ class Loader(DataLoader):
     def __iter__(self):
         with block_signals():
             batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            views, labels, self.indices = batch
-            images = tuple(to_device(view, self.device, self.channels_last) for view in views)
-            yield images, labels.to(self.device, non_blocking=True), self.indices
+        with report_killed_workers(batches):
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                views, labels, self.indices = batch
+                images = tuple(to_device(view, self.device, self.channels_last) for view in views)
+                yield images, labels.to(self.device, non_blocking=True), self.indices
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
             self._iterator._shutdown_workers()
             self._iterator = None
+
+
+@contextlib.contextmanager
+def report_killed_workers(iterator):
+    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None

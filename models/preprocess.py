@@ -52,11 +52,8 @@ def eval_view(size: int) -> T.Compose:
 def normalize(images: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
     """Images (N, 3, H, W), uint8 or floats in [0, 1], with ImageNet's mean and deviation; on the images' device."""
     mean, std = _statistics(dtype, images.device)
-    if images.dtype == torch.uint8:
-        images = images.to(dtype).div_(255)
-    else:
-        images = images.to(dtype, copy=True)
-    return images.sub_(mean).div_(std)
+    images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
+    return images.div_(std)
 
 
 @functools.cache

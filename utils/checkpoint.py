@@ -21,6 +21,7 @@ from .metrics import MetricLogger
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
 EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight")  # what --evaluate takes
+BEST_METRIC = "class_mean"
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
@@ -41,6 +42,11 @@ class LoadedCheckpoint(NamedTuple):
     def run(self) -> dict:
         """What it says of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
         return self.content.get("run", {})
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The classes' names, None if it has none."""
+        return self.content.get("classes")
 
 
 # ---- reading
@@ -118,6 +124,9 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
         raise UserError(
             f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
         )
+    names = content.get("classes")
+    if names is not None and len(names) != found["num_classes"]:
+        raise UserError(f"{path}: it names {len(names)} classes, and has {found['num_classes']}; correct {flag}")
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
@@ -150,10 +159,17 @@ def is_run(value) -> bool:
     )
 
 
+def is_names(value) -> bool:
+    """Whether a value is None or a list of text."""
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 PROGRESS = {
     "epoch": (is_count, "a whole number"),
     "step": (is_count, "a whole number"),
     "best_acc1": (is_accuracy, "a number"),
+    "best_metric": (lambda value: isinstance(value, str), "a name"),
+    "classes": (is_names, "a list of names"),
     "run": (is_run, "a record of seed, batch and processes"),
     "images": (is_count, "a whole number"),
     "args": (lambda value: isinstance(value, dict), "a record of arguments"),
@@ -252,10 +268,24 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
         )
 
 
-def restore(loaded: LoadedCheckpoint | None, state, train_loader):
-    """Restores model, optimizer, scaler, metrics, epoch, step and best accuracy of a training state, if resumed.
+def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
+    """The classes' names: those of the data, else those in the checkpoint, else None; warns if the two differ."""
+    from_checkpoint = loaded.classes if loaded else None
+    if from_data and from_checkpoint and from_data != from_checkpoint:
+        pairs = zip(from_checkpoint, from_data, strict=True)
+        number, theirs, ours = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
+        print_main(
+            f"warning: class {number} is {theirs!r} in {loaded.path}, and {ours!r} in the data: if the classes were "
+            "renumbered, its weights belong to other classes"
+        )
+    return from_data or from_checkpoint
 
-    An evaluation takes the model alone. Raises UserError, on all ranks, if what was saved does not fit.
+
+def restore(loaded: LoadedCheckpoint | None, state, data):
+    """Restores model, optimizer, scaler, metrics, epoch, step and best class mean of a training state, if resumed.
+
+    An evaluation takes the model alone. data: the run's Data. Raises UserError, on all ranks, if what was saved does
+    not fit.
     """
     if loaded is None:
         return
@@ -271,10 +301,10 @@ def restore(loaded: LoadedCheckpoint | None, state, train_loader):
                 message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
                 raise UserError(message) from None
         state.epoch, state.step = int(content.get("epoch", 0)), int(content.get("step", 0))
-        state.best = float(content.get("best_acc1", 0.0))
+        state.best = restore_best(loaded, data.val_balanced)
         if content.get("averages"):
             state.metrics.load_state_dict(content["averages"], loaded.path)
-        check_position(loaded, state, train_loader)
+        check_position(loaded, state, data.train)
 
 
 def check_position(loaded: LoadedCheckpoint, state, train_loader):
@@ -303,6 +333,22 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
         print_main(f"warning: epoch {state.epoch + 1} starts anew, since its batches are others now")
     else:
         print_main(f"warning: epoch {state.epoch + 1} goes on after its first {state.images} images")
+
+
+def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
+    """The best class mean so far, as saved.
+
+    Of checkpoints that do not say which accuracy theirs is, such as published ones, it is the one over all images: on a
+    balanced validation list this is the class mean, on another the best starts anew.
+    """
+    best = float(loaded.content.get("best_acc1", 0.0))
+    if loaded.content.get("best_metric") == BEST_METRIC or balanced or not best:
+        return best
+    print_main(
+        f"{loaded.path}: its best accuracy is not a class mean, which now chooses {BEST}, and the validation list is "
+        "not balanced: the best starts anew"
+    )
+    return 0.0
 
 
 def restore_model(loaded: LoadedCheckpoint, model):
@@ -369,6 +415,8 @@ def save(state, is_best: bool = False):
             "arch": args.arch,
             "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
             "best_acc1": torch.tensor(state.best, dtype=torch.float64),
+            "best_metric": BEST_METRIC,
+            "classes": state.classes,
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "averages": averages,

@@ -37,7 +37,7 @@ def percent(value) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table in per cent, with few_notes; results: row name -> a record of results.json."""
+    """A Markdown table in per cent, with few_note; results: row name -> a record of results.json."""
     results = {name: result | {"class_mean": class_mean(result)} for name, result in results.items()}
     rows = [[name, *(percent(result[key]) for key in COLUMNS)] for name, result in results.items()]
     return "\n".join([markdown(["", *COLUMNS.values()], rows), *few_note(list(results.values()))])
@@ -106,9 +106,8 @@ def class_rows(run: Run, record: dict) -> list[dict]:
         raise UserError(f"{run.folder / 'results.json'}: has no accuracies per class; evaluate the run again")
     rows = []
     for label, accuracy in enumerate(accuracies):
-        wrong = [
-            0 if i == label else count for i, count in enumerate((record["confusion"] or [[]] * (label + 1))[label])
-        ]
+        taken_for = record["confusion"][label] if record["confusion"] else []
+        wrong = [0 if i == label else count for i, count in enumerate(taken_for)]
         most = max(wrong, default=0)
         rows.append({
             "run": run.name,

@@ -14,7 +14,7 @@ from .metrics import MetricLogger
 from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
 from .report import percent
 
-VALIDATION_COLUMNS = ("overall", "top5", "many", "medium", "few")
+VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
 def prepare_model(model, device, args):
@@ -43,14 +43,15 @@ def set_lr(optimizer, epoch: int, args):
 
 
 class TrainState:
-    """What a training has come to: epoch, step in it, best accuracy, gradient scaler, the epoch's metrics.
+    """What a training has come to: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
 
-    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to.
+    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to;
+    classes: the classes' names, or None.
     """
 
-    def __init__(self, stage: str, model, optimizer, folder, device, args):
+    def __init__(self, stage: str, model, optimizer, folder, device, args, classes: list[str] | None = None):
         self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
-        self.device = device
+        self.device, self.classes = device, classes
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.metrics = MetricLogger(device)
@@ -104,7 +105,7 @@ class TrainState:
         self.images += self.loader.images_per_step * get_world_size()
 
     def end_epoch(self, results: dict[str, dict], best: str):
-        """Logs the epoch and saves it, as best too if the classifier named `best` has its best overall accuracy.
+        """Logs the epoch and saves it, as best too if the classifier named `best` has its best class mean.
 
         results: classifier -> its record of the validation list. Raises Stopped if a stop was asked for.
         """
@@ -112,13 +113,16 @@ class TrainState:
         record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
         record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
         record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
-        is_best = results[best]["overall"] > self.best
-        self.best = max(results[best]["overall"], self.best)
+        is_best = results[best]["class_mean"] > self.best
+        self.best = max(results[best]["class_mean"], self.best)
         self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
         if is_main_process():
             self.folder.write_epoch(record)
         losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
-        accuracies = [f"validation {name} {percent(result['overall'])} %" for name, result in results.items()]
+        accuracies = [
+            f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"
+            for name, result in results.items()
+        ]
         summary = ", ".join(losses + accuracies)
         print_main(f"epoch {self.epoch}/{self.args.epochs}: {summary}; {record['seconds']:.0f} s")
         checkpoint.save(self, is_best)

@@ -13,10 +13,12 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
     ROOT,
@@ -246,6 +248,17 @@ def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
         victim = job.workers()[-1]
         outcome = job.send(signal.SIGKILL, victim).end()
     assert_one_line(outcome, 1, "a data loading worker died", str(victim))
+
+
+def test_a_data_worker_that_is_killed_while_it_hands_over_a_batch_is_named():
+    """The loader sees the end of the connection before it knows of the worker's death."""
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    with pytest.raises(RuntimeError, match=f"DataLoader worker .*{worker.pid}"):  # noqa: SIM117
+        with report_killed_workers(SimpleNamespace(_workers=[worker])):
+            worker.kill()
+            raise EOFError
+    worker.join()
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
