@@ -15,6 +15,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from datasets.prepare import cli, verify
 from tests.helpers import ROOT
+from utils import report
 from weights import download
 
 PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
@@ -88,7 +89,13 @@ def test_tests_named_exist(name):
 
 def test_every_flag_of_the_documents_exists():
     """What looks like a flag in a document, but for the benchmarks', is one of the command lines of this project."""
-    parsers = [*PARSERS.values(), cli.build_parser(), verify.build_parser(), download.build_parser()]
+    parsers = [
+        *PARSERS.values(),
+        cli.build_parser(),
+        verify.build_parser(),
+        download.build_parser(),
+        report.get_parser(),
+    ]
     parsers += parsers[3]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}
     for name, text in TEXTS.items():

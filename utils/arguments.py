@@ -86,6 +86,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)"))
     run_only(add("--tensorboard", action=ON_OFF, default=False,
         help="also write each epoch's figures for TensorBoard to --output_dir (pip install tensorboard)"))
+    run_only(add("--plots", action=ON_OFF, default=False,
+        help="at the end, draw losses, accuracies, classes and confusion into the folder plots in --output_dir, as PNG "
+        "and PDF (pip install matplotlib); under --evaluate only if --output_dir is given"))
     add("--seed", default=None, type=whole_number(0, 2**63 - 1), metavar="N",
         help="seed of everything random; also asks CUDA for deterministic algorithms (default: drawn and printed)")
 

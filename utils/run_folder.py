@@ -3,10 +3,11 @@
 import fcntl
 from pathlib import Path
 
-from . import checkpoint, log, report
+from . import checkpoint, log, plots, report
 from .arguments import resolved
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
+from .runs import read_runs
 from .summary import next_commands, run_summary
 
 
@@ -26,6 +27,8 @@ class RunFolder:
     def __enter__(self):
         with raise_on_all_ranks():
             if is_main_process() and self.writes:
+                if self.args.plots:
+                    plots.require_matplotlib("--plots")
                 self._claim()
         return self
 
@@ -97,8 +100,14 @@ class RunFolder:
             print_main("\n".join([f"\nin {self.path}: {', '.join(files)}", "next:", *(f"  {c}" for c in commands)]))
 
     def write_results(self, results: dict[str, dict]):
-        """Prints the table of the test list and writes results.json; results: classifier -> its record."""
+        """Prints the table of the test list, writes results.json, and draws the plots with --plots.
+
+        results: classifier -> its record.
+        """
         print_main("\n" + report.table({f"{name} classifier": result for name, result in results.items()}))
         if is_main_process() and self.writes:
             records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]
             log.write_json(self.path / "results.json", records)
+            if self.args.plots:
+                plots.write_plots(read_runs([self.path])[0], self.path / "plots")
+                print_main(f"plots: {self.path / 'plots'}")
