@@ -3,11 +3,12 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 
 from .errors import UserError, one_line
 
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
 
 
@@ -115,6 +116,9 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at the exit fails again
+        return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:

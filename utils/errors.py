@@ -12,9 +12,12 @@ class UserError(Exception):
         self.on_all_ranks = on_all_ranks
 
     def __str__(self):
-        """On one line whatever a file's name holds: line ends, a terminal's commands, bytes that are no text."""
-        text = super().__str__()
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Text on one line whatever a file's name holds: line ends, a terminal's commands, bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:
