@@ -82,7 +82,7 @@ def transform_of(content: dict) -> EvalTransform:
 
 
 def classes_of(content: dict) -> list[str] | None:
-    """The names of the classes in a checkpoint's content, or None. Raises ValueError, in one line, for anything else."""
+    """The names of the classes in a checkpoint's content, or None. Raises ValueError for anything else."""
     classes = content.get("classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ValueError("its classes are no list of names")

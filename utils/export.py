@@ -126,7 +126,7 @@ def check_out(args):
 
 
 def write(out, content, **options):
-    """Writes bytes, or what torch.save takes, with its options. Raises UserError if that fails; out is then as it was."""
+    """Writes bytes, or an object with torch.save and its options. Raises UserError if that fails."""
     try:
         with atomic_write(out) as file:
             if isinstance(content, bytes):
