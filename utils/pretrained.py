@@ -79,13 +79,12 @@ def read_backbone(file, arch: str) -> dict:
     if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
         raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
     entries, prefix = backbone_entries(state_dict)
-    expected = backbone_shapes(arch)
+    found, expected = infer_arch(entries), backbone_shapes(arch)
+    if found not in (arch, None):
+        raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
     for name, shape in expected.items():  # files from before PyTorch 0.4.1 have no counters
         if name.endswith("num_batches_tracked"):
             entries.setdefault(name, torch.zeros(shape, dtype=torch.long))
-    found = infer_arch(entries)
-    if found not in (arch, None):
-        raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
     shapes = {name: tuple(value.shape) for name, value in entries.items()}
     for name in [*expected, *shapes]:
         if shapes.get(name) != expected.get(name):
