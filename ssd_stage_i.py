@@ -23,7 +23,7 @@ from datasets.build import build_data
 from models import SSFL
 from utils import checkpoint
 from utils.arguments import settle_defaults, training_parser
-from utils.command_line import filled, number, whole_number
+from utils.command_line import filled, number, run_only, whole_number
 from utils.distributed import distribute, get_world_size
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -49,10 +49,10 @@ def get_parser():
         help="temperature of InfoNCE (default: %(default)s)")
     group.add_argument("--con-weight", default=1.0, type=number(), metavar="W",
         help="weight of the contrastive loss (default: %(default)s); 0 trains the baseline without a key encoder")
-    group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
+    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
         help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
         "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
-        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)")
+        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
     # fmt: on
     return parser
 
@@ -75,12 +75,13 @@ def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     contrast = args.con_weight > 0
     classifiers = ("linear",)
-    resumed = checkpoint.load_resume(args, stage="i")  # None without --resume
+    resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
     backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     views = ("query", "key") if contrast else ("query",)
     with RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
         global_batch = data.train.images_per_step * get_world_size()
         if args.moco_k < global_batch and not args.evaluate:
             message = f"--moco-k {args.moco_k}: the queue must hold at least one step's {global_batch} keys"
@@ -96,8 +97,8 @@ def main_worker(args, device):
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("i", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train.steps)  # all of these, and the weights
+        state = TrainState("i", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state.epoch)
 

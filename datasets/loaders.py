@@ -1,6 +1,8 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import contextlib
 import warnings
+from multiprocessing import connection
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -54,6 +56,7 @@ class Loader(DataLoader):
             generator=torch.Generator(),  # else it would draw from the global one
         )
         self.name, self.device, self.options = name, device, options
+        self.indices = []  # of the latest batch
 
     @property
     def steps(self) -> int:
@@ -65,27 +68,49 @@ class Loader(DataLoader):
         """Images of this process per training step."""
         return self.batch_sampler.batch_size
 
-    def start_at(self, epoch: int, step: int):
-        """Says which epoch comes next, and the step in it to begin with."""
-        self.batch_sampler.start_at(epoch, step)
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of this process per training epoch, those that fill no step included."""
+        return len(self.batch_sampler.sampler)
 
-    def locate(self, indices) -> str:
-        """The list lines of images, for messages."""
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether which images an epoch draws depends on the number of ranks."""
+        return self.batch_sampler.sampler.depends_on_ranks
+
+    def start_at(self, epoch: int, position: int):
+        """Says which epoch comes next, and how many of this rank's images in it to pass over."""
+        self.batch_sampler.start_at(epoch, position)
+
+    def locate(self) -> str:
+        """The list lines of the images in the latest batch, for messages."""
         index = self.dataset.index
-        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in indices)}"
+        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in self.indices)}"
 
     def __iter__(self):
         with block_signals():
             batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            views, labels, indices = batch
-            images = tuple(to_device(view, self.device, **self.options) for view in views)
-            yield images, labels.to(self.device, non_blocking=True), indices
+        with report_killed_workers(batches):
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                views, labels, self.indices = batch
+                images = tuple(to_device(view, self.device, **self.options) for view in views)
+                yield images, labels.to(self.device, non_blocking=True), self.indices
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
             self._iterator._shutdown_workers()
             self._iterator = None
+
+
+@contextlib.contextmanager
+def report_killed_workers(iterator):
+    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None

@@ -19,6 +19,8 @@ class ShuffledSampler:
     labels: one per image, of which only the number counts here.
     """
 
+    depends_on_ranks = False  # the images of a step are the same however many ranks share them
+
     def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
         self.size = labels if isinstance(labels, int) else len(labels)
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -47,6 +49,8 @@ class ClassAwareSampler(ShuffledSampler):
     Each rank draws from its shard of the epoch's permutation, as many images as the shard holds.
     labels: int (images,).
     """
+
+    depends_on_ranks = True
 
     def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world_size: int = 1):
         super().__init__(len(labels), seed, rank, world_size)
@@ -80,15 +84,15 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
 class BatchSampler:
     """Full batches [(epoch, draw, index), ...] of a sampler's epoch; the incomplete last one is dropped.
 
-    start_at(epoch, step) says which epoch comes next, and with which of its batches it begins.
+    start_at(epoch, position) says which epoch comes next, and how many of its images the batches pass over.
     """
 
     def __init__(self, sampler, batch_size: int):
         self.sampler, self.batch_size = sampler, batch_size
         self.start_at(0)
 
-    def start_at(self, epoch: int, step: int = 0):
-        self.next_epoch, self.next_step = epoch, step
+    def start_at(self, epoch: int, position: int = 0):
+        self.next_epoch, self.position = epoch, position
 
     @property
     def steps(self) -> int:
@@ -96,13 +100,13 @@ class BatchSampler:
         return len(self.sampler) // self.batch_size
 
     def __len__(self):
-        return self.steps - self.next_step
+        return max(0, len(self.sampler) - self.position) // self.batch_size
 
     def __iter__(self):
-        epoch, first = self.next_epoch, self.next_step
+        epoch, first = self.next_epoch, self.position
         draws, indices = (array.tolist() for array in self.sampler.epoch(epoch))
-        for step in range(first, self.steps):
-            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        for start in range(first, first + len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
             yield [(epoch, draw, index) for draw, index in zip(draws[batch], indices[batch], strict=True)]
 
 

@@ -70,7 +70,7 @@ def transform_of(content: dict) -> EvalTransform:
     run = content.get("run") or {}
     if not isinstance(args, dict) or not isinstance(run, dict):
         raise ValueError("its args or run are no dict")
-    size = args.get("image_size", run.get("image_size", 224))
+    size = run.get("image_size", args.get("image_size", 224))
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
     statistics = args.get("mean", MEAN), args.get("std", STD)

@@ -68,11 +68,8 @@ def normalize(images: torch.Tensor, mean=MEAN, std=STD, dtype=torch.float32) -> 
     mean, std: three numbers each, of red, green and blue in [0, 1]. The result is on the images' device.
     """
     mean, std = _statistics(tuple(mean), tuple(std), dtype, images.device)
-    if images.dtype == torch.uint8:
-        images = images.to(dtype).div_(255)
-    else:
-        images = images.to(dtype, copy=True)
-    return images.sub_(mean).div_(std)
+    images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
+    return images.div_(std)
 
 
 @functools.lru_cache(maxsize=16)

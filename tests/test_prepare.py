@@ -685,7 +685,8 @@ def test_folder(tmp_path, capsys):
     assert (root / "classes.txt").read_text().splitlines() == ["ant", "rare", "single", "zebra"]
     lists = read_lists(root)
     counts = {split: np.bincount([label for _, label in lists[split]], minlength=4).tolist() for split in lists}
-    assert counts == {"train": [3, 1, 1, 16], "val": [1, 0, 0, 2], "test": [1, 1, 0, 2]}
+    assert counts == {"train": [3, 1, 1, 10], "val": [1, 0, 0, 5], "test": [1, 1, 0, 5]}
+    assert "test: 4 of 4 classes have fewer than 10 images" in said and "single 0, ant 1, rare 1, zebra 5" in said
     paths = [path for entries in lists.values() for path, _ in entries]
     assert len(set(paths)) == len(paths) == 28 and all((root / path).is_file() for path in paths)
     assert all(
@@ -711,6 +712,57 @@ def test_folder_with_fractions(tmp_path, capsys):
     assert [len(lists[split]) for split in ("train", "val", "test")] == [10 + 3, 10 + 2, 20 + 5]
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, (0, 0)),
+        (2, (0, 1)),
+        (3, (1, 1)),
+        (4, (1, 1)),
+        (8, (2, 2)),
+        (12, (3, 3)),
+        (20, (5, 5)),
+        (59, (6, 6)),
+        (200, (20, 20)),
+    ],
+)
+def test_a_share_takes_at_least_five_images_or_a_quarter(count, expected):
+    assert split_class(count, 0.1, 0.1) == expected
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "count", "expected"),
+    [
+        (5, 5, 200, (5, 5)), (5, 5, 15, (5, 5)), (5, 5, 12, (4, 4)), (5, 5, 3, (1, 1)), (5, 5, 2, (0, 1)),
+        (0, 5, 200, (0, 5)), (0, 5, 9, (0, 4)), (0, 5, 2, (0, 1)), (0, 5, 1, (0, 0)),
+        (5, 0, 200, (5, 0)), (5, 0, 2, (1, 0)), (0, 0.1, 200, (0, 20)),
+        (0.5, 20, 60, (30, 20)), (0.9, 20, 60, (39, 20)),
+    ],
+)  # fmt: skip
+def test_a_number_of_images_is_taken_of_each_class_that_has_as_many_for_every_split(val, test, count, expected):
+    assert split_class(count, val, test) == expected
+
+
+def test_folder_with_numbers_of_images(tmp_path, capsys):
+    root = own_folder(tmp_path / "photos", a=40, b=33, c=3)
+    said = succeeds(capsys, "folder", root, "--val", 5, "--test", 11)
+    assert "test: 1 of 3 classes has fewer than 10 images" in said and ": c 1\n" in said
+    lists = read_lists(root)
+    assert [[label for _, label in lists[split]].count(0) for split in ("train", "val", "test")] == [24, 5, 11]
+    assert [[label for _, label in lists[split]].count(2) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("absent", "other"), [("val", "test"), ("test", "val")])
+def test_folder_where_one_split_serves_for_both(tmp_path, capsys, absent, other):
+    root = own_folder(tmp_path / "photos", a=40, b=2, c=1)
+    said = succeeds(capsys, "folder", root, f"--{absent}", 0, f"--{other}", 0.25)
+    assert f"{absent}: none of its own (--{absent} 0), so the {other} images serve" in said
+    assert f"{other}: no image of 1 classes that have fewer than 2 images: c" in said
+    lists = read_lists(root)
+    assert lists["val"] == lists["test"] and [len(lists[split]) for split in ("train", "val")] == [32, 11]
+    assert not {path for path, _ in lists["train"]} & {path for path, _ in lists["val"]}
+
+
 def test_folder_that_is_split_already(tmp_path, capsys):
     root = tmp_path / "photos"
     for split, count in (("train", 4), ("val", 2), ("test", 1)):
@@ -732,7 +784,9 @@ def test_folder_mistakes(tmp_path, capsys):
     assert "no class folders" in fails(capsys, "folder", root / "ant")
     assert "fewer than two classes" in fails(capsys, "folder", tmp_path)
     assert "no such folder" in fails(capsys, "folder", tmp_path / "none")
-    assert "--val" in fails(capsys, "folder", root, "--val", 0)
+    assert "--val 0 --test 0" in fails(capsys, "folder", root, "--val", 0, "--test", "0.0")
+    for value in (-1, 1.5, "1.0", "nan"):
+        assert "--val" in fails(capsys, "folder", root, f"--val={value}")
     assert "--test" in fails(capsys, "folder", root, "--test", "many")
     assert "below 1" in fails(capsys, "folder", root, "--val", 0.5, "--test", 0.5)
     assert "nothing to validate on" in fails(capsys, "folder", own_folder(tmp_path / "few", a=2, b=2))

@@ -55,9 +55,54 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
 
+    def saved_actions(self) -> dict[str, argparse.Action]:
+        """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
+        return {
+            a.dest: a for a in self._actions if a.option_strings and a.dest != "help" and not hasattr(a, "run_only")
+        }
+
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def run_only(action: argparse.Action) -> argparse.Action:
+    """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
+    action.run_only = True
+    return action
+
+
+def option_name(action: argparse.Action) -> str:
+    """The flag's long name."""
+    return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+
+
+def option_words(action: argparse.Action, value) -> str:
+    """The words of a command line that give a flag its value."""
+    name = option_name(action)
+    if isinstance(value, bool):
+        return name if value else name.replace("--", "--no-", 1)
+    return " ".join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+
+
+def check_value(action: argparse.Action, value):
+    """A value from a file as the flag takes it. Raises ValueError if the command line could not give it."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option_name(action)} is on or off")
+        return value
+    if value is None and action.default is None:
+        return None
+    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
+    if several != isinstance(value, list):
+        raise ValueError(f"{option_name(action)} has another number of values")
+    try:
+        values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{option_name(action)} {error}") from None
+    if action.choices and not set(values) <= set(action.choices):
+        raise ValueError(f"{option_name(action)} {values[0]} is unknown")
+    return values if several else values[0]
 
 
 def whole_number(least: int = 0, most: int = 2**31 - 1):

@@ -12,11 +12,12 @@ class UserError(Exception):
         self.on_all_ranks = on_all_ranks
 
     def __str__(self):
+        """On one line whatever a file's name holds."""
         return printable(super().__str__())
 
 
 def printable(text: str) -> str:
-    """Text on one line whatever a file's name holds: line ends, a terminal's commands, bytes that are no text."""
+    """The text with line ends, a terminal's commands and bytes that are no text written as Python writes them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -50,9 +50,20 @@ def write_json(path, value):
     """Writes value as JSON, atomically. Raises UserError naming the file."""
     try:
         with atomic_write(path) as file:
-            file.write((json.dumps(value, indent=1) + "\n").encode())
+            file.write((to_json(value) + "\n").encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
+
+
+def to_json(value, margin: str = "\n") -> str:
+    """JSON with one line per entry, but a list of plain values on one line: a confusion matrix has a line per row."""
+    inner = f"{margin} "
+    if isinstance(value, dict) and value:
+        entries = [f"{json.dumps(key)}: {to_json(entry, inner)}" for key, entry in value.items()]
+        return f"{{{inner}{f',{inner}'.join(entries)}{margin}}}"
+    if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
+        return f"[{inner}{f',{inner}'.join(to_json(entry, inner) for entry in value)}{margin}]"
+    return json.dumps(value)
 
 
 def append_epoch(folder, record: dict):

@@ -18,12 +18,13 @@ import tempfile
 from pathlib import Path
 
 from torchvision.datasets.utils import download_file_from_google_drive
-from utils.args import ArgumentParser
 
 import models
 from models.load import read_checkpoint, state_dict_of
-from utils.checkpoint import LAST, one_line, open_up, replace
-from utils.errors import UserError
+from utils.checkpoint import LAST
+from utils.command_line import ArgumentParser, run_command
+from utils.errors import UserError, one_line
+from utils.files import apply_umask, replace
 
 PROJECT = Path(__file__).resolve().parent.parent
 RELEASES = json.loads((PROJECT / "data" / "manifest.json").read_text())["checkpoints"]
@@ -47,7 +48,7 @@ def fetch(name: str, file: Path):
 
 
 def verify(name: str, file: Path) -> str:
-    """The SHA-256 of a file that holds the release. Raises ValueError, in one line, where it holds anything else."""
+    """The SHA-256 of a file that holds the release. Raises ValueError, in one line, if it holds anything else."""
     with open(file, "rb") as opened:
         if opened.read(1024).lstrip()[:1] == b"<":
             raise ValueError("an HTML page (of a quota or a login), not a checkpoint")
@@ -76,8 +77,8 @@ def describe(found: dict | None) -> str:
 def obtain(name: str, source: Path | None, out: Path) -> str:
     """Brings a release to out, from source or else from Google Drive; returns its SHA-256.
 
-    A file that is there already is verified and kept. Raises UserError where the release is not to be had, or where
-    out is another file; out is then as it was.
+    A file that is there already is verified and kept. Raises UserError if the release cannot be obtained, or if out is
+    another file; out then stays as it was.
     """
     if source is not None and not source.is_file():
         raise UserError(f"--from {source}: no such file")
@@ -99,36 +100,29 @@ def obtain(name: str, source: Path | None, out: Path) -> str:
             digest = verify(name, partial)
         except ValueError as error:
             raise UserError(f"{source or name}: {error}; {by_hand(name, out)}") from None
-        open_up(partial)
+        apply_umask(partial)
         replace(partial, out)
     return digest
 
 
 def near(path: Path) -> Path:
-    """The path relative to the working folder where it lies in it."""
+    """The path relative to the working folder if it lies in it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake that one line on stderr names."""
-    parser = ArgumentParser(__doc__)
-    parser.prog = "python -m weights.download"
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(__doc__, prog="python -m weights.download")
     parser.add_argument("name", choices=sorted(EXPECTED), help="which checkpoint")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a file on disk instead of a download")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: weights/NAME_released/{LAST})")
-    try:
-        args = parser.parse_args(argv)
-        out = near(args.out or PROJECT / "weights" / f"{args.name}_released" / LAST)
-        digest = obtain(args.name, args.source, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or out}: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was kept", file=sys.stderr)
-        return 130
+    return parser
+
+
+def download(args):
+    """Obtains the release; prints its SHA-256, the command that evaluates it, and the published accuracies."""
+    out = near(args.out or PROJECT / "weights" / f"{args.name}_released" / LAST)
+    digest = obtain(args.name, args.source, out)
     published = RELEASES[args.name]["published_test_accuracy"]
     print(f"{out}: verified, {describe(EXPECTED[args.name])}, SHA-256 {digest}")
     print("evaluate it on the test list of ImageNet-LT, whose images are in DIR:")
@@ -136,7 +130,11 @@ def main(argv=None) -> int:
     for classifier in ("hard", "soft"):
         groups = zip(published["groups"], published[classifier], strict=True)
         print(f"published, {classifier} classifier, in %:", ", ".join(f"{group} {figure}" for group, figure in groups))
-    return 0
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
+    return run_command(download, build_parser(), argv, interrupted="stopped; nothing was kept")
 
 
 if __name__ == "__main__":
