@@ -73,9 +73,9 @@ def train_one_epoch(model, loader, state, args):
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    contrast = args.con_weight > 0
     classifiers = ("linear",)
     resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
+    contrast = args.con_weight > 0  # after --resume, which may bring it
     backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     views = ("query", "key") if contrast else ("query",)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import models
 import ssd_stage_i
 from datasets.loaders import to_device
 from models.preprocess import MEAN, STD, normalize
 from tests.helpers import LAST, call, log_of, results_of, run_stage, train
-from tests.test_mistakes import assert_mistake
+from tests.robustness.test_mistakes import assert_mistake
 
 FLAGS = ["--mean", "0.5", "0.4", "0.3", "--std", "0.3", "0.2", "0.1"]
 
@@ -30,10 +31,19 @@ def test_they_reach_training_and_evaluation(plain_tree, tmp_path):
     same = train("iii", plain_tree, tmp_path / "same", "--kd-weight", 0, "--mean", *MEAN, "--std", *STD)
     other = train("iii", plain_tree, tmp_path / "other", "--kd-weight", 0, *FLAGS)
     assert log_of(default, timed=False) == log_of(same, timed=False) != log_of(other, timed=False)
-    resumed = ["--resume", other / LAST, "--evaluate", "-j", 0, "--device", "cpu", "--kd-weight", 0, plain_tree]
-    for name, flags in (("as trained", FLAGS), ("otherwise", ["--mean", 0, 0, 0, "--std", 1, 1, 1])):
-        assert call("iii", [*flags, "--output_dir", tmp_path / name, *resumed]).status == 0
-    assert results_of(tmp_path / "as trained") == results_of(other) != results_of(tmp_path / "otherwise")
+    assert models.load(other / LAST).transform.std == (0.3, 0.2, 0.1)
+    resumed = ["--resume", other / LAST, "--evaluate", "-j", 0, "--device", "cpu", plain_tree]
+    outcome = call("iii", ["--output_dir", tmp_path / "as saved", *resumed])
+    assert outcome.status == 0 and "--mean 0.5 0.4 0.3" in outcome.out
+    outcome = call("iii", ["--output_dir", tmp_path / "given", "--mean", 0, 0, 0, "--std", 1, 1, 1, *resumed])
+    assert outcome.status == 0 and "warning: --mean 0.0 0.0 0.0" in outcome.out
+    assert results_of(tmp_path / "as saved") == results_of(other) != results_of(tmp_path / "given")
+
+
+def test_the_next_stage_takes_them_from_its_checkpoint(plain_tree, tmp_path):
+    train("i", plain_tree, tmp_path / "i", *FLAGS)
+    train("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", tmp_path / "i" / LAST)
+    assert models.load(tmp_path / "ii" / LAST).transform.mean == (0.5, 0.4, 0.3)
 
 
 @pytest.mark.parametrize(

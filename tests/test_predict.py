@@ -82,8 +82,8 @@ def test_a_network_carries_the_size_it_was_trained_at(trained, stage):
 
 
 def test_size_statistics_and_names_are_the_checkpoints(rewritten):
-    args = {"image_size": 40, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
-    model = models.load(rewritten(args=args, classes=NAMES))
+    args = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    model = models.load(rewritten(args=args, run={"image_size": 40}, classes=NAMES))
     assert model.classes == NAMES
     pixels = model.transform(Image.new("RGB", (40, 40), (255, 0, 51)))
     assert pixels.shape == (3, 40, 40)
@@ -110,8 +110,8 @@ def test_copies_and_pickles_keep_them(rewritten):
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
-        ({"args": {"image_size": 10**9}}, "image_size"),
-        ({"args": {"image_size": "large"}}, "image_size"),
+        ({"run": {"image_size": 10**9}}, "image_size"),
+        ({"run": {}, "args": {"image_size": "large"}}, "image_size"),
         ({"args": {"mean": [0.5, 0.5]}}, "mean"),
         ({"args": {"mean": [0.5, 0.5, float("nan")]}}, "mean"),
         ({"args": {"std": [0.2, 0.2, 0.0]}}, "std"),
@@ -181,9 +181,7 @@ def test_names_and_probabilities_are_printed(rewritten, plain_tree, run):
 
 def test_the_checkpoints_statistics_are_used(rewritten, plain_tree, run):
     image = next((plain_tree / "train" / "class1").glob("*.png"))
-    rows = [
-        run(rewritten(args={"mean": [mean] * 3, "image_size": SIZE}), image, "--csv")[1] for mean in (0.485, 0.1, 0.485)
-    ]
+    rows = [run(rewritten(args={"mean": [mean] * 3}), image, "--csv")[1] for mean in (0.485, 0.1, 0.485)]
     assert rows[0] == rows[2] != rows[1]
 
 
