@@ -62,9 +62,9 @@ def train_one_epoch(model, loader, state, args):
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    distill = args.kd_weight > 0
-    classifiers = ("hard", "soft") if distill else ("hard",)
     resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
+    distill = args.kd_weight > 0  # after --resume, which may bring it
+    classifiers = ("hard", "soft") if distill else ("hard",)
     teacher = None
     if distill and resumed is None:
         teacher = checkpoint.load_stage(

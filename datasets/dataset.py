@@ -7,10 +7,10 @@ import traceback
 import warnings
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from models.preprocess import to_rgb
 from utils.errors import UserError, one_line
 
 from .layout import as_listed
@@ -32,11 +32,7 @@ def load_rgb(file) -> Image.Image:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
             raise UserError(f"{file}: not a regular file; replace it")
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
-                levels = np.asarray(image).clip(0, 65535) // 257
-                image = Image.fromarray(levels.astype(np.uint8))
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy an RGB image
+            return to_rgb(image)
     except (UserError, MemoryError):
         raise
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from multiprocessing.queues import Queue
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from models.preprocess import normalize
+from models.preprocess import MEAN, STD, normalize
 from utils.errors import UserError
 from utils.launch.signals import block_signals
 
@@ -44,14 +44,15 @@ def init_worker(_):
     sys.stderr = open(os.devnull, "w")
 
 
-def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
+def to_device(view, device, channels_last: bool = False, mean=MEAN, std=STD) -> torch.Tensor:
     """A view of a batch as normalized floats (N, 3, S, S) on the device.
 
-    view: uint8 images, or a pair of them and the parameters of their colors (--augment device).
+    view: uint8 images, or a pair of them and the parameters of their colors (--augment device); mean, std: see
+    preprocess.normalize.
     """
     images, parameters = view if isinstance(view, list) else (view, None)
     images = images.to(device, non_blocking=True)
-    images = normalize(images if parameters is None else to_float(images, parameters))
+    images = normalize(images if parameters is None else to_float(images, parameters), mean, std)
     return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -60,10 +61,10 @@ class Loader(DataLoader):
 
     Its workers never see the signals that ask for a stop, since the run ends them itself: close() must be called.
     Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
-    name: of the split; batch_sampler: of samplers.py.
+    name: of the split; batch_sampler: of samplers.py; the options are to_device's: channels_last, mean, std.
     """
 
-    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, channels_last: bool = False):
+    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, **options):
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
@@ -75,7 +76,7 @@ class Loader(DataLoader):
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        self.name, self.device, self.channels_last = name, device, channels_last
+        self.name, self.device, self.options = name, device, options
         self.indices = []  # of the latest batch
 
     @property
@@ -114,7 +115,7 @@ class Loader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 views, labels, self.indices = batch
-                images = tuple(to_device(view, self.device, self.channels_last) for view in views)
+                images = tuple(to_device(view, self.device, **self.options) for view in views)
                 yield images, labels.to(self.device, non_blocking=True), self.indices
 
     def _start(self):

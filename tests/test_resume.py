@@ -160,3 +160,13 @@ def test_resuming_needs_no_earlier_stage(trained, plain_tree, tmp_path, stage):
     outcome = run_stage(stage, plain_tree, tmp_path / "e", "--cos", "--resume", trained[stage] / PREVIOUS)
     assert outcome.status == 0
     assert same(checkpoint(tmp_path / "e"), checkpoint(trained[stage]))
+
+
+@pytest.mark.parametrize(("stage", "flag"), [("i", "--con-weight"), ("iii", "--kd-weight")])
+def test_without_contrast_or_teacher_if_it_began_so(plain_tree, tmp_path, stage, flag):
+    """The weights that switch a part of the method off come from the checkpoint, as every flag does."""
+    whole = train(stage, plain_tree, tmp_path / "whole", "--cos", flag, 0)
+    train(stage, plain_tree, tmp_path / "rest", "--resume", whole / PREVIOUS)
+    assert log_of(tmp_path / "rest", timed=False) == log_of(whole, timed=False)[-1:]
+    assert same(checkpoint(tmp_path / "rest")["state_dict"], checkpoint(whole)["state_dict"])
+    assert results_of(tmp_path / "rest") == results_of(whole)

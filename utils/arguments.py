@@ -3,11 +3,14 @@
 import argparse
 import os
 import secrets
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from models import ARCHS
+from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
 from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
 from .distributed import gather_objects, print_main
@@ -44,6 +47,14 @@ class TrainingParser(ArgumentParser):
         actions = {action.dest: action for action in self._actions}
         names = [name for name in args.given if name in SHARED_ARGS]
         return [option_words(actions[name], getattr(args, name)) for name in names]
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As ArgumentParser's; a folder after --pretrained is DIR, since weights are a file."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i, (word, following) in enumerate(pairwise(words)):
+            if word == "--pretrained" and os.path.isdir(following):
+                words[i] = "--pretrained=torchvision"
+        return super().parse_known_args(words, namespace)
 
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
@@ -97,9 +108,13 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="training list, '<path below DIR> <label>' per line"))
     run_only(data.add_argument("--val-list", type=filled, metavar="FILE", help="validation list"))
     run_only(data.add_argument("--test-list", type=filled, metavar="FILE", help="test list"))
-    data.add_argument("--image-size", default=224, type=whole_number(8, 4096), metavar="S",
+    data.add_argument("--image-size", default=224, type=whole_number(MIN_SIZE, MAX_SIZE), metavar="S",
         help="side of the square views; up to 64 they are cropped with padding, as is usual on CIFAR "
         "(default: %(default)s)")
+    data.add_argument("--mean", default=list(MEAN), nargs=3, type=number(0, 1), metavar=("R", "G", "B"),
+        help="mean of the images' channels in [0, 1], subtracted from them (default: ImageNet's, 0.485 0.456 0.406)")
+    data.add_argument("--std", default=list(STD), nargs=3, type=number(MIN_STD, above=0), metavar=("R", "G", "B"),
+        help="standard deviation, by which they are divided (default: ImageNet's, 0.229 0.224 0.225)")
     run_only(data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
         help="number of classes (default: the training list's largest label + 1)"))
     run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",

@@ -3,12 +3,13 @@
 import argparse
 import difflib
 import math
+import os
 import shlex
 import sys
 
 from .errors import UserError, one_line
 
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
 SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # what one stage calls it
 
@@ -164,6 +165,9 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at the exit fails again
+        return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
