@@ -1,4 +1,4 @@
-"""Checkpoints under a full disk, without permission, killed while they are written: what was whole before stays whole."""
+"""Checkpoints on a full disk, without permission, or killed during a save: the earlier ones stay whole."""
 
 import contextlib
 import errno
