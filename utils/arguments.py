@@ -208,19 +208,19 @@ def settle_defaults(args):
 
 
 def check_queue(args, num_images: int, images_per_step: int):
-    """Raises UserError, the same on all ranks, if stage I's queue cannot take a step's keys; says if it is oversized."""
+    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is far too large."""
     if args.evaluate or args.con_weight == 0:
         return
     if args.moco_k < images_per_step:
         raise UserError(
-            f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or lower "
-            "--batch-size",
+            f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or "
+            "lower --batch-size",
             on_all_ranks=True,
         )
     if args.moco_k > 2 * num_images:
         print_main(
-            f"--moco-k {args.moco_k}: for {num_images} training images that is far too many keys, which grow stale in the "
-            f"queue; take about {max(num_images, images_per_step)}"
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the queue; "
+            f"take about {max(num_images, images_per_step)}"
         )
 
 

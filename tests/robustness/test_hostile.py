@@ -576,9 +576,7 @@ SHELL = [
 @pytest.mark.parametrize(
     ("kind", "case"), [case if i < 2 else pytest.param(*case, marks=pytest.mark.full) for i, case in enumerate(SHELL)]
 )
-def test_the_shell_gets_one_line_of_hostile_input(
-    trained, midway, plain_tree, tree, tmp_path, kind, case
-):
+def test_the_shell_gets_one_line_of_hostile_input(trained, midway, plain_tree, tree, tmp_path, kind, case):
     data, flags = plain_tree, []
     if kind == "list":
         (tmp_path / "input").write_bytes(LISTS[case][0])
