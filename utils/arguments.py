@@ -208,7 +208,7 @@ def settle_defaults(args):
 
 
 def check_queue(args, num_images: int, images_per_step: int):
-    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is far too large."""
+    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is too large."""
     if args.evaluate or args.con_weight == 0:
         return
     if args.moco_k < images_per_step:
@@ -219,8 +219,8 @@ def check_queue(args, num_images: int, images_per_step: int):
         )
     if args.moco_k > 2 * num_images:
         print_main(
-            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the queue; "
-            f"take about {max(num_images, images_per_step)}"
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the "
+            f"queue; take about {max(num_images, images_per_step)}"
         )
 
 
