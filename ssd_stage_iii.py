@@ -26,6 +26,7 @@ from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.numerics import seed_everything
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -62,9 +63,9 @@ def train_one_epoch(model, loader, state, args):
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    distill = args.kd_weight > 0
-    classifiers = ("hard", "soft") if distill else ("hard",)
     resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
+    distill = args.kd_weight > 0  # after --resume, which may bring it
+    classifiers = ("hard", "soft") if distill else ("hard",)
     teacher = None
     if distill and resumed is None:
         teacher = checkpoint.load_stage(
@@ -85,16 +86,17 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState("iii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, and the weights
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
-        folder.start(state.epoch)
+        folder.start(state, data)
 
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
             results = evaluate(model, data.val, classifiers, data.train_counts, state)
             state.end_epoch(results, best=classifiers[-1])  # log.txt, last and best checkpoint
-        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
+        results = evaluate(model, data.test, classifiers, data.train_counts, state)
+        folder.finish(state, results)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

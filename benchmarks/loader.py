@@ -97,7 +97,7 @@ def versions(folder: Path, names, args) -> dict:
 
     def ours(augment):
         dataset = ListFileDataset(index, folder.parent, Views(names, args.size, 0, augment))
-        batch_sampler = BatchSampler(ShuffledSampler(len(index), 0), args.batch)
+        batch_sampler = BatchSampler(ShuffledSampler(index.labels, 0), args.batch)
         return (
             dataset,
             lambda i: dataset[0, 0, i],

@@ -73,7 +73,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             transform = Views(("eval",), args.image_size)
             sampler = EvalBatchSampler(len(split.index), eval_batch_size, **ranks)
         workers = -(-args.workers // info.local_world_size)
-        loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, args.channels_last)
+        options = {"channels_last": args.channels_last, "mean": args.mean, "std": args.std}
+        loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
             loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes),

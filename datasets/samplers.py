@@ -16,14 +16,13 @@ class ShuffledSampler:
     """Every image once per epoch in random order; each rank takes its shard.
 
     Shards are padded to equal length with images from the start of the permutation, as their second draw.
-    labels: one per image, of which only the number counts here.
+    labels: one per image; only their number matters here.
     """
 
-    depends_on_ranks = False  # the images of a step are the same however many ranks share them
+    depends_on_ranks = False  # the images of a step are the same for any number of ranks
 
     def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
-        self.size = labels if isinstance(labels, int) else len(labels)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.size, self.seed, self.rank, self.world_size = len(labels), seed, rank, world_size
 
     def __len__(self):
         """Images per rank and epoch."""
@@ -53,7 +52,7 @@ class ClassAwareSampler(ShuffledSampler):
     depends_on_ranks = True
 
     def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world_size: int = 1):
-        super().__init__(len(labels), seed, rank, world_size)
+        super().__init__(labels, seed, rank, world_size)
         self.labels, self.samples_per_class = np.asarray(labels), samples_per_class
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

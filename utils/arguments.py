@@ -3,13 +3,16 @@
 import argparse
 import os
 import secrets
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from models import ARCHS
+from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
-from .command_line import ArgumentParser, filled, number, run_only, whole_number
+from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
 from .distributed import gather_objects, print_main
 from .errors import UserError
 
@@ -17,6 +20,11 @@ ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
+SHARED_ARGS = {  # that the stages of one training have in common; backbone and image size come with the checkpoint
+    "cos", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment", "amp",
+    "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size", "rank",
+    "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard", "plots",
+}  # fmt: skip
 
 
 class TrainingParser(ArgumentParser):
@@ -29,9 +37,24 @@ class TrainingParser(ArgumentParser):
         args = super().parse_args(argv)
         args.program = self.prog
         args.saved = sorted(self.saved_actions())
+        args.shared_words = self.shared_words(args)
         args.deterministic = args.seed is not None
         check_arguments(args)
         return args
+
+    def shared_words(self, args) -> list[str]:
+        """The words of the given flags that a run of the next stage needs as well."""
+        actions = {action.dest: action for action in self._actions}
+        names = [name for name in args.given if name in SHARED_ARGS]
+        return [option_words(actions[name], getattr(args, name)) for name in names]
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As ArgumentParser's; a folder after --pretrained is DIR, since weights are a file."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i, (word, following) in enumerate(pairwise(words)):
+            if word == "--pretrained" and os.path.isdir(following):
+                words[i] = "--pretrained=torchvision"
+        return super().parse_known_args(words, namespace)
 
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
@@ -85,9 +108,13 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="training list, '<path below DIR> <label>' per line"))
     run_only(data.add_argument("--val-list", type=filled, metavar="FILE", help="validation list"))
     run_only(data.add_argument("--test-list", type=filled, metavar="FILE", help="test list"))
-    data.add_argument("--image-size", default=224, type=whole_number(8, 4096), metavar="S",
+    data.add_argument("--image-size", default=224, type=whole_number(MIN_SIZE, MAX_SIZE), metavar="S",
         help="side of the square views; up to 64 they are cropped with padding, as is usual on CIFAR "
         "(default: %(default)s)")
+    data.add_argument("--mean", default=list(MEAN), nargs=3, type=number(0, 1), metavar=("R", "G", "B"),
+        help="mean of the images' channels in [0, 1], subtracted from them (default: ImageNet's, 0.485 0.456 0.406)")
+    data.add_argument("--std", default=list(STD), nargs=3, type=number(MIN_STD, above=0), metavar=("R", "G", "B"),
+        help="standard deviation, by which they are divided (default: ImageNet's, 0.229 0.224 0.225)")
     run_only(data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
         help="number of classes (default: the training list's largest label + 1)"))
     run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
@@ -180,10 +207,27 @@ def settle_defaults(args):
         print_main("--schedule is not used, since --cos is on")
 
 
+def check_queue(args, num_images: int, images_per_step: int):
+    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is too large."""
+    if args.evaluate or args.con_weight == 0:
+        return
+    if args.moco_k < images_per_step:
+        raise UserError(
+            f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or "
+            "lower --batch-size",
+            on_all_ranks=True,
+        )
+    if args.moco_k > 2 * num_images:
+        print_main(
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the "
+            f"queue; take about {max(num_images, images_per_step)}"
+        )
+
+
 def resolved(args) -> dict:
     """The arguments as JSON can hold them."""
     return {
         name: str(v) if isinstance(v, Path) else v
         for name, v in sorted(vars(args).items())
-        if name not in ("given", "saved")
+        if name not in ("given", "saved", "shared_words")
     }

@@ -3,18 +3,21 @@
 import argparse
 import difflib
 import math
+import os
+import shlex
 import sys
 
 from .errors import UserError, one_line
 
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
+SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # what one stage calls it
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
+    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given: what the user set.
 
-    intermixed: flags may stand between the words of a positional argument of several.
+    intermixed: flags may come between the values of one positional argument.
     """
 
     def __init__(self, description=None, intermixed=False, **options):
@@ -23,7 +26,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
-        """As argparse's; the names of the arguments that were given stand in args.given."""
+        """As argparse's; args.given has the names of the arguments that were given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         parse = super().parse_intermixed_args if self.intermixed else super().parse_args
         args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
@@ -51,6 +54,8 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            meant = SYNONYMS.get(flags[0].replace("_", "-"))
+            close = [meant] if meant in self._option_string_actions else close
             self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
 
@@ -81,7 +86,7 @@ def option_words(action: argparse.Action, value) -> str:
     name = option_name(action)
     if isinstance(value, bool):
         return name if value else name.replace("--", "--no-", 1)
-    return " ".join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
 
 
 def check_value(action: argparse.Action, value):
@@ -160,6 +165,9 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at the exit fails again
+        return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -21,7 +21,8 @@ class MetricLogger:
     def __init__(self, device):
         self.device, self.names, self.sums, self.steps = device, (), None, 0
         self.source = None  # the file that the sums so far were read from
-        self.images, self.seconds = 0, 0.0  # trained on in this process since the epoch began or was resumed
+        # since the epoch began or was resumed: images of all ranks, seconds in all, and of them waiting for data
+        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
         """Adds a step: its losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""

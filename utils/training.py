@@ -9,7 +9,7 @@ from . import checkpoint
 from .distributed import gather_objects, get_rank, get_world_size, is_main_process, print_main
 from .errors import UserError
 from .launch.signals import defer_stop, heartbeat, stop_requested
-from .log import Progress
+from .log import Progress, duration
 from .metrics import MetricLogger
 from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
 from .report import percent
@@ -64,7 +64,8 @@ class TrainState:
 
         The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
         """
-        args, started, images_before = self.args, time.perf_counter(), self.images
+        args, images_before = self.args, self.images
+        started = waiting = time.perf_counter()
         defer_stop()
         self.loader = loader
         loader.start_at(self.epoch, -(-self.images // get_world_size()))
@@ -73,11 +74,33 @@ class TrainState:
             for views, labels, _ in loader:
                 seed_everything(args.seed, self.epoch, self.step, get_rank())
                 self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
+                self.metrics.data_seconds += time.perf_counter() - waiting
                 yield views, labels
-                progress.step(lambda: ", ".join(f"{name} {mean:.4g}" for name, mean in self.metrics.means().items()))
+                self.metrics.seconds, self.metrics.images = time.perf_counter() - started, self.images - images_before
+                progress.step(self._bar_text, self._line_text)
                 heartbeat()
-        self.metrics.images = self.images - images_before
-        self.metrics.seconds = time.perf_counter() - started
+                waiting = time.perf_counter()
+
+    def _bar_text(self) -> str:
+        """What the bar says: loss, rate, speed, time left of the whole run, best validation so far."""
+        metrics, lr = self.metrics, self.optimizer.param_groups[0]["lr"]
+        speed = metrics.images / metrics.seconds
+        per_epoch = self.loader.images_per_epoch * get_world_size()
+        left = ((self.args.epochs - self.epoch) * per_epoch - self.images) / speed
+        best = f", best {percent(self.best)} %" if self.best else ""
+        return f"loss {metrics.means()['loss']:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
+
+    def _line_text(self) -> str:
+        """What a line says: means of the epoch so far, accuracies in per cent, speed, and waiting for data per step."""
+        metrics = self.metrics
+        means = [
+            f"{name} {percent(mean)} %" if name.startswith("top") else f"{name} {mean:.4g}"
+            for name, mean in metrics.means().items()
+        ]
+        steps = metrics.images / (self.loader.images_per_step * get_world_size())
+        speed = f"{metrics.images / metrics.seconds:.0f} images/s"
+        waits = f"data {metrics.data_seconds / steps:.3f} of {metrics.seconds / steps:.3f} s per step"
+        return ", ".join([*means, speed, waits])
 
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""

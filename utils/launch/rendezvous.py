@@ -25,7 +25,7 @@ def detect_launcher(args) -> DistInfo:
     if url == "env://":
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
     nodes = max(args.world_size, 1)
-    node = args.rank if nodes > 1 else 0
+    node = 0 if nodes == 1 and args.rank == -1 else args.rank
     if not 0 <= node < nodes:
         raise UserError(f"--rank {node}: with --world-size {nodes} it must be from 0 to {nodes - 1}")
     if nodes > 1 and url is None:
