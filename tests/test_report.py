@@ -266,6 +266,15 @@ def test_names_do_not_break_the_table(tmp_path, said):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[2:7]} == {6}
 
 
+def test_names_reach_a_terminal_that_cannot_show_them(tmp_path, monkeypatch):
+    record = RECORD | {"classes": ["Füchse", "\ud800", "狐"]}
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert report.main(["--per-class", str(write_run(tmp_path / "run", record))]) == 0
+    terminal.flush()
+    assert "| F\\xfcchse " in terminal.buffer.getvalue().decode("ascii")
+
+
 # Files that are no results
 
 
