@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from datasets.build import build_data
 from models import SSFL
 from utils import checkpoint
-from utils.arguments import settle_defaults, training_parser
+from utils.arguments import check_queue, settle_defaults, training_parser
 from utils.command_line import filled, number, run_only, whole_number
 from utils.distributed import distribute, get_world_size
-from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.numerics import seed_everything
 from utils.pretrained import TORCHVISION, load_backbone
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -82,11 +82,7 @@ def main_worker(args, device):
     with RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
         classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
-        global_batch = data.train.images_per_step * get_world_size()
-        if args.moco_k < global_batch and not args.evaluate:
-            message = f"--moco-k {args.moco_k}: the queue must hold at least one step's {global_batch} keys"
-            raise UserError(message, on_all_ranks=True)
-
+        check_queue(args, len(data.train.dataset), data.train.images_per_step * get_world_size())
         seed_everything(args.seed)
         model = SSFL(args.arch, data.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, contrast)
         if backbone is not None:
@@ -98,7 +94,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState("i", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, and the weights
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state, data)
 

@@ -29,6 +29,7 @@ from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.numerics import seed_everything
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -86,7 +87,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState("ii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, and the weights
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
         folder.start(state, data)
 

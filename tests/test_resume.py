@@ -33,20 +33,20 @@ def resumed(stage, data, run, to, *flags):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_an_epoch(trained, plain_tree, tmp_path, stage):
+def test_resuming_after_an_epoch_changes_nothing(trained, plain_tree, tmp_path, stage):
     assert checkpoint(trained[stage], PREVIOUS)["epoch"] == 1
     assert_same_run(resumed(stage, plain_tree, trained[stage], tmp_path / "again"), trained[stage])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_after_an_epoch_with_other_workers(trained, plain_tree, tmp_path, workers):
+def test_resuming_after_an_epoch_with_other_workers_changes_nothing(trained, plain_tree, tmp_path, workers):
     again = resumed("i", plain_tree, trained["i"], tmp_path / "again", "-j", workers)
     assert_same_run(again, trained["i"])
 
 
 @pytest.fixture(scope="module")
 def saved_often(trained, plain_tree, tmp_path_factory):
-    """Runs as `trained` whose last checkpoint but one was written in the midst of an epoch."""
+    """Runs as `trained` whose last checkpoint but one was written within an epoch."""
     root = tmp_path_factory.mktemp("often")
     source = {
         "i": [],
@@ -58,19 +58,19 @@ def saved_often(trained, plain_tree, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_saving_in_the_midst_of_epochs_changes_nothing(trained, saved_often, stage):
+def test_saving_within_epochs_changes_nothing(trained, saved_often, stage):
     assert_same_run(saved_often[stage], trained[stage])
 
 
 @pytest.mark.parametrize(("stage", "workers"), [("i", 0), ("i", 1), ("i", 2), ("ii", 0), ("iii", 0)])
-def test_in_the_midst_of_an_epoch(saved_often, plain_tree, tmp_path, stage, workers):
+def test_resuming_within_an_epoch_changes_nothing(saved_often, plain_tree, tmp_path, stage, workers):
     stopped = checkpoint(saved_often[stage], PREVIOUS)
     assert (stopped["epoch"], stopped["step"]) == (1, 5)
     again = resumed(stage, plain_tree, saved_often[stage], tmp_path / "again", "-j", workers)
     assert_same_run(again, saved_often[stage])
 
 
-def test_two_processes(whole_of_two, plain_tree, tmp_path):
+def test_resuming_two_processes_changes_nothing(whole_of_two, plain_tree, tmp_path):
     often = train("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5, *TWO)
     for run, step in ((often, 5), (whole_of_two, 0)):
         assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
@@ -80,11 +80,11 @@ def test_two_processes(whole_of_two, plain_tree, tmp_path):
 # ---- --resume auto
 
 
-def test_auto_starts_anew_where_there_is_nothing(trained, plain_tree, tmp_path):
+def test_auto_starts_anew_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
     assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_auto_goes_on(trained, plain_tree, tmp_path):
+def test_auto_continues_from_the_last_checkpoint(trained, plain_tree, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained["i"], folder)
     shutil.copy(folder / PREVIOUS, folder / LAST)
@@ -127,7 +127,7 @@ class Interruption(io.StringIO):
 
 
 @pytest.mark.parametrize("line", ["epoch 1/2 [3/9]", "epoch 2/2 [8/9]", "val", "epoch 1/2:"])
-def test_a_run_that_is_asked_to_stop_can_go_on(trained, plain_tree, tmp_path, line):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, tmp_path, line):
     folder = tmp_path / "run"
     outcome = call("i", stage_flags("i", plain_tree, folder, ["--cos", "-p", 1]), out=Interruption(line))
     assert outcome.status == 75 and outcome.err.count("\n") == 1 and "--resume auto" in outcome.err

@@ -238,7 +238,7 @@ def test_optimizer_holds_what_the_published_one_holds(trained, run):
         assert momentum.shape == saved["state_dict"][name].shape
 
 
-def test_hand_over(trained):
+def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
     states = {run: submodule(checkpoint(trained[run])["state_dict"], "module.") for run in RUNS}
 
     def parameters(run, prefix):

@@ -129,3 +129,9 @@ def test_the_flag_that_another_stage_has_is_suggested(plain_tree, tmp_path):
 def test_a_rank_beyond_a_single_node_is_refused(plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path, "--world-size", 1, "--rank", 1)
     assert outcome.status == 2 and "--rank 1" in outcome.err
+
+
+def test_a_queue_far_larger_than_the_data_is_said_with_the_number_to_take(plain_tree, tmp_path):
+    out = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 5000, "--epochs", 1).out
+    assert [line for line in out.splitlines() if line.startswith("--moco-k 5000: ") and line.endswith("take about 154")]
+    assert "take about" not in run_stage("i", plain_tree, tmp_path / "other", "--epochs", 1).out

@@ -207,6 +207,23 @@ def settle_defaults(args):
         print_main("--schedule is not used, since --cos is on")
 
 
+def check_queue(args, num_images: int, images_per_step: int):
+    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is too large."""
+    if args.evaluate or args.con_weight == 0:
+        return
+    if args.moco_k < images_per_step:
+        raise UserError(
+            f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or "
+            "lower --batch-size",
+            on_all_ranks=True,
+        )
+    if args.moco_k > 2 * num_images:
+        print_main(
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the "
+            f"queue; take about {max(num_images, images_per_step)}"
+        )
+
+
 def resolved(args) -> dict:
     """The arguments as JSON can hold them."""
     return {

@@ -100,7 +100,7 @@ def tree(plain_tree, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", LISTS)
-def test_list(tree, tmp_path, case):
+def test_a_hostile_list_is_refused_in_one_line(tree, tmp_path, case):
     content, told = LISTS[case]
     (tmp_path / "list.txt").write_bytes(content)
     outcome = run_stage("i", tree, tmp_path / "run", "--train-list", tmp_path / "list.txt")
@@ -179,7 +179,7 @@ def test_the_images_would_be_read_if_they_were_sound(tmp_path):
 
 
 @pytest.mark.parametrize("case", IMAGES)
-def test_image(trained, plain_tree, tmp_path, case):
+def test_a_hostile_image_is_refused_in_one_line(trained, plain_tree, tmp_path, case):
     """As an image of the test list: the run names file and line."""
     content, told = IMAGES[case]
     root = tmp_path / "tree"
@@ -392,7 +392,7 @@ def midway(trained):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoint(midway, plain_tree, tmp_path, case):
+def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_path, case):
     write, told = CHECKPOINTS[case]
     file = tmp_path / "hostile.tar"
     write(midway, file)
@@ -479,7 +479,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_archive(tmp_path, monkeypatch, capsys, case):
+def test_a_hostile_archive_is_refused_in_one_line(tmp_path, monkeypatch, capsys, case):
     """As CIFAR's, given with --source."""
     (tmp_path / "tmp" / "unpacked").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp" / "unpacked"))
@@ -535,7 +535,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_flags(plain_tree, tmp_path, case):
+def test_a_hostile_flag_is_refused_in_one_line(plain_tree, tmp_path, case):
     flags, told = FLAGS[case]
     with limited_memory():
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
@@ -551,7 +551,7 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
-def test_environment(plain_tree, tmp_path, monkeypatch, case):
+def test_a_hostile_environment_is_refused_in_one_line(plain_tree, tmp_path, monkeypatch, case):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in ENVIRONMENTS[case].items():
         monkeypatch.setenv(name, value)
@@ -576,7 +576,7 @@ SHELL = [
 @pytest.mark.parametrize(
     ("kind", "case"), [case if i < 2 else pytest.param(*case, marks=pytest.mark.full) for i, case in enumerate(SHELL)]
 )
-def test_shell(trained, midway, plain_tree, tree, tmp_path, kind, case):
+def test_the_shell_gets_one_line_of_hostile_input(trained, midway, plain_tree, tree, tmp_path, kind, case):
     data, flags = plain_tree, []
     if kind == "list":
         (tmp_path / "input").write_bytes(LISTS[case][0])
