@@ -27,6 +27,7 @@ from utils.distributed import distribute, get_world_size
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.launch import launch
+from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
@@ -82,6 +83,7 @@ def main_worker(args, device):
         seed_everything(args.seed)
         model = SSFL(args.arch, data.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, contrast)
         model = prepare_model(model, device, args)  # device, channels_last, compile
+        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
         # As published, the optimizer holds the key encoder too, which takes no gradient: its states are exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,

@@ -1,5 +1,6 @@
 """The flags that the three stages share, and what their values must be, each declared in one place."""
 
+import argparse
 import os
 import secrets
 from pathlib import Path
@@ -93,6 +94,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     model.add_argument("--channels-last", action="store_true", help="NHWC memory layout: faster convolutions")
     model.add_argument("--compile", action="store_true", help="compile the backbones; costs minutes at the start")
     model.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products, on GPUs that have it")
+
+    model.add_argument("--memory-check", action=argparse.BooleanOptionalAction, default=True,
+        help="before the first step, refuse a batch that cannot fit into memory (default: on)")
 
     processes = parser.add_argument_group("processes")
     processes.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
