@@ -19,6 +19,9 @@ from .numerics import AUTOCAST
 
 WARN_ABOVE = 0.7  # of what there is; workspaces, the allocator's gaps and data workers need memory too
 SMALLEST_BATCH = 2  # images per process
+# Of a control group: limit, use, and in memory.stat what of the use are cached files.
+V1_FILES = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+V2_FILES = "memory.max", "memory.current", ("active_file", "inactive_file")
 
 
 class StepMemory(NamedTuple):
@@ -63,11 +66,12 @@ def check_memory(model, batch_size: int, args, device):
         if step.total() > WARN_ABOVE * there:
             print_main(f"warning: {sizes} ({source}); lower --batch-size if memory runs out")
         return
-    fits = largest_batch(model, args, device, there) * get_dist_info().local_world_size
-    advice = f"at most --batch-size {fits} can fit" if fits else "no --batch-size fits"
+    limits = there, int(WARN_ABOVE * there)
+    most, roomy = (n * get_dist_info().local_world_size for n in largest_batches(model, args, device, limits))
+    advice = "none can fit" if not most else f"at most {most} can fit" + (f", {roomy} leaves room" if roomy else "")
     raise UserError(
-        f"--batch-size {args.batch_size}: {sizes} ({source}); {advice}; a smaller --image-size or --arch and --amp bf16 "
-        "need less; --no-memory-check goes on",
+        f"--batch-size {args.batch_size}: {sizes} ({source}); {advice}; smaller --image-size, smaller --arch and "
+        "--amp bf16 need less; --no-memory-check goes on",
         on_all_ranks=True,
     )
 
@@ -130,16 +134,19 @@ def count_forward(model, images, labels, args, held: set) -> tuple[int, int]:
     for module in itertools.islice(model.modules(), 1, None):
         module.register_forward_hook(note_module)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step_loss(model, images, labels, args)
+        loss = step_loss(model, images, labels, args, enqueue=False)  # a trial's batch may be larger than the queue
     del loss  # it held the graph, and with it what was saved, until all is counted
     return saved, widest
 
 
-def step_loss(model, images, labels, args) -> torch.Tensor:
-    """The forward pass of any stage: cross entropy of its first logits and, beside it, its second loss if it has one."""
+def step_loss(model, images, labels, args, **options) -> torch.Tensor:
+    """The forward pass of any stage: cross entropy of its first logits, plus its second loss if it has one.
+
+    images: the views; options: of stage I's network.
+    """
     device = images[0].device
     with torch.autocast(device.type, AUTOCAST.get(args.amp), enabled=args.amp != "none"):
-        outputs = model(*images, labels=labels) if isinstance(model, SSFL) else model(*images)
+        outputs = model(*images, labels=labels, **options) if isinstance(model, SSFL) else model(*images)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         losses = [F.cross_entropy(outputs[0], labels), *(output for output in outputs if output.dim() == 0)]
         return sum(losses)
@@ -156,21 +163,21 @@ def storage_bytes(tensors, seen: set) -> int:
     return total
 
 
-def largest_batch(model, args, device, there: int) -> int:
-    """The largest number of images per process whose step fits into so many bytes, 0 if there is none.
+def largest_batches(model, args, device, limits) -> list[int]:
+    """For each number of bytes the largest number of images per process whose step fits into them, 0 if none does.
 
-    What a batch needs grows linearly, so that two sizes tell all others.
+    Images, what is saved and what the widest module holds grow linearly with the batch: two sizes tell all others.
     """
-    sizes = (SMALLEST_BATCH, 2 * SMALLEST_BATCH)
-    small, large = (step_memory(model, size, args, device) for size in sizes)
-    if small.total() > there:
-        return 0
-    fits = []
-    for of_small, of_large in ((small.saved, large.saved), (small.widest, large.widest)):
-        first, second = small.images + of_small, large.images + of_large
-        per_image = (second - first) / (sizes[1] - sizes[0])
-        fits.append(SMALLEST_BATCH + int((there - small.constant - first) / per_image))
-    return min(fits)
+    few, more = SMALLEST_BATCH, 2 * SMALLEST_BATCH
+    small, large = (step_memory(model, size, args, device) for size in (few, more))
+    lines = []  # bytes at the smaller size, bytes per image
+    for kind in ("saved", "widest"):
+        at_few, at_more = (step.constant + step.images + getattr(step, kind) for step in (small, large))
+        lines.append((at_few, (at_more - at_few) / (more - few)))
+    return [
+        min(few + int((limit - at_few) / per_image) for at_few, per_image in lines) if small.total() <= limit else 0
+        for limit in limits
+    ]
 
 
 # ---- what there is
@@ -205,18 +212,15 @@ def free_in_cgroups(proc: Path = Path("/proc"), mounted: Path = Path("/sys/fs/cg
     for line in read_lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            root, names = mounted, ("memory.max", "memory.current", ("active_file", "inactive_file"))
+            root, names = mounted, V2_FILES
         elif "memory" in controllers.split(","):
-            root, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", V1_CACHE)
+            root, names = mounted / "memory", V1_FILES
         else:
             continue
         group = root / path.lstrip("/")
         while group.is_relative_to(root):
             yield from free_in_group(group, *names)
             group = group.parent
-
-
-V1_CACHE = ("total_active_file", "total_inactive_file")
 
 
 def free_in_group(group: Path, limit: str, usage: str, cache: tuple[str, ...]):
