@@ -17,7 +17,7 @@ from utils.command_line import ArgumentParser, run_command
 from utils.memory import step_loss, step_memory
 
 CLASSES, QUEUE = 1000, 115712
-SETTINGS = ("resnet18:64:32", "resnet50:128:8", "resnext50_32x4d:224:4", "resnext50_32x4d:224:16")
+SETTINGS = ("resnet18:64:32", "resnet50:128:8", "resnext50_32x4d:224:4")
 CPU = torch.device("cpu")
 
 
