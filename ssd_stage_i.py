@@ -7,6 +7,7 @@ A backbone learns from cross entropy and, beside it, from momentum contrast agai
     torchrun --nproc-per-node 8 ssd_stage_i.py --cos DIR            the same under torchrun
     python ssd_stage_i.py --cos DIR                                 one GPU, or the CPU
     python ssd_stage_i.py --cos --con-weight 0 DIR                  the paper's baseline: cross entropy alone
+    python ssd_stage_i.py --cos --pretrained DIR                    a start from torchvision's ImageNet weights
     python ssd_stage_i.py --resume weights/stage_i/last_checkpoint.pth.tar --evaluate DIR
 
 Input: images and lists (data/README.md). Output: weights/stage_i/last_checkpoint.pth.tar, which stage II takes; its
@@ -21,14 +22,15 @@ import torch.nn.functional as F
 from datasets.build import build_data
 from models import SSFL
 from utils import checkpoint
-from utils.arguments import settle_defaults, training_parser
-from utils.command_line import number, whole_number
+from utils.arguments import check_queue, settle_defaults, training_parser
+from utils.command_line import filled, number, run_only, whole_number
 from utils.distributed import distribute, get_world_size
-from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
+from utils.pretrained import TORCHVISION, load_backbone
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -48,6 +50,10 @@ def get_parser():
         help="temperature of InfoNCE (default: %(default)s)")
     group.add_argument("--con-weight", default=1.0, type=number(), metavar="W",
         help="weight of the contrastive loss (default: %(default)s); 0 trains the baseline without a key encoder")
+    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
+        help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
+        "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
+        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
     # fmt: on
     return parser
 
@@ -68,20 +74,20 @@ def train_one_epoch(model, loader, state, args):
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    contrast = args.con_weight > 0
     classifiers = ("linear",)
-    resumed = checkpoint.load_resume(args, stage="i")  # None without --resume
+    resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
+    contrast = args.con_weight > 0  # after --resume, which may bring it
+    backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     views = ("query", "key") if contrast else ("query",)
     with RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
-        global_batch = data.train.images_per_step * get_world_size()
-        if args.moco_k < global_batch and not args.evaluate:
-            message = f"--moco-k {args.moco_k}: the queue must hold at least one step's {global_batch} keys"
-            raise UserError(message, on_all_ranks=True)
-
+        classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
+        check_queue(args, len(data.train.dataset), data.train.images_per_step * get_world_size())
         seed_everything(args.seed)
         model = SSFL(args.arch, data.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, contrast)
+        if backbone is not None:
+            model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
         check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
         # As published, the optimizer holds the key encoder too, which takes no gradient: its states are exchanged.
@@ -89,17 +95,18 @@ def main_worker(args, device):
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("i", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train.steps)  # all of these, and the weights
+        state = TrainState("i", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
-        folder.start(state.epoch)
+        folder.start(state, data)
 
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
             results = evaluate(model, data.val, classifiers, data.train_counts, state)
             state.end_epoch(results, best="linear")  # log.txt, last and best checkpoint
-        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
+        results = evaluate(model, data.test, classifiers, data.train_counts, state)
+        folder.finish(state, results)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

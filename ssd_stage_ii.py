@@ -23,13 +23,14 @@ from datasets.build import build_data
 from datasets.samplers import ClassAwareSampler
 from models import SLG
 from utils import checkpoint
-from utils.arguments import settle_defaults, training_parser
-from utils.command_line import whole_number
+from utils.arguments import ON_OFF, settle_defaults, training_parser
+from utils.command_line import run_only, whole_number
 from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -38,12 +39,12 @@ def get_parser():
     parser = training_parser(__doc__, epochs=5, batch_size=512, lr=0.2, workers=12, output_dir="weights/stage_ii/")
     # fmt: off
     group = parser.add_argument_group("stage II")
-    group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III")
+    run_only(group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III"))
     group.add_argument("--num_samples_cls", default=2, type=whole_number(1), metavar="N",
         help="images of a class in its turn of class-aware sampling (default: %(default)s)")
     group.add_argument("--classifier", default="hard", choices=("hard", "soft"),
         help="which classifier of a stage III checkpoint to scale (default: %(default)s, as published)")
-    group.add_argument("--freeze-bn", action="store_true",
+    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
         help="keep the frozen encoder's BatchNorm in eval mode, which small batches need; the published numbers come "
         "from train mode")
     # fmt: on
@@ -65,15 +66,16 @@ def train_one_epoch(model, loader, state, args):
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     classifiers = ("lws",)
-    resumed = checkpoint.load_resume(args, stage="ii")  # None without --resume
+    resumed = checkpoint.load_resume(args, get_parser(), stage="ii")  # None without --resume
     pretrained = None
     if resumed is None:
         stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-        pretrained = checkpoint.load_stage(args, "--last_stage_ckpt", stages)
+        pretrained = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", stages)
     settle_defaults(args)
     sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
     with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or pretrained, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed or pretrained, data.classes)  # None if nothing names them
         seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn)
         if pretrained is not None:
@@ -86,17 +88,18 @@ def main_worker(args, device):
             scales, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("ii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train.steps)  # all of these, and the weights
+        state = TrainState("ii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
-        folder.start(state.epoch)
+        folder.start(state, data)
 
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
             results = evaluate(model, data.val, classifiers, data.train_counts, state)
             state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
-        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
+        results = evaluate(model, data.test, classifiers, data.train_counts, state)
+        folder.finish(state, results, pretrained)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

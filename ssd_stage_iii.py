@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from datasets.build import build_data
 from models import SDL
 from utils import checkpoint
-from utils.arguments import settle_defaults, training_parser
-from utils.command_line import number
+from utils.arguments import ON_OFF, settle_defaults, training_parser
+from utils.command_line import number, run_only
 from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
+from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, prepare_model, set_lr
 
@@ -35,12 +36,12 @@ def get_parser():
     parser = training_parser(__doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_iii/")
     # fmt: off
     group = parser.add_argument_group("stage III")
-    group.add_argument("--teacher_ckpt", default=None, metavar="PATH", help="checkpoint of stage II")
+    run_only(group.add_argument("--teacher_ckpt", default=None, metavar="PATH", help="checkpoint of stage II"))
     group.add_argument("--kd_t", default=2.0, type=number(above=0), metavar="T",
         help="temperature of the distillation's softmax (default: %(default)s)")
     group.add_argument("--kd-weight", default=1.0, type=number(), metavar="W",
         help="weight of the distillation loss (default: %(default)s); 0 trains the hard classifier alone")
-    group.add_argument("--freeze-bn", action="store_true",
+    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
         help="keep the teacher's BatchNorm in eval mode, which small batches need; the published numbers come from "
         "train mode")
     # fmt: on
@@ -63,15 +64,18 @@ def train_one_epoch(model, loader, state, args):
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    distill = args.kd_weight > 0
+    resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
+    distill = args.kd_weight > 0  # after --resume, which may bring it
     classifiers = ("hard", "soft") if distill else ("hard",)
-    resumed = checkpoint.load_resume(args, stage="iii")  # None without --resume
     teacher = None
     if distill and resumed is None:
-        teacher = checkpoint.load_stage(args, "--teacher_ckpt", ("ii",), hint=" (--kd-weight 0 needs none)")
+        teacher = checkpoint.load_stage(
+            args, get_parser(), "--teacher_ckpt", ("ii",), hint=" (--kd-weight 0 needs none)"
+        )
     settle_defaults(args)
     with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         seed_everything(args.seed)
         model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill)
         if teacher is not None:
@@ -83,17 +87,18 @@ def main_worker(args, device):
             student, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("iii", model, optimizer, folder, device, args)  # epoch, step, best accuracy, scaler, metrics
-        checkpoint.restore(resumed, state, data.train.steps)  # all of these, and the weights
+        state = TrainState("iii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
+        restore(resumed, state, data)  # all of these, and the weights
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
-        folder.start(state.epoch)
+        folder.start(state, data)
 
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
             results = evaluate(model, data.val, classifiers, data.train_counts, state)
             state.end_epoch(results, best=classifiers[-1])  # log.txt, last and best checkpoint
-        folder.write_results(evaluate(model, data.test, classifiers, data.train_counts, state))
+        results = evaluate(model, data.test, classifiers, data.train_counts, state)
+        folder.finish(state, results)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

@@ -1,1 +1,1 @@
-"""Measurements of the code side by side with plain textbook versions; docs/benchmarks.md holds their results."""
+"""Measurements of this code beside plain baselines; docs/benchmarks.md holds their results."""

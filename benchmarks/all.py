@@ -1,22 +1,22 @@
-"""All benchmarks, one after the other, as docs/benchmarks.md has them.
+"""All benchmarks, one after the other.
 
 python -m benchmarks.all [--scaling] [--write docs/benchmarks.md]
-python -m benchmarks.all --quick                    tiny sizes: tries the machinery, measures nothing
+python -m benchmarks.all --quick                    tiny sizes: shows that the benchmarks run, measures nothing
 """
 
-import argparse
 import sys
 
 from benchmarks import arithmetic, common, evaluate, loader, loss, step
+from utils.command_line import run_command
 
 SMALL_NETWORK = "--arch resnet8 --size 32 --batch 4 --classes 5"
-QUICK = {  # options by benchmark
+QUICK = {  # flags of each benchmark
     "loss": "--batch 4 --queue 32 --dim 8 --classes 5 --scaling-queues 16 --scaling-batches 8 --repeats 1",
     "step": f"{SMALL_NETWORK} --queue 16 --product 32 --scaling-batches 2 --repeats 1",
     "drift": f"{SMALL_NETWORK} --queue 16 --steps 12",
     "loader": "--images 8 --size 72 --batch 4 --workers 0 --scaling-workers 1 --repeats 1",
-    "arithmetic": "--arch resnet8 --size 32 --classes 5",
     "evaluate": f"{SMALL_NETWORK} --images 8 --scaling-images 64 --repeats 1",
+    "arithmetic": "--arch resnet8 --size 32 --classes 5",
 }
 MAINS = {
     "loss": loss.main,
@@ -24,27 +24,34 @@ MAINS = {
     "drift": lambda argv: step.main(["--drift", *argv]),
     "loader": loader.main,
     "evaluate": evaluate.main,
-    "arithmetic": lambda argv: arithmetic.main(without_measuring(argv)),
+    "arithmetic": arithmetic.main,
 }
 
 
-def without_measuring(argv) -> list[str]:
-    """The options less those that only a measurement has."""
-    parser = common.argument_parser("", "arithmetic", repeats=1)
-    args, rest = parser.parse_known_args(argv)
-    return [*rest, *(["--write", args.write] if args.write else [])]
+def shared_flags(name: str, args) -> list[str]:
+    """The given flags that the benchmark `name` has, too."""
+    flags = ["--write", args.write] if args.write else []
+    if name == "arithmetic":  # it measures nothing
+        return flags
+    flags += ["--device", args.device] if "device" in args.given else []
+    flags += ["--repeats", str(args.repeats)] if args.repeats else []
+    return [*flags, *(["--scaling"] if args.scaling else []), *(["--no-memory"] if args.no_memory else [])]
+
+
+def work(args) -> int:
+    """Runs the benchmarks until one fails; returns its exit status, or 0."""
+    for name in args.only:
+        status = MAINS[name]([*(QUICK[name].split() if args.quick else []), *shared_flags(name, args)])
+        if status:
+            return status
+    return 0
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--only", nargs="+", default=list(MAINS), choices=MAINS, help="some of them")
-    args, passed_on = parser.parse_known_args(argv)
-    for name in args.only:
-        MAINS[name]([*(QUICK[name].split() if args.quick else []), *passed_on])
-    return 0
+    parser = common.argument_parser(__doc__, "all", repeats=None)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the benchmarks run")
+    parser.add_argument("--only", nargs="+", default=list(MAINS), choices=MAINS, help="run these alone")
+    return run_command(work, parser, argv)
 
 
 if __name__ == "__main__":

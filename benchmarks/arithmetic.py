@@ -1,40 +1,41 @@
-"""What training at the published size asks of disk, processors and network, counted from the networks; no timing.
+"""What training with the published settings needs of disk, processors and network: calculated, nothing is timed.
 
     python -m benchmarks.arithmetic [--gpus 1 8 64] [--batch 256] [--gpu-tflops 60] [--network-gbit 200]
 
---batch is a node's, as of the training scripts; a node has 8 GPUs. Three figures cannot be counted and are assumed:
-the rate that a GPU keeps up in a training step, the network's rate of a node, and the mean size of an image file
-(ImageNet's). The time of an image at a worker is to be measured by benchmarks.loader, on the machine in question.
+--batch counts the images per node, as in the training scripts; a node has 8 GPUs. Three figures are assumptions: the
+rate of a GPU in a training step, the rate of a node's network, and the mean size of an image file (ImageNet's). The
+time that a worker needs per image is measured by benchmarks.loader on the machine in question.
 """
 
-import argparse
 import functools
 import sys
-from argparse import Namespace
 
 import torch
 
-from benchmarks import common, step, textbook
+from benchmarks import baseline, common, step
+from models import ARCHS
+from utils.command_line import ArgumentParser, number, whole_number
 
 NODE = 8  # GPUs
 STAGES = ("i", "ii", "iii")
 
 
 @functools.cache
-def counted(stage, arch, classes, queue, size) -> dict[str, float]:
-    """Parameters trained and frozen, and floating point operations of a step an image."""
-    args = Namespace(arch=arch, classes=classes, queue=queue, size=size, device="cpu")
+def counted(stage, arch, classes, queue, dim, size) -> dict[str, float]:
+    """The numbers of parameters, trained and frozen, and the floating point operations of a step per image."""
+    options = step.script_args(stage, "float32", arch, classes, size, queue)
+    options.moco_dim = dim
     with torch.device("meta"):
-        parameters = list(step.network(stage, args).parameters())
+        parameters = list(step.network(stage, options).parameters())
     return {
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
-        "flops": step.step_flops(stage, args),
+        "flops": step.step_flops(stage, arch, size),
     }
 
 
 def gathered(stage, batch, args) -> dict[str, int]:
-    """Bytes a rank holds after the gathers of a step, by what was gathered; batch: images a step of all ranks."""
+    """Bytes that a rank holds after the gathers of a step, by content; batch: images per step of all ranks."""
     if stage != "i":
         return {}
     return {
@@ -45,12 +46,12 @@ def gathered(stage, batch, args) -> dict[str, int]:
 
 
 def queue_bytes(args) -> int:
-    """The queue and its labels, on each GPU."""
+    """Bytes of the queue and its labels, on each GPU."""
     return args.queue * (args.dim * 4 + 8)
 
 
 def describe(number: float) -> str:
-    """Bytes in decimal units."""
+    """Bytes in decimal units, as text."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -58,83 +59,87 @@ def describe(number: float) -> str:
 
 
 def network_rows(args) -> list[tuple[str, ...]]:
-    lines = []
+    """What is counted from the network of each stage."""
+    rows = []
     for stage in STAGES:
-        count = counted(stage, args.arch, args.classes, args.queue, args.size)
+        count = counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)
         gathers = gathered(stage, args.batch, args)
-        lines.append((
+        rows.append((
             stage.upper(), f"{count['trained'] / 1e6:.3f} M", f"{count['frozen'] / 1e6:.2f} M",
             f"{count['flops'] / 1e9:.1f} G", describe(4 * count["trained"]), describe(sum(gathers.values())),
             describe(queue_bytes(args)) if stage == "i" else "none",
         ))  # fmt: skip
-    return lines
+    return rows
 
 
 def demand_rows(args) -> list[tuple[str, ...]]:
-    """What each stage asks for on each number of GPUs, where the GPUs compute all the time."""
-    lines = []
+    """What each stage needs on each number of GPUs, so that the GPUs compute all the time."""
+    rows = []
     for stage in STAGES:
-        count = counted(stage, args.arch, args.classes, args.queue, args.size)
+        count = counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)
         images_per_gpu = args.gpu_tflops * 1e12 / count["flops"]
-        views = textbook.STAGES[stage].views
+        views = baseline.STAGES[stage].views
         for gpus in args.gpus:
             nodes = -(-gpus // NODE)
             rate = images_per_gpu * gpus
             batch = args.batch * nodes
             compute = batch / rate
-            # A ring brings a node all but its own part of what is gathered, and twice the gradients but its part.
+            # Round a ring, a node receives all that is gathered except its own share, and twice that of the gradients.
             share = (nodes - 1) / nodes
             received = share * (sum(gathered(stage, batch, args).values()) + 2 * 4 * count["trained"])
             cores = [rate / nodes * ms / 1e3 for ms in (args.pil_ms[views - 1], args.device_ms[views - 1])]
-            lines.append((
+            rows.append((
                 f"{stage.upper()}, {gpus}", f"{rate:,.0f}", describe(rate * args.image_kb * 1e3) + "/s",
                 f"{cores[0]:.0f}, {cores[1]:.0f}", f"{compute * 1e3:.1f} ms", describe(received),
                 f"{received * 8 / args.network_gbit / 1e6:.1f} ms",
             ))  # fmt: skip
-    return lines
+    return rows
 
 
 def tables(args, argv) -> list[common.Table]:
+    """What is counted, and what follows from it and the assumptions."""
     title = common.command("benchmarks.arithmetic", argv)
-    network = ("stage", "trained", "frozen", "operations an image", "all-reduced", "all-gathered", "queue a GPU")
+    network = ("stage", "trained", "frozen", "operations per image", "all-reduced", "all-gathered", "queue per GPU")
     demand = (
-        "stage, GPUs", "images/s", "read from disk", "cores a node: pil, device", "computation of a step",
-        "received a node and step", "which takes",
+        "stage, GPUs", "images/s", "read from disk", "cores per node: pil, device", "computation per step",
+        "received per node and step", "which takes",
     )  # fmt: skip
     (pil_one, pil_two), (device_one, device_two) = args.pil_ms, args.device_ms
     assumed = (
-        f"{title}: {args.gpu_tflops:g} TFLOP/s a GPU, {args.network_gbit:g} Gbit/s a node and {args.image_kb:g} kB an "
-        f"image assumed; an image at a worker, for one view and for two: {pil_one:g} and {pil_two:g} ms (pil), "
-        f"{device_one:g} and {device_two:g} ms (device)"
+        f"{title}: assumed are {args.gpu_tflops:g} TFLOP/s per GPU, {args.network_gbit:g} Gbit/s per node and "
+        f"{args.image_kb:g} kB per image; time per image at a worker, for one view and for two: {pil_one:g} and "
+        f"{pil_two:g} ms (pil), {device_one:g} and {device_two:g} ms (device)"
     )
     return [
-        common.Table("network", f"{title}: bytes a step of {args.batch} images", network, network_rows(args)),
+        common.Table("network", f"{title}: bytes per step of {args.batch} images", network, network_rows(args)),
         common.Table("demand", assumed, demand, demand_rows(args)),
     ]
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.arithmetic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--arch", default="resnext50_32x4d")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--queue", type=int, default=115712)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=256, help="images a step and node")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument(
-        "--gpu-tflops", type=float, default=60, help="assumed; in a training step, not the data sheet's"
-    )
-    parser.add_argument("--network-gbit", type=float, default=200, help="assumed; of a node")
-    parser.add_argument("--image-kb", type=float, default=110, help="mean size of a file; ImageNet's by default")
-    times = {"type": float, "nargs": 2, "metavar": ("ONE", "TWO")}
-    parser.add_argument("--pil-ms", default=[2.6, 5.0], help="milliseconds an image at a worker, by views", **times)
-    parser.add_argument("--device-ms", default=[1.4, 2.0], help="the same with --augment device", **times)
-    parser.add_argument("--write", metavar="FILE", help="put the tables into this file too, at their marks")
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.arithmetic")
+    size, rate = whole_number(1), number(above=0)
+    parser.add_argument("--arch", default="resnext50_32x4d", choices=ARCHS, metavar="ARCH")
+    parser.add_argument("--size", type=whole_number(8), default=224, metavar="S", help="side of the images")
+    parser.add_argument("--classes", type=size, default=1000, metavar="C")
+    parser.add_argument("--queue", type=size, default=115712, metavar="K")
+    parser.add_argument("--dim", type=size, default=128, metavar="D")
+    parser.add_argument("--batch", type=size, default=256, metavar="N", help="images per step and node")
+    parser.add_argument("--gpus", type=size, nargs="+", default=[1, 8, 64], metavar="N")
+    # fmt: off
+    parser.add_argument("--gpu-tflops", type=rate, default=60, metavar="X",
+        help="assumed rate of a GPU in a training step, not the data sheet's (default: %(default)s)")
+    parser.add_argument("--network-gbit", type=rate, default=200, metavar="X",
+        help="assumed rate of a node's network (default: %(default)s)")
+    parser.add_argument("--image-kb", type=rate, default=110, metavar="X",
+        help="mean size of a file (default: %(default)s, ImageNet's)")
+    times = {"type": rate, "nargs": 2, "metavar": ("ONE", "TWO")}
+    parser.add_argument("--pil-ms", default=[2.6, 5.0],
+        help="milliseconds that a worker needs for an image, for one view and for two (default: 2.6 5)", **times)
+    parser.add_argument("--device-ms", default=[1.4, 2.0],
+        help="the same with --augment device (default: 1.4 2)", **times)
+    # fmt: on
+    common.add_write_flag(parser)
     return common.run(parser, argv, tables)
 
 

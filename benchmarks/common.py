@@ -1,6 +1,8 @@
-"""What the benchmarks share: timing in alternation, peak memory in fresh processes, the machine, tables."""
+"""What the benchmarks share: flags, timing in alternation, peak memory in fresh processes, the machine, tables."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -15,48 +17,59 @@ from typing import NamedTuple
 
 import torch
 
+from utils.command_line import ArgumentParser, run_command, whole_number
+from utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 
 
-def argument_parser(doc, name: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser(doc, name: str, repeats: int | None) -> ArgumentParser:
+    """A parser with the flags that all timed benchmarks have; repeats: the default of --repeats."""
+    parser = ArgumentParser(doc, prog=f"python -m benchmarks.{name}")
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    # fmt: off
     parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(default here: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=repeats, metavar="N", help="timings a median is of (%(default)s)"
-    )
-    parser.add_argument("--scaling", action="store_true", help="how the cost grows, too")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory: no fresh processes")
-    parser.add_argument("--write", metavar="FILE", help="put the tables into this file too, at their marks")
-    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # a fresh process's part
+    parser.add_argument("--repeats", type=whole_number(1), default=repeats, metavar="N",
+        help=f"how often each version is timed; the tables show medians (default: {repeats or 'as each has it'})")
+    parser.add_argument("--scaling", action="store_true", help="also show how the cost grows")
+    parser.add_argument("--no-memory", action="store_true",
+        help="leave out peak memory, which is measured in fresh processes")
+    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # what a fresh process is to measure
+    # fmt: on
+    add_write_flag(parser)
     return parser
 
 
+def add_write_flag(parser):
+    """Adds --write, for publish."""
+    parser.add_argument("--write", metavar="FILE", help="also put the tables into this file, between their marks")
+
+
 def run(parser, argv, tables, measure=None) -> int:
-    """A benchmark's main: publishes tables(args, argv), or in a fresh process of its own calls measure(name, args)."""
+    """A benchmark's main: publishes tables(args, argv); in a fresh process it calls measure(name, args) instead."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    if measure is not None and args.measure:
-        measure(args.measure, args)
-    else:
-        publish(tables(args, argv), args)
-    return 0
+
+    def work(args):
+        if measure is not None and args.measure:
+            measure(args.measure, args)
+        else:
+            publish(tables(args, argv), args.write)
+
+    return run_command(work, parser, argv)
 
 
 # ---- time
 
 
 def synchronize(device):
+    """Waits until the device has done all its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(function, device="cpu") -> float:
-    """Of one call, to the end of what it started on the device."""
+    """Time of one call, until the device has done the work that the call started."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -64,29 +77,37 @@ def seconds(function, device="cpu") -> float:
     return time.perf_counter() - start
 
 
-def alternate(functions: dict, repeats: int, device="cpu", warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each function by name. They take turns, so that what else the machine does hits all alike."""
+def alternate(functions: dict, repeats: int, device="cpu", warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of the calls of each function, by name; the functions take turns, so that other load hits them equally.
+
+    The calls of the first warm_up turns are not in the lists.
+    """
     taken = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
             duration = seconds(function, device)
             if turn >= warm_up:
                 taken[name].append(duration)
-    return {name: median(durations) for name, durations in taken.items()}
+    return taken
 
 
-def product_rate(device, dtype=torch.float32, size: int | None = None, repeats: int = 5) -> float:
-    """Floating point operations a second of a square matrix product: what the processor can be brought to."""
-    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
-    left, right = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    return 2 * size**3 / alternate({"product": lambda: left @ right}, repeats, device, warm_up=2)["product"]
+def medians(functions: dict, repeats: int, device="cpu", warm_up: int = 1) -> dict[str, float]:
+    """The medians of what alternate returns."""
+    return {name: median(taken) for name, taken in alternate(functions, repeats, device, warm_up).items()}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides what is printed; since no terminal is left, no progress bar is drawn either."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 # ---- memory
 
 
 def resident_peak() -> int:
-    """The most bytes of memory this process has held; on Linux since its start or the last forget_peak."""
+    """The most bytes of memory that this process has held; on Linux since its start or the last forget_peak."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's figure begins with that of the parent process
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
@@ -95,7 +116,7 @@ def resident_peak() -> int:
 
 
 def forget_peak():
-    """Lets the peak start again from what is held now, where the system can."""
+    """Lets the peak start again from what is held now, if the system can do that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -103,9 +124,10 @@ def forget_peak():
 
 
 def report_peak(function, device, above: bool):
-    """Calls the function and prints, for in_fresh_process, its peak memory in bytes.
+    """Calls the function and prints its peak memory in bytes, for in_fresh_process to read.
 
-    CPU: of the process; CUDA: allocated by torch. above: count only what comes on top of what is held already.
+    On a CPU it is the memory of the process, on a GPU what torch allocated. above: count only what is added to what the
+    process holds already.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -123,7 +145,7 @@ def report_peak(function, device, above: bool):
 
 
 def in_fresh_process(module: str, argv, name: str) -> int:
-    """What `python -m module ARGV --measure NAME` prints last, a number of bytes."""
+    """The number of bytes that `python -m module ARGV --measure NAME` prints in its last line."""
     command = [sys.executable, "-m", module, *argv, "--measure", name]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     return json.loads(output.splitlines()[-1])
@@ -133,7 +155,7 @@ def in_fresh_process(module: str, argv, name: str) -> int:
 
 
 class Table(NamedTuple):
-    """name: that of its mark in docs/benchmarks.md; title: what was measured, and with which command; rows: of text."""
+    """A table of text; name: that in its mark in docs/benchmarks.md; title: what was measured, by which command."""
 
     name: str
     title: str
@@ -141,52 +163,56 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
     def markdown(self) -> str:
-        lines = [self.headers, ("---",) + ("---:",) * (len(self.headers) - 1), *self.rows]
-        return "\n".join([self.title, "", *("| " + " | ".join(line) + " |" for line in lines)])
+        """Title and table."""
+        rows = [self.headers, ("---",) + ("---:",) * (len(self.headers) - 1), *self.rows]
+        return "\n".join([self.title, "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def note(line: tuple[str, ...]) -> tuple[str, ...]:
-    """Shows a line of a table on stderr as soon as it is known; a long run's results are not lost if it is ended."""
-    print(" | ".join(line), file=sys.stderr, flush=True)
-    return line
+def note(row: tuple[str, ...]) -> tuple[str, ...]:
+    """Shows a row on stderr as soon as it is known, so that a long run that is ended early does not lose it."""
+    print(" | ".join(row), file=sys.stderr, flush=True)
+    return row
 
 
 def insert(text: str, table: Table) -> str:
-    """The text with the table between `<!-- table: NAME -->` and `<!-- end -->`; ValueError where there is no mark."""
+    """The text with the table put between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises UserError if these marks are missing.
+    """
     mark = f"<!-- table: {table.name} -->"
     pattern = re.compile(re.escape(mark) + r".*?<!-- end -->", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"no mark {mark} ... <!-- end --> to put the table at")
+        raise UserError(f"no mark {mark} ... <!-- end --> to put the table at; add it to --write's file")
     return pattern.sub(lambda _: f"{mark}\n{table.markdown()}\n<!-- end -->", text, count=1)
 
 
-def publish(tables: list[Table], args):
-    """Prints the tables, and puts them into --write's file."""
+def publish(tables: list[Table], file: str | None):
+    """Prints the tables, and puts them into a file if one is named."""
     for table in tables:
         print(f"\n{table.markdown()}\n", flush=True)
-    if args.write:
-        file = Path(args.write)
-        text = file.read_text()
+    if file:
+        text = Path(file).read_text()
         for table in tables:
             text = insert(text, table)
-        file.write_text(text)
+        Path(file).write_text(text)
 
 
 def command(module: str, argv) -> str:
-    """The command line that repeats a measurement, as a table's title names it."""
-    words = [word for word in argv if word]
+    """The command that repeats a measurement, for a table's title; without --write."""
+    words = list(argv)
     if "--write" in words:
         at = words.index("--write")
-        words[at : at + 2] = []
+        del words[at : at + 2]
     return "`" + " ".join(["python -m", module, *words]) + "`"
 
 
 def mib(size: float | None) -> str:
+    """Bytes as MiB; empty if they were not measured."""
     return "" if size is None else f"{size / MIB:.0f} MiB"
 
 
 def machine(device) -> str:
-    """One line: processor, cores and threads in use, GPU, version of torch."""
+    """The processor, its cores, the threads in use, the GPU and the version of torch, in one line."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())

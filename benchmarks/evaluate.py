@@ -1,121 +1,130 @@
-"""Evaluation of a list: counts a class, kept up to date, against the logits of all images, kept until the end.
+"""Evaluation of a list: counts per class, updated batch by batch, beside all images' logits, kept until the end.
 
     python -m benchmarks.evaluate [--batch 16] [--images 64] [--scaling]
 
-Ours is timed in float32, with channels_last and with bf16. The peak is that of a process that evaluates the images.
---scaling leaves the network out, logits are drawn at random, to show how time and memory above the start grow with the
-number of images.
+Ours is utils.evaluation.evaluate in float32, with channels_last and with bf16. Peak memory is that of a process that
+evaluates the images. --scaling shows how time and memory grow with the number of images; there random logits stand for
+the network, and memory is what is added to that of the start.
 """
 
 import sys
 
 import torch
 
-from benchmarks import common, textbook
-from models import SSFL
-from models.preprocess import normalize
-from utils import evaluate
-from utils.numerics import AUTOCAST
+import ssd_stage_i
+from benchmarks import baseline, common, step
+from models import ARCHS
+from utils.command_line import whole_number
+from utils.evaluation import evaluate
+from utils.training import TrainState, prepare_model
 
-VARIANTS = {"float32": (False, "none"), "channels_last": (True, "none"), "bf16": (True, "bf16"), "fp16": (True, "fp16")}
+VARIANTS = ("float32", "channels_last", "bf16", "fp16")
 SCALING_IMAGES = (4096, 16384, 65536, 262144)
 
 
-def pass_over(version, args):
-    """A function of no arguments that evaluates --images images with the version."""
+class FixedLogits(torch.nn.Module):
+    """Stands in for a network: returns the same logits for every batch."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits.clone()
+
+
+def evaluator(version, model, pixels, labels, options, args):
+    """A function without arguments that evaluates the model on --images images; pixels: a batch, uint8."""
+    device = torch.device(args.device)
+    model = prepare_model(model, device, options).eval()
+    loader = step.RepeatedBatch([pixels], labels, device, options.channels_last, count=-(-args.images // args.batch))
+    if version == "baseline":
+        return lambda: baseline.evaluate(model, loader, args.classes)
+    state = TrainState("i", model, None, None, device, options)
+    train_counts = torch.ones(args.classes, dtype=torch.long)
+
+    def ours():
+        with common.quiet():
+            return evaluate(model, loader, ("linear",), train_counts, state)
+
+    return ours
+
+
+def whole(version, args):
+    """An evaluator with the network."""
     torch.manual_seed(0)
-    channels_last, amp = VARIANTS.get(version, (False, "none"))
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    network = SSFL(args.arch, args.classes, queue_size=8).to(device=args.device, memory_format=layout).eval()
+    variant = "float32" if version == "baseline" else version
+    options = step.script_args("i", variant, args.arch, args.classes, args.size, queue=8)
     pixels = torch.randint(256, (args.batch, 3, args.size, args.size), dtype=torch.uint8).to(args.device)
     labels = torch.randint(args.classes, (args.batch,)).to(args.device)
-
-    def batches():
-        for _ in range(-(-args.images // args.batch)):
-            yield normalize(pixels).to(memory_format=layout), labels
-
-    def predict(images):
-        with torch.no_grad(), torch.autocast(args.device, AUTOCAST.get(amp), enabled=amp != "none"):
-            return network(images)
-
-    if version == "textbook":
-        return lambda: textbook.evaluate(predict, batches(), args.classes)
-    return lambda: ours(lambda images: (predict(images),), batches(), args)
-
-
-def ours(predict, batches, args):
-    return evaluate.evaluate(predict, batches, ("linear",), torch.ones(args.classes, dtype=torch.long), args.device)
+    return evaluator(version, step.network("i", options), pixels, labels, options, args)
 
 
 def counting(version, args):
-    """As pass_over, without a network: the same random logits for every batch."""
+    """An evaluator with random logits in place of a network."""
+    options = ssd_stage_i.get_parser().parse_args(["."])
     logits = torch.randn(args.batch, args.classes, device=args.device)
     labels = torch.randint(args.classes, (args.batch,), device=args.device)
-
-    def batches():
-        for _ in range(-(-args.images // args.batch)):
-            yield logits, labels
-
-    if version == "textbook":
-        return lambda: textbook.evaluate(torch.clone, batches(), args.classes)
-    return lambda: ours(lambda images: (images,), batches(), args)
+    pixels = torch.zeros(args.batch, 3, 1, 1, dtype=torch.uint8, device=args.device)
+    return evaluator(version, FixedLogits(logits), pixels, labels, options, args)
 
 
 def measure(name, args):
-    """A fresh process's part. name: a version, or counting:version."""
+    """In a fresh process: prints the peak memory; name: a version, or counting:version."""
     if name.startswith("counting:"):
         version, images = name.removeprefix("counting:"), args.images
         args.images = args.batch
-        counting(version, args)()  # loads what the libraries load on their first call
+        counting(version, args)()  # loads what the libraries load in their first call
         args.images = images
         common.report_peak(counting(version, args), args.device, above=True)
     else:
-        common.report_peak(lambda: pass_over(name, args)(), args.device, above=False)
+        common.report_peak(lambda: whole(name, args)(), args.device, above=False)
 
 
 HEADERS = ("images", "version", "images/s", "times as fast", "peak memory")
 
 
-def rows(make, prefix, versions, args, argv) -> list[tuple[str, ...]]:
-    """One line a version."""
-    taken = common.alternate({version: make(version, args) for version in versions}, args.repeats, args.device)
-    options, lines = [*argv, "--images", str(args.images)], []
+def table_rows(make, prefix, versions, args, argv) -> list[tuple[str, ...]]:
+    """One row per version; make: whole or counting."""
+    taken = common.medians({version: make(version, args) for version in versions}, args.repeats, args.device)
+    options, rows = [*argv, "--images", str(args.images)], []
     for version in versions:
         peak = None
         if not args.no_memory:
             peak = common.in_fresh_process("benchmarks.evaluate", options, prefix + version)
-        lines.append((
+        rows.append((
             f"{args.images:,}", version, f"{args.images / taken[version]:.1f}",
-            f"{taken['textbook'] / taken[version]:.2f}", common.mib(peak),
+            f"{taken['baseline'] / taken[version]:.2f}", common.mib(peak),
         ))  # fmt: skip
-    return lines
+    return rows
 
 
 def tables(args, argv) -> list[common.Table]:
+    """Evaluations with the network, and by number of images with --scaling."""
     title = f"{common.command('benchmarks.evaluate', argv)}; {common.machine(args.device)}"
-    lines = rows(pass_over, "", ["textbook", *args.variants], args, argv)
-    found = [common.Table("evaluate", title, HEADERS, lines)]
+    rows = table_rows(whole, "", ["baseline", *args.variants], args, argv)
+    found = [common.Table("evaluate", title, HEADERS, rows)]
     if args.scaling:
-        lines = []
+        rows = []
         for images in args.scaling_images:
             args.images = images
-            lines += rows(counting, "counting:", ["textbook", "counts"], args, argv)
+            rows += table_rows(counting, "counting:", ["baseline", "counts"], args, argv)
         headers = (*HEADERS[:-1], "peak above the start")
-        found.append(common.Table("evaluate by images", title, headers, lines))
+        found.append(common.Table("evaluate by images", title, headers, rows))
     return found
 
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "evaluate", repeats=5)
-    parser.add_argument("--arch", default="resnext50_32x4d")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--classes", type=int, default=1000)
-    on_cpu = ["float32", "channels_last", "bf16"]
-    default = list(VARIANTS) if torch.cuda.is_available() else on_cpu
+    size = whole_number(1)
+    parser.add_argument("--arch", default="resnext50_32x4d", choices=ARCHS, metavar="ARCH")
+    parser.add_argument("--size", type=whole_number(8), default=224, metavar="S", help="side of the images")
+    parser.add_argument("--batch", type=size, default=16, metavar="N")
+    parser.add_argument("--images", type=size, default=64, metavar="N")
+    parser.add_argument("--classes", type=size, default=1000, metavar="C")
+    default = VARIANTS if torch.cuda.is_available() else VARIANTS[:-1]
     parser.add_argument("--variants", nargs="+", default=default, choices=VARIANTS)
-    parser.add_argument("--scaling-images", type=int, nargs="+", default=SCALING_IMAGES, metavar="N")
+    parser.add_argument("--scaling-images", type=size, nargs="+", default=SCALING_IMAGES, metavar="N")
     return common.run(parser, argv, tables, measure)
 
 

@@ -1,9 +1,9 @@
-"""Load time and memory of the list index against a plain list of tuples; Linux only.
+"""Load time and memory of the list index, beside a plain list of tuples; Linux only.
 
     python -m benchmarks.list_index [--entries 10000000]
 
-Writes a list into a temporary folder and loads it twice, each time in a fresh process, which then starts two data
-loader workers that read entries all over the list. Memory is private memory (/proc/<pid>/smaps_rollup): what the
+Writes a list into a temporary folder and loads it in both ways, each in a fresh process, which then starts two data
+loader workers that read entries from the whole list. Memory is private memory (/proc/<pid>/smaps_rollup), which the
 process would give back if it ended, so that a copy in each worker shows.
 """
 
@@ -19,20 +19,21 @@ from pathlib import Path
 import torch
 
 from datasets.list_file import ListIndex
+from utils.command_line import ArgumentParser, run_command, whole_number
 
 STRIDE = 16  # entries apart: closer than a page of either kind
 WORKERS = 2
 
 
 def memory(pid="self") -> dict[str, int]:
-    """Bytes of a process: private to it, and its proportional share."""
+    """Memory of a process in bytes: what is private to it, and its proportional share."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     size = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
     return {"private": size["Private_Clean"] + size["Private_Dirty"], "share": size["Pss"]}
 
 
 def load_tuples(file) -> list[tuple[str, int]]:
-    """What a plain reader of list files makes."""
+    """The list as a plain reader of list files makes it."""
     entries = []
     with open(file) as lines:
         for line in lines:
@@ -75,7 +76,7 @@ def measure(kind: str, file: str) -> dict:
 
 
 def write_list(file: Path, entries: int, classes: int = 1000):
-    """A list of ImageNet's kind of paths, long-tailed no further than the benchmark needs: not at all."""
+    """Writes a balanced list of paths like ImageNet's."""
     with file.open("w") as lines:
         for start in range(0, entries, 100_000):
             numbers = range(start, min(start + 100_000, entries))
@@ -84,20 +85,16 @@ def write_list(file: Path, entries: int, classes: int = 1000):
             )
 
 
-def main(argv=None) -> int:
-    """Prints a table of both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entries", type=int, default=10_000_000)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+def work(args):
+    """Measures both lists and prints their figures."""
     if args.measure:
         print(json.dumps(measure(*args.measure)))
-        return 0
+        return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "list.txt"
         write_list(file, args.entries)
         size = os.path.getsize(file)
-        print(f"{args.entries} entries, {size / 1e6:.0f} MB, {size / args.entries:.0f} bytes a line")
+        print(f"{args.entries} entries, {size / 1e6:.0f} MB, {size / args.entries:.0f} bytes per line")
         for kind, title in (("index", "list index"), ("tuples", "list of tuples")):
             command = [sys.executable, "-m", "benchmarks.list_index", "--measure", kind, str(file)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -106,7 +103,13 @@ def main(argv=None) -> int:
                 f"{title:>14}: loads in {result['seconds']:5.1f} s; memory, in list sizes: resident "
                 f"{result['resident'] / size:.2f}, and each of {WORKERS} workers adds {result['worker'] / size:.2f}"
             )
-    return 0
+
+
+def main(argv=None) -> int:
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.list_index")
+    parser.add_argument("--entries", type=whole_number(WORKERS), default=10_000_000, metavar="N")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    return run_command(work, parser, argv)
 
 
 if __name__ == "__main__":

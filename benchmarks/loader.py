@@ -1,11 +1,12 @@
-"""Loading of training batches: ours against torchvision's ImageFolder with two views, ToTensor and Normalize.
+"""Loading of training batches: ours, beside torchvision's ImageFolder with the same views, ToTensor and Normalize.
 
     python -m benchmarks.loader [--data DIR] [--workers 2] [--scaling]
 
-Without DIR, JPEG files of 500 x 375 pixels are made, smooth shapes under fine noise, of about 60 KB each. DIR: a
-folder of class folders. An epoch's time is from its start to its last batch, with workers that are running already;
-the time at a worker is that of decoding an image and making its views, in one process and thread. Both are given for
-stage I (two views) and for stages II and III (one).
+DIR is a folder of class folders. Without it, JPEG files of 500 x 375 pixels are made, smooth shapes with fine noise, of
+about 60 KB each. The time of an epoch is that from its start to its last batch on the device, with workers that are
+already running; ours includes the normalization, which it does on the device. The time at a worker is that of decoding
+an image and making its views, in one process and thread. Both are given for stage I (two views) and for stages II and
+III (one).
 """
 
 import contextlib
@@ -23,18 +24,19 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import common
 from datasets.dataset import ListFileDataset
-from datasets.loaders import batches, build_loader
+from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
 from datasets.splits import class_folders
 from datasets.transforms import GaussianBlur, Views
 from models.preprocess import MEAN, SMALL, STD
+from utils.command_line import whole_number
 
 STAGES = {"I": ("query", "key"), "II and III": ("query",)}
 SCALING_WORKERS = (0, 1, 2, 4, 8, 16, 32)
 
 
 class SeveralCrops:
-    """As MoCo's TwoCropsTransform: a list of the transforms' results."""
+    """Returns a list of the transforms' results, as MoCo's TwoCropsTransform does."""
 
     def __init__(self, transforms):
         self.transforms = transforms
@@ -43,10 +45,8 @@ class SeveralCrops:
         return [transform(image) for transform in self.transforms]
 
 
-def textbook_view(name, size) -> T.Compose:
-    """A view as it is usually written; above 64 pixels."""
-    if size <= SMALL:
-        raise SystemExit(f"--size must be above {SMALL}: the plain version has the views of large images alone")
+def baseline_view(name, size) -> T.Compose:
+    """A view as it is usually written, for images of more than 64 pixels."""
     if name == "query":
         start = [T.RandomResizedCrop(size), T.ColorJitter(0.4, 0.4, 0.4, 0)]
     else:
@@ -60,7 +60,7 @@ def textbook_view(name, size) -> T.Compose:
 
 
 def make_images(root: Path, count: int, classes: int = 4):
-    """count JPEG files of 500 x 375 pixels in class folders."""
+    """Writes `count` JPEG files of 500 x 375 pixels in class folders."""
     generator = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (10, 13, 3), dtype=np.uint8))
@@ -71,32 +71,48 @@ def make_images(root: Path, count: int, classes: int = 4):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
 
 
+class PlainLoader(DataLoader):
+    """A DataLoader as it is usually made; yields (views, labels) on the device."""
+
+    def __init__(self, dataset, batch_size, workers, device):
+        super().__init__(
+            dataset, batch_size, sampler=RandomSampler(dataset), num_workers=workers, drop_last=True,
+            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        )  # fmt: skip
+        self.device = device
+
+    def __iter__(self):
+        for views, labels in super().__iter__():
+            yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device)
+
+    def close(self):
+        """Ends the workers."""
+        self._iterator = None
+
+
 def versions(folder: Path, names, args) -> dict:
-    """Data sets by name of the version, each with its items and its loader, a function of the number of workers."""
+    """(data set, function of an item's number, function of the number of workers that returns a loader), by version."""
     index, _ = class_folders(folder.parent, folder.name)
-    pinned = args.device == "cuda"
+    device = torch.device(args.device)
 
     def ours(augment):
         dataset = ListFileDataset(index, folder.parent, Views(names, args.size, 0, augment))
-        batch_sampler = BatchSampler(ShuffledSampler(len(index), 0), args.batch)
+        batch_sampler = BatchSampler(ShuffledSampler(index.labels, 0), args.batch)
         return (
             dataset,
             lambda i: dataset[0, 0, i],
-            lambda workers: build_loader(dataset, batch_sampler, workers, pinned),
+            lambda workers: Loader("train", dataset, batch_sampler, workers, device),
         )
 
     def plain():
-        dataset = ImageFolder(folder, SeveralCrops([textbook_view(name, args.size) for name in names]))
-        return dataset, lambda i: dataset[i], lambda workers: DataLoader(
-            dataset, args.batch, sampler=RandomSampler(dataset), num_workers=workers, pin_memory=pinned,
-            drop_last=True, persistent_workers=workers > 0,
-        )  # fmt: skip
+        dataset = ImageFolder(folder, SeveralCrops([baseline_view(name, args.size) for name in names]))
+        return dataset, lambda i: dataset[i], lambda workers: PlainLoader(dataset, args.batch, workers, device)
 
-    return {"textbook": plain(), "pil": ours("pil"), "device": ours("device")}
+    return {"baseline": plain(), "pil": ours("pil"), "device": ours("device")}
 
 
 def at_a_worker(made, args) -> dict[str, float]:
-    """Median seconds an image, by version."""
+    """Median seconds per image, by version."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,7 +120,7 @@ def at_a_worker(made, args) -> dict[str, float]:
         def every(dataset, item, _):
             return lambda: [item(i) for i in range(len(dataset))]
 
-        taken = common.alternate({name: every(*parts) for name, parts in made.items()}, args.repeats)
+        taken = common.medians({name: every(*parts) for name, parts in made.items()}, args.repeats)
         return {name: duration / len(made[name][0]) for name, duration in taken.items()}
     finally:
         torch.set_num_threads(threads)
@@ -112,37 +128,42 @@ def at_a_worker(made, args) -> dict[str, float]:
 
 def epochs(made, workers, args) -> dict[str, float]:
     """Median seconds of an epoch, by version."""
+    loaders = {name: build(workers) for name, (_, _, build) in made.items()}
 
-    def whole(build):
-        loader = build(workers)
-        return lambda: sum(1 for _ in batches(loader))
+    def whole(loader):
+        return lambda: sum(1 for _ in loader)
 
-    return common.alternate({name: whole(build) for name, (_, _, build) in made.items()}, args.repeats)
+    try:
+        return common.medians({name: whole(loader) for name, loader in loaders.items()}, args.repeats, args.device)
+    finally:
+        for loader in loaders.values():
+            loader.close()
 
 
-HEADERS = ("stage, workers", "version", "at a worker, an image", "of textbook", "of pil", "images/s", "times as fast")
+HEADERS = ("stage, workers", "version", "at a worker, per image", "of baseline", "of pil", "images/s", "times as fast")
 
 
-def rows(folder, names, stage, worker_counts, args) -> list[tuple[str, ...]]:
+def table_rows(folder, names, stage, worker_counts, args) -> list[tuple[str, ...]]:
+    """One row per number of workers and version."""
     made = versions(folder, names, args)
-    alone, lines = at_a_worker(made, args), []
+    alone, rows = at_a_worker(made, args), []
     for workers in worker_counts:
         taken = epochs(made, workers, args)
         images = len(made["pil"][0]) // args.batch * args.batch
-        lines += [
+        rows += [
             (
-                f"{stage}, {workers}", name, f"{alone[name] * 1e3:.2f} ms", f"{alone[name] / alone['textbook']:.2f}",
+                f"{stage}, {workers}", name, f"{alone[name] * 1e3:.2f} ms", f"{alone[name] / alone['baseline']:.2f}",
                 f"{alone[name] / alone['pil']:.2f}", f"{images / taken[name]:.0f}",
-                f"{taken['textbook'] / taken[name]:.2f}",
+                f"{taken['baseline'] / taken[name]:.2f}",
             )
             for name in made
         ]  # fmt: skip
-    return lines
+    return rows
 
 
 @contextlib.contextmanager
 def image_folder(args):
-    """args.data, or a temporary folder of images made up."""
+    """Yields --data's folder, or a temporary folder of made images."""
     if args.data:
         yield Path(args.data).resolve()
         return
@@ -154,25 +175,30 @@ def image_folder(args):
 
 
 def tables(args, argv) -> list[common.Table]:
+    """Loading by stage, and by number of workers with --scaling."""
     title = f"{common.command('benchmarks.loader', argv)}; {common.machine(args.device)}"
     with image_folder(args) as folder:
-        lines = [row for stage, names in STAGES.items() for row in rows(folder, names, stage, [args.workers], args)]
-        found = [common.Table("loader", title, HEADERS, lines)]
+        rows = [
+            row for stage, names in STAGES.items() for row in table_rows(folder, names, stage, [args.workers], args)
+        ]
+        found = [common.Table("loader", title, HEADERS, rows)]
         if args.scaling:
-            lines = rows(folder, STAGES["I"], "I", args.scaling_workers, args)
-            found.append(common.Table("loader by workers", title, HEADERS, lines))
+            rows = table_rows(folder, STAGES["I"], "I", args.scaling_workers, args)
+            found.append(common.Table("loader by workers", title, HEADERS, rows))
     return found
 
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loader", repeats=5)
     parser.add_argument("--data", metavar="DIR", help="folder of class folders of images")
-    parser.add_argument("--images", type=int, default=256, help="images to make where no DIR is given")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--images", type=whole_number(1), default=256, metavar="N", help="images to make if no DIR is given"
+    )
+    parser.add_argument("--size", type=whole_number(SMALL + 1), default=224, metavar="S")
+    parser.add_argument("--batch", type=whole_number(1), default=32, metavar="N", help="images per batch")
+    parser.add_argument("--workers", type=whole_number(), default=os.cpu_count(), metavar="N")
     cores = [n for n in SCALING_WORKERS if n <= 2 * os.cpu_count()]
-    parser.add_argument("--scaling-workers", type=int, nargs="+", default=cores, metavar="N")
+    parser.add_argument("--scaling-workers", type=whole_number(), nargs="+", default=cores, metavar="N")
     return common.run(parser, argv, tables)
 
 

@@ -1,8 +1,8 @@
-"""The contrastive loss of stage I, forward and backward: streamed over the queue against the whole matrix of scores.
+"""The contrastive loss of stage I, forward and backward: streamed over the queue, beside the plain formula.
 
     python -m benchmarks.loss [--batch 256] [--queue 115712] [--scaling]
 
-Memory is the peak above the inputs: queries, keys, labels and the queue.
+Memory is the peak beyond the inputs, which are queries, keys, labels and the queue.
 """
 
 import sys
@@ -11,15 +11,16 @@ import torch
 
 from benchmarks import common
 from models import contrastive_loss, contrastive_loss_plain
+from utils.command_line import whole_number
 
-LOSSES = {"ours": contrastive_loss, "textbook": contrastive_loss_plain}
+LOSSES = {"ours": contrastive_loss, "baseline": contrastive_loss_plain}
 SCALING_QUEUES = (8192, 32768, 115712, 262144, 524288, 1048576)
 SCALING_BATCHES = (32, 64, 128, 256, 512, 1024)
 TEMPERATURE = 0.2
 
 
 def inputs(batch, queue, args) -> tuple:
-    """Arguments of a loss: random unit vectors and labels."""
+    """The arguments of a loss: random unit vectors and labels."""
     generator = torch.Generator(args.device).manual_seed(0)
 
     def unit(*shape, dim):
@@ -34,6 +35,8 @@ def inputs(batch, queue, args) -> tuple:
 
 
 def call(loss, given):
+    """A function without arguments that computes the loss and its gradient."""
+
     def forward_and_backward():
         given[0].grad = None
         loss(*given).backward()
@@ -42,28 +45,29 @@ def call(loss, given):
 
 
 def gradient(loss, given) -> torch.Tensor:
+    """The gradient by the queries."""
     return torch.autograd.grad(loss(*given), given[0])[0]
 
 
 def measure(name, args):
-    """A fresh process's part: peak memory above the inputs."""
+    """In a fresh process: prints the peak memory beyond the inputs; name: of the loss."""
     given = inputs(args.batch, args.queue, args)
-    call(LOSSES[name], inputs(args.batch, 8, args))()  # loads what the libraries load on their first call
+    call(LOSSES[name], inputs(args.batch, 8, args))()  # loads what the libraries load in their first call
     common.report_peak(call(LOSSES[name], given), args.device, above=True)
 
 
-def rows(batch, queue, args, argv) -> list[tuple[str, ...]]:
-    """One line a loss."""
+def table_rows(batch, queue, args, argv) -> list[tuple[str, ...]]:
+    """One row per loss."""
     given = inputs(batch, queue, args)
     gradients = {name: gradient(loss, given) for name, loss in LOSSES.items()}
-    scale = gradients["textbook"].norm()
-    taken = common.alternate({name: call(loss, given) for name, loss in LOSSES.items()}, args.repeats, args.device)
+    scale = gradients["baseline"].norm()
+    taken = common.medians({name: call(loss, given) for name, loss in LOSSES.items()}, args.repeats, args.device)
     options = [*argv, "--batch", str(batch), "--queue", str(queue)]
     peaks = {n: None if args.no_memory else common.in_fresh_process("benchmarks.loss", options, n) for n in LOSSES}
     return [
         (
-            f"{batch} x {queue:,}", name, f"{taken[name] * 1e3:.1f} ms", f"{taken['textbook'] / taken[name]:.2f}",
-            common.mib(peaks[name]), f"{(gradients[name] - gradients['textbook']).norm() / scale:.1e}",
+            f"{batch} x {queue:,}", name, f"{taken[name] * 1e3:.1f} ms", f"{taken['baseline'] / taken[name]:.2f}",
+            common.mib(peaks[name]), f"{(gradients[name] - gradients['baseline']).norm() / scale:.1e}",
         )
         for name in LOSSES
     ]  # fmt: skip
@@ -80,11 +84,12 @@ HEADERS = (
 
 
 def tables(args, argv) -> list[common.Table]:
+    """The losses, and by queue and by batch with --scaling."""
     title = f"{common.command('benchmarks.loss', argv)}; {common.machine(args.device)}"
-    found = [common.Table("loss", title, HEADERS, rows(args.batch, args.queue, args, argv))]
+    found = [common.Table("loss", title, HEADERS, table_rows(args.batch, args.queue, args, argv))]
     if args.scaling:
-        by_queue = [row for queue in args.scaling_queues for row in rows(args.batch, queue, args, argv)]
-        by_batch = [row for batch in args.scaling_batches for row in rows(batch, args.queue, args, argv)]
+        by_queue = [row for queue in args.scaling_queues for row in table_rows(args.batch, queue, args, argv)]
+        by_batch = [row for batch in args.scaling_batches for row in table_rows(batch, args.queue, args, argv)]
         found += [
             common.Table("loss by queue", title, HEADERS, by_queue),
             common.Table("loss by batch", title, HEADERS, by_batch),
@@ -94,12 +99,13 @@ def tables(args, argv) -> list[common.Table]:
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loss", repeats=7)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--queue", type=int, default=115712)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--scaling-queues", type=int, nargs="+", default=SCALING_QUEUES, metavar="K")
-    parser.add_argument("--scaling-batches", type=int, nargs="+", default=SCALING_BATCHES, metavar="N")
+    size = whole_number(1)
+    parser.add_argument("--batch", type=size, default=256, metavar="N")
+    parser.add_argument("--queue", type=size, default=115712, metavar="K")
+    parser.add_argument("--dim", type=size, default=128, metavar="D")
+    parser.add_argument("--classes", type=size, default=1000, metavar="C")
+    parser.add_argument("--scaling-queues", type=size, nargs="+", default=SCALING_QUEUES, metavar="K")
+    parser.add_argument("--scaling-batches", type=size, nargs="+", default=SCALING_BATCHES, metavar="N")
     return common.run(parser, argv, tables, measure)
 
 

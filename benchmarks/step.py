@@ -1,133 +1,244 @@
-"""Training steps of the three stages against plain versions of them, at the published network and size.
+"""Training steps of the three stages beside plain baselines, with the published network and image size.
 
     python -m benchmarks.step [--stages i ii iii] [--batch 16] [--variants float32 channels_last bf16] [--scaling]
     python -m benchmarks.step --drift                         how far each switch moves the losses over 200 steps
 
-A step of ours is what the training loop does with a batch of the loader's, normalisation included; the textbook's is
-given normalised images. Memory is the peak of a process that makes two steps. The share of the peak is that of the
-rate that a matrix product reaches in the same run, in the same type.
+Our steps are those of the scripts' train_one_epoch, on a batch of uint8 images that is normalized in each step as the
+loader does; the baseline is given normalized images. Peak memory is that of a process that makes two steps. Before each
+timed step a matrix product of the same type is timed. The peak rate of a type is the best rate that the run saw, of a
+product or of a step, so that no share of it is above 100 %.
 """
 
 import sys
-from argparse import Namespace
-from statistics import mean
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from utils.averages import Averages, train_accuracies
 
-from benchmarks import common, textbook
-from models import SDL, SLG, SSFL, build_backbone
+import ssd_stage_i
+import ssd_stage_ii
+import ssd_stage_iii
+from benchmarks import baseline, common
+from datasets.loaders import to_device
+from models import ARCHS, SDL, SLG, SSFL, build_backbone
 from models.preprocess import normalize
-from ssd_stage_i import StageI
-from ssd_stage_ii import StageII
-from ssd_stage_iii import StageIII
-from utils.numerics import AUTOCAST, Verdict
+from utils.command_line import whole_number
+from utils.metrics import MetricLogger
+from utils.numerics import set_numerics
+from utils.training import TrainState, prepare_model
 
-STAGES = {"i": StageI(), "ii": StageII(), "iii": StageIII()}
-WEIGHTS = Namespace(con_weight=1.0, kd_weight=1.0)
-VARIANTS = {  # (channels_last, amp, compile)
-    "float32": (False, "none", False),
-    "channels_last": (True, "none", False),
-    "bf16": (True, "bf16", False),
-    "fp16": (True, "fp16", False),
-    "float32 compiled": (True, "none", True),
-    "bf16 compiled": (True, "bf16", True),
-    "fp16 compiled": (True, "fp16", True),
+SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
+VARIANTS = {  # the scripts' flags
+    "float32": "",
+    "channels_last": "--channels-last",
+    "bf16": "--channels-last --amp bf16",
+    "fp16": "--channels-last --amp fp16",
+    "float32 compiled": "--channels-last --compile",
+    "bf16 compiled": "--channels-last --amp bf16 --compile",
+    "fp16 compiled": "--channels-last --amp fp16 --compile",
 }
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAR = 2**31 - 1  # steps; a progress line, which waits for the device, never comes
 DRIFT_SPANS = ((0, 10), (10, 50), (50, 200))
 SCALING_BATCHES = (2, 4, 8, 16, 32)
 
 
-def network(stage, args) -> torch.nn.Module:
-    """Ours, on the CPU."""
+# ---- our training
+
+
+def script_args(stage, variant, arch, classes, size, queue):
+    """The arguments of a stage's script, with the flags of a variant."""
+    flags = (
+        f"--arch {arch} --num-classes {classes} --image-size {size} --lr 0.01 --print-freq {FAR} {VARIANTS[variant]}"
+    )
     if stage == "i":
-        return SSFL(args.arch, args.classes, queue_size=args.queue)
-    return {"ii": SLG, "iii": SDL}[stage](args.arch, args.classes)
+        flags += f" --moco-k {queue}"
+    args = SCRIPTS[stage].get_parser().parse_args([*flags.split(), "."])
+    args.seed = 0  # as if drawn: --seed would ask for deterministic algorithms
+    return args
+
+
+def network(stage, options) -> torch.nn.Module:
+    """A stage's network on the CPU; options: of script_args."""
+    if stage == "i":
+        moco = options.moco_dim, options.moco_k, options.moco_m, options.moco_t
+        return SSFL(options.arch, options.num_classes, *moco)
+    if stage == "ii":
+        return SLG(options.arch, options.num_classes)
+    return SDL(options.arch, options.num_classes, options.kd_t)
+
+
+class RepeatedBatch:
+    """Stands in for datasets.loaders.Loader: yields the same batch `count` times per epoch.
+
+    views: uint8 (N, 3, S, S); labels (N,). As the Loader does, it normalizes the views whenever it yields them.
+    """
+
+    name, steps = "the benchmark's batch", FAR
+
+    def __init__(self, views, labels, device, channels_last: bool = False, count: int = 1):
+        self.views, self.labels, self.device, self.channels_last = views, labels, device, channels_last
+        self.count, self.images_per_step = count, len(labels)
+
+    def start_at(self, epoch: int, step: int):
+        """Nothing: every epoch and step has the same batch."""
+
+    def locate(self, indices) -> str:
+        return self.name
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for _ in range(self.count):
+            views = tuple(to_device(view, self.device, self.channels_last) for view in self.views)
+            yield views, self.labels.to(self.device, non_blocking=True), list(range(len(self.labels)))
 
 
 class Ours:
-    """A stage's training step as the training loop has it."""
+    """The training of a stage's script, called with one batch at a time; variant: one of VARIANTS."""
 
     def __init__(self, stage, variant, args):
-        self.stage, self.device = STAGES[stage], torch.device(args.device)
-        self.channels_last, self.amp, compiled = VARIANTS[variant]
+        self.script, self.device = SCRIPTS[stage], torch.device(args.device)
+        self.args = options = script_args(stage, variant, args.arch, args.classes, args.size, args.queue)
         torch.manual_seed(0)
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
-        self.model = network(stage, args).to(device=args.device, memory_format=layout).train()
-        parameters = [p for p in self.model.parameters() if p.requires_grad or self.stage.optimize_frozen]
-        self.optimizer = torch.optim.SGD(parameters, **SGD)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
-        self.averages = Averages(self.device)
-        if compiled:
-            for name in self.stage.backbones:
-                getattr(self.model, name).compile()
+        self.model = prepare_model(network(stage, options), self.device, options)
+        optimizer = torch.optim.SGD(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad or stage == "i"],
+            options.lr, options.momentum, weight_decay=options.weight_decay, fused=options.amp == "fp16" or None,
+        )  # fmt: skip
+        self.state = TrainState(stage, self.model, optimizer, None, self.device, options)
 
     def __call__(self, views, labels):
-        """views: uint8 (N, 3, S, S), one or two of them, on the device. Returns the loss, on the device."""
-        images = [normalize(view) for view in views]
-        if self.channels_last:
-            images = [view.to(memory_format=torch.channels_last) for view in images]
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, AUTOCAST.get(self.amp), enabled=self.amp != "none"):
-            loss, parts, logits = self.stage.step(self.model, images, labels, WEIGHTS)
-        verdict = Verdict(loss, False)
-        self.scaler.scale(loss).backward()
-        verdict.bad()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.averages.add({"loss": loss, **parts, **train_accuracies(logits, labels)})
-        return loss.detach()
+        """Makes a step; views: uint8 (N, 3, S, S), one or two of them, on the device."""
+        loader = RepeatedBatch(views, labels, self.device, self.args.channels_last)
+        with common.quiet():
+            self.script.train_one_epoch(self.model, loader, self.state, self.args)
+
+    def loss(self, views, labels) -> float:
+        """Makes a step and returns its loss."""
+        self.state.metrics = MetricLogger(self.device)
+        self(views, labels)
+        return self.state.metrics.means()["loss"]
 
 
-class Textbook:
+# ---- time, memory, rate
+
+
+class Baseline:
     """The plain version's step."""
 
     def __init__(self, stage, args):
+        options = script_args(stage, "float32", args.arch, args.classes, args.size, args.queue)
+        set_numerics(options)  # the same precision of products as ours
         torch.manual_seed(0)
-        self.model = textbook.STAGES[stage](args.arch, args.classes, args.queue).to(args.device).train()
-        self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], **SGD)
+        self.model = baseline.STAGES[stage](args.arch, args.classes, args.queue).to(args.device).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, options.lr, options.momentum, weight_decay=options.weight_decay)
 
     def __call__(self, images, labels):
-        return textbook.step(self.model, self.optimizer, images, labels)
+        return baseline.step(self.model, self.optimizer, images, labels)
 
 
 def batch_of(stage, batch, args) -> tuple:
     """(uint8 views, labels) on the device."""
     generator = torch.Generator().manual_seed(0)
-    shape = (textbook.STAGES[stage].views, batch, 3, args.size, args.size)
+    shape = (baseline.STAGES[stage].views, batch, 3, args.size, args.size)
     views = torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(args.device)
     labels = torch.randint(args.classes, (batch,), generator=generator).to(args.device)
     return list(views), labels
 
 
 def stepper(stage, version, batch, args):
-    """A function of no arguments that makes a step of the version: "textbook" or one of VARIANTS."""
+    """A function without arguments that makes a step of the version: "baseline" or one of VARIANTS."""
     views, labels = batch_of(stage, batch, args)
-    if version == "textbook":
-        step, given = Textbook(stage, args), [normalize(view) for view in views]
+    if version == "baseline":
+        step, images = Baseline(stage, args), [normalize(view) for view in views]
     else:
-        step, given = Ours(stage, version, args), views
-    return lambda: step(given, labels)
+        step, images = Ours(stage, version, args), views
+    return lambda: step(images, labels)
 
 
-def step_flops(stage, args) -> float:
-    """Floating point operations of a step an image: of the backbones, a backward pass counted as two forward passes.
+def step_flops(stage, arch, size) -> float:
+    """Floating point operations of a step per image: of the backbones, a backward pass counted as two forward passes.
 
     (PyTorch's counter goes wrong in the backward pass of grouped convolutions; heads and losses are below 1 %.)
     """
     with torch.device("meta"):
-        backbone, image = build_backbone(args.arch).eval(), torch.empty(1, 3, args.size, args.size)
+        backbone, image = build_backbone(arch).eval(), torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         backbone(image)
     passes = {"i": 3 + 1, "ii": 1, "iii": 3 + 1}  # of the trained encoder and of the one without gradients
     return passes[stage] * counter.get_total_flops()
 
 
+def products(dtype, args) -> tuple[dict, float]:
+    """({name: function}, operations of each): a square matrix product, of two libraries.
+
+    Which of them is faster, that for linear algebra or that for convolutions, depends on the processor.
+    """
+    side = args.product or (2048 if args.device == "cpu" else 8192)
+    left, right = torch.randn(2, side, side, device=args.device).to(dtype).unbind()
+    images = left.view(1, side, 1, side).to(memory_format=torch.channels_last)
+    kernels = right.view(side, side, 1, 1).to(memory_format=torch.channels_last)
+    functions = {"matmul": lambda: left @ right, "conv2d": lambda: torch.nn.functional.conv2d(images, kernels)}
+    return functions, 2 * side**3
+
+
+class Line(NamedTuple):
+    """A version's measurements; rate: operations per second."""
+
+    stage: str
+    batch: int
+    version: str
+    seconds: float
+    baseline_seconds: float
+    peak_memory: int | None
+    rate: float
+
+    def row(self, share: str) -> tuple[str, ...]:
+        """The cells of a table's row."""
+        return (
+            f"{self.stage.upper()}, {self.batch}", self.version, f"{self.batch / self.seconds:.2f}",
+            f"{self.baseline_seconds / self.seconds:.2f}", common.mib(self.peak_memory), share,
+        )  # fmt: skip
+
+
+def dtype_name(version) -> str:
+    """The type of a version's products."""
+    first = version.split()[0]
+    return first if first in DTYPES else "float32"
+
+
+def measure_lines(stage, batch, args, argv, peak_rates) -> list[Line]:
+    """A Line per version; raises peak_rates, operations per second by type, to the best rate that it sees."""
+    versions = ["baseline", *args.variants]
+    by_dtype = {name: products(DTYPES[name], args) for name in {dtype_name(version) for version in versions}}
+    functions = {}
+    for version in versions:  # each version is preceded by products of its type
+        for name, product in by_dtype[dtype_name(version)][0].items():
+            functions[version, name] = product
+        functions[version, "step"] = stepper(stage, version, batch, args)
+    taken = common.alternate(functions, args.repeats, args.device)
+    flops, lines = step_flops(stage, args.arch, args.size) * batch, []
+    for (version, name), durations in taken.items():
+        dtype = dtype_name(version)
+        best = (flops if name == "step" else by_dtype[dtype][1]) / min(durations)
+        peak_rates[dtype] = max(best, peak_rates.get(dtype, 0.0))
+    for version in versions:
+        peak_memory = None
+        if not args.no_memory:
+            options = [*argv, "--batch", str(batch)]
+            peak_memory = common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
+        seconds, of_baseline = median(taken[version, "step"]), median(taken["baseline", "step"])
+        lines.append(Line(stage, batch, version, seconds, of_baseline, peak_memory, flops / seconds))
+        common.note(lines[-1].row(f"{lines[-1].rate / 1e9:,.0f} GFLOP/s"))
+    return lines
+
+
 def measure(name, args):
-    """A fresh process's part: the peak memory of two steps. name: stage:version."""
+    """In a fresh process: prints the peak memory of two steps; name: stage:version."""
     stage, version = name.split(":")
 
     def two_steps():
@@ -138,76 +249,62 @@ def measure(name, args):
     common.report_peak(two_steps, args.device, above=False)
 
 
-def rows(stage, batch, args, argv, rates) -> list[tuple[str, ...]]:
-    """One line a version. rates: operations a second of a matrix product, by type."""
-    versions = ["textbook", *args.variants]
-    taken = common.alternate(
-        {version: stepper(stage, version, batch, args) for version in versions}, args.repeats, args.device
-    )
-    flops, lines = step_flops(stage, args) * batch, []
-    for version in versions:
-        peak = None
-        if not args.no_memory:
-            options = [*argv, "--batch", str(batch)]
-            peak = common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
-        rate = rates[version.split()[0] if version.split()[0] in HALF else "float32"]
-        lines.append(common.note((
-            f"{stage.upper()}, {batch}", version, f"{batch / taken[version]:.2f}",
-            f"{taken['textbook'] / taken[version]:.2f}", common.mib(peak), f"{flops / taken[version] / rate:.0%}",
-        )))  # fmt: skip
-    return lines
-
-
 HEADERS = ("stage, batch", "version", "images/s", "times as fast", "peak memory", "share of the processor's peak")
 
 
 def tables(args, argv) -> list[common.Table]:
-    rates = {"float32": common.product_rate(args.device, size=args.product)}
-    for name, dtype in HALF.items():
-        if any(variant.startswith(name) for variant in args.variants):
-            rates[name] = common.product_rate(args.device, dtype, args.product)
-    peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; matrix product: {peaks}"
-    lines = [line for stage in args.stages for line in rows(stage, args.batch, args, argv, rates)]
-    found = [common.Table("step", title, HEADERS, lines)]
+    """Steps by stage, and by batch with --scaling."""
+    peak_rates, by_table = {}, {"step": [args.batch]}
     if args.scaling:
-        by_batch = [
-            line
-            for stage in args.stages
-            for batch in args.scaling_batches
-            for line in rows(stage, batch, args, argv, rates)
+        by_table["step by batch"] = args.scaling_batches
+    lines = {
+        name: [
+            line for stage in args.stages for batch in batches
+            for line in measure_lines(stage, batch, args, argv, peak_rates)
         ]
-        found.append(common.Table("step by batch", title, HEADERS, by_batch))
-    return found
+        for name, batches in by_table.items()
+    }  # fmt: skip
+    peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peak_rates.items())
+    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; peak: {peaks}"
+    return [
+        common.Table(
+            name,
+            title,
+            HEADERS,
+            [line.row(f"{line.rate / peak_rates[dtype_name(line.version)]:.0%}") for line in found],
+        )
+        for name, found in lines.items()
+    ]
 
 
 # ---- drift
 
 
 def drift_batches(stage, args):
-    """Batches (views, labels) to learn from: a view is the pattern of its class under fresh noise."""
+    """Yields (views, labels) to learn from: a view is the pattern of its class with fresh noise."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.rand(args.classes, 3, args.size // 4, args.size // 4, generator=generator)
     patterns = torch.nn.functional.interpolate(patterns, size=(args.size, args.size), mode="bilinear")
     for _ in range(args.steps):
         labels = torch.randint(args.classes, (args.batch,), generator=generator)
-        noise = torch.randn(textbook.STAGES[stage].views, args.batch, *patterns.shape[1:], generator=generator)
+        noise = torch.randn(baseline.STAGES[stage].views, args.batch, *patterns.shape[1:], generator=generator)
         views = (patterns[labels] + 0.3 * noise).clamp_(0, 1).mul_(255).to(torch.uint8)
         yield list(views.to(args.device)), labels.to(args.device)
 
 
 def losses(stage, variant, args) -> list[float]:
-    """Of each step of a training run: from one seed, on the same batches, whatever the variant."""
+    """The loss of each step of a training, from the same seed and on the same batches for every variant."""
     step = Ours(stage, variant, args)
-    return [step(views, labels).item() for views, labels in drift_batches(stage, args)]
+    return [step.loss(views, labels) for views, labels in drift_batches(stage, args)]
 
 
 def drift_tables(args, argv) -> list[common.Table]:
-    measured = "mean loss, and mean distance to float32's"
+    """How far the variants' losses are from those of float32."""
+    measured = "mean loss, and mean distance from float32's"
     title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; {measured}"
     spans = [(first, min(last, args.steps)) for first, last in DRIFT_SPANS if first < args.steps]
     headers = ("stage", "version", *(f"steps {first + 1} to {last}" for first, last in spans))
-    lines = []
+    rows = []
     for stage in args.stages:
         reference = losses(stage, "float32", args)
         for variant in ["float32", *(v for v in args.variants if v != "float32")]:
@@ -216,39 +313,40 @@ def drift_tables(args, argv) -> list[common.Table]:
             for first, last in spans:
                 distance = mean(abs(a - b) for a, b in zip(found[first:last], reference[first:last], strict=True))
                 cells.append(f"{mean(found[first:last]):.4f}, {distance:.1e}")
-            lines.append((stage.upper(), variant, *cells))
-    return [common.Table("drift", title, headers, lines)]
+            rows.append((stage.upper(), variant, *cells))
+    return [common.Table("drift", title, headers, rows)]
+
+
+def get_parser(drift: bool):
+    """The flags; drift: with the defaults of --drift."""
+    parser = common.argument_parser(__doc__, "step", repeats=5)
+    add, size = parser.add_argument, whole_number(1)
+    add("--drift", action="store_true", help="show how far the switches move the losses, on small images")
+    add("--steps", type=size, default=200, metavar="N", help="steps of --drift (default: %(default)s)")
+    add("--stages", nargs="+", default=["i"] if drift else list(SCRIPTS), choices=SCRIPTS)
+    add("--arch", default="resnet20" if drift else "resnext50_32x4d", choices=ARCHS, metavar="ARCH")
+    add("--size", type=whole_number(8), default=32 if drift else 224, metavar="S", help="side of the images")
+    add("--batch", type=whole_number(2), default=64 if drift else 16, metavar="N", help="images per step")
+    add("--classes", type=size, default=10 if drift else 1000, metavar="C")
+    add("--queue", type=size, default=1024 if drift else 115712, metavar="K", help="keys in stage I's queue")
+    add("--product", type=size, default=None, metavar="N", help="rows of the square matrix product")
+    add("--scaling-batches", type=whole_number(2), nargs="+", default=SCALING_BATCHES, metavar="N")
+    without_float32 = list(VARIANTS)[1:] if drift else list(VARIANTS)
+    on_cpu = without_float32 if drift else ["float32", "channels_last", "bf16"]
+    default = without_float32 if torch.cuda.is_available() else on_cpu
+    add("--variants", nargs="+", default=default, choices=VARIANTS)
+    return parser
 
 
 def parse(argv):
-    """The options."""
-    drift = "--drift" in argv  # has its own defaults
-    parser = common.argument_parser(__doc__, "step", repeats=5)
-    parser.add_argument("--drift", action="store_true", help="how far the switches move the losses, on small images")
-    parser.add_argument("--steps", type=int, default=200, help="of --drift")
-    parser.add_argument("--stages", nargs="+", default=["i"] if drift else list(STAGES), choices=STAGES)
-    parser.add_argument("--arch", default="resnet20" if drift else "resnext50_32x4d")
-    parser.add_argument("--size", type=int, default=32 if drift else 224)
-    parser.add_argument("--batch", type=int, default=64 if drift else 16)
-    parser.add_argument("--classes", type=int, default=10 if drift else 1000)
-    parser.add_argument("--queue", type=int, default=1024 if drift else 115712)
-    parser.add_argument("--product", type=int, default=None, metavar="N", help="side of the matrix product")
-    parser.add_argument("--scaling-batches", type=int, nargs="+", default=SCALING_BATCHES, metavar="N")
-    half_and_compiled = list(VARIANTS)[1:] if drift else list(VARIANTS)
-    on_cpu = half_and_compiled if drift else ["float32", "channels_last", "bf16"]
-    default = half_and_compiled if torch.cuda.is_available() else on_cpu
-    parser.add_argument("--variants", nargs="+", default=default, choices=VARIANTS)
-    return parser.parse_args(argv)
+    """The arguments, as main takes them."""
+    return get_parser("--drift" in argv).parse_args(argv)
 
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parse(argv)
-    if args.measure:
-        measure(args.measure, args)
-    else:
-        common.publish((drift_tables if args.drift else tables)(args, argv), args)
-    return 0
+    drift = "--drift" in argv
+    return common.run(get_parser(drift), argv, drift_tables if drift else tables, measure)
 
 
 if __name__ == "__main__":

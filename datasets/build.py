@@ -19,20 +19,26 @@ from utils.errors import UserError
 
 from .loaders import Loader
 from .samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
-from .splits import find_splits
+from .splits import find_class_names, find_splits
 from .transforms import Views
 
 MAX_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
 
 
 class Data(NamedTuple):
-    """Loaders of the splits (under --evaluate none for val), and the training images per class, int (num_classes,)."""
+    """Loaders of the splits (under --evaluate none for val), and what is known of the classes.
+
+    train_counts: int (num_classes,), training images per class; classes: their names, or None; val_balanced: whether
+    all classes in the validation list have the same number of images in it.
+    """
 
     train: Loader
     val: Loader | None
     test: Loader
     num_classes: int
     train_counts: torch.Tensor
+    classes: list[str] | None
+    val_balanced: bool
 
 
 @contextmanager
@@ -50,12 +56,15 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     ranks = {"rank": get_rank(), "world_size": get_world_size()}
     with raise_on_all_ranks():
         args.num_classes = check_labels(args, splits)
+        classes, note = find_class_names(args.data, splits["train"], args.num_classes)
         train = splits["train"].index
         sampler = BatchSampler(sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options), batch_size)
         if sampler.steps == 0 and not args.evaluate:
             raise UserError(
                 f"--batch-size {args.batch_size}: the training list's {len(train)} images give no full step; lower it"
             )
+    if note:
+        print_main(note)
     loaders = {}
     for name, split in splits.items():
         if name == "train":
@@ -64,11 +73,13 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             transform = Views(("eval",), args.image_size)
             sampler = EvalBatchSampler(len(split.index), eval_batch_size, **ranks)
         workers = -(-args.workers // info.local_world_size)
-        loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, args.channels_last)
+        options = {"channels_last": args.channels_last, "mean": args.mean, "std": args.std}
+        loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
-            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes)
-        )
+            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes),
+            classes, "val" in splits and is_balanced(splits["val"].index),
+        )  # fmt: skip
     finally:
         for loader in loaders.values():
             loader.close()
@@ -129,3 +140,9 @@ def check_labels(args, splits: dict) -> int:
                 f"classes; correct the list, or give --num-classes {largest + 1}"
             )
     return num_classes
+
+
+def is_balanced(index) -> bool:
+    """Whether all classes in a list have the same number of images in it."""
+    counts = index.counts(index.num_classes)
+    return len(counts[counts > 0].unique()) == 1

@@ -3,19 +3,20 @@
 import ctypes
 import os
 import stat
+import traceback
 import warnings
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from models.preprocess import to_rgb
 from utils.errors import UserError, one_line
 
 from .layout import as_listed
 from .list_file import ListIndex
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, whose programs Ghostscript would run
-OUT_OF_MEMORY = "a data worker ran out of memory: lower -j/--workers, --batch-size or --image-size"
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read all the same
 if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
     libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
@@ -31,11 +32,7 @@ def load_rgb(file) -> Image.Image:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
             raise UserError(f"{file}: not a regular file; replace it")
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
-                levels = np.asarray(image).clip(0, 65535) // 257
-                image = Image.fromarray(levels.astype(np.uint8))
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy an RGB image
+            return to_rgb(image)
     except (UserError, MemoryError):
         raise
     except FileNotFoundError:
@@ -46,6 +43,21 @@ def load_rgb(file) -> Image.Image:
         raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
         raise UserError(f"{file}: cannot be decoded ({one_line(error)}); replace the file") from None
+
+
+@contextmanager
+def memory_errors():
+    """Turns the system's refusal of memory, or of a thread, into a UserError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:  # the latter two from torch's allocators and multiprocessing
+        words = "allocate memory", "start new thread"
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        traceback.clear_frames(error.__traceback__)  # frees what they hold
+        raise UserError(
+            "loading the images ran out of memory: lower -j/--workers, --batch-size or --image-size"
+        ) from None
 
 
 class ListFileDataset(torch.utils.data.Dataset):
@@ -78,6 +90,7 @@ class ListFileDataset(torch.utils.data.Dataset):
     def __getitems__(self, items):
         """The items of a batch, or the UserError of one of them: raised in a worker, it would print a traceback."""
         try:
-            return [self[item] for item in items]
+            with memory_errors():
+                return [self[item] for item in items]
         except UserError as error:
             return error

@@ -78,8 +78,8 @@ def _blend(images, operations, parameters):
 def _shift_hue(images, shift):
     """Images (N, 3, H, W) with their hue moved by shift (N,), in turns of the color circle; value and chroma stay.
 
-    With h in sixths of the circle, a channel of an HSV colour is v - c clip(min(k, 4 - k), 0, 1), where
-    k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue.
+    With h in sixths of the circle, a channel of an HSV color is v - c clip(min(k, 4 - k), 0, 1) with
+    k = (n + h) mod 6, and n = 5, 3, 1 for red, green, blue.
     """
     red, green, blue = images.unbind(dim=1)
     value = images.amax(dim=1)

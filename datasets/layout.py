@@ -10,7 +10,7 @@ CHUNK = 1024  # entries that a thread looks up at a time
 
 
 def as_listed(path: str, split: str) -> str:
-    """The layout of a tree that has every file where the list says."""
+    """The layout of a tree in which every path is that of the list."""
     return path
 
 

@@ -1,35 +1,58 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import os
+import sys
 import warnings
+from contextlib import contextmanager
+from multiprocessing import active_children, connection
+from multiprocessing.queues import Queue
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from models.preprocess import normalize
+from models.preprocess import MEAN, STD, normalize
 from utils.errors import UserError
 from utils.launch.signals import block_signals
 
+from .dataset import memory_errors
 from .device_augment import to_float
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
 
 
 def collate(items):
-    """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers."""
+    """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
+
+    A UserError in place of the items is returned, and so is that of a lack of memory, for the run to raise.
+    """
     if isinstance(items, UserError):
         return items
     views, labels, indices = zip(*items, strict=True)
-    return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+    try:
+        with memory_errors():
+            return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+    except UserError as error:
+        return error
 
 
-def to_device(view, device, channels_last: bool = False) -> torch.Tensor:
+def init_worker(_):
+    """Makes a worker exit if it cannot send a batch, which the run notices and reports.
+
+    By default the thread that sends it drops the batch with a traceback, and the run waits for the batch forever.
+    """
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    sys.stderr = open(os.devnull, "w")
+
+
+def to_device(view, device, channels_last: bool = False, mean=MEAN, std=STD) -> torch.Tensor:
     """A view of a batch as normalized floats (N, 3, S, S) on the device.
 
-    view: uint8 images, or a pair of them and the parameters of their colors (--augment device).
+    view: uint8 images, or a pair of them and the parameters of their colors (--augment device); mean, std: see
+    preprocess.normalize.
     """
     images, parameters = view if isinstance(view, list) else (view, None)
     images = images.to(device, non_blocking=True)
-    images = normalize(images if parameters is None else to_float(images, parameters))
+    images = normalize(images if parameters is None else to_float(images, parameters), mean, std)
     return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -38,21 +61,23 @@ class Loader(DataLoader):
 
     Its workers never see the signals that ask for a stop, since the run ends them itself: close() must be called.
     Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
-    name: of the split; batch_sampler: of samplers.py.
+    name: of the split; batch_sampler: of samplers.py; the options are to_device's: channels_last, mean, std.
     """
 
-    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, channels_last: bool = False):
+    def __init__(self, name: str, dataset, batch_sampler, workers: int, device, **options):
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        self.name, self.device, self.channels_last = name, device, channels_last
+        self.name, self.device, self.options = name, device, options
+        self.indices = []  # of the latest batch
 
     @property
     def steps(self) -> int:
@@ -64,27 +89,67 @@ class Loader(DataLoader):
         """Images of this process per training step."""
         return self.batch_sampler.batch_size
 
-    def start_at(self, epoch: int, step: int):
-        """Says which epoch comes next, and the step in it to begin with."""
-        self.batch_sampler.start_at(epoch, step)
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of this process per training epoch, those that fill no step included."""
+        return len(self.batch_sampler.sampler)
 
-    def locate(self, indices) -> str:
-        """The list lines of images, for messages."""
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether which images an epoch draws depends on the number of ranks."""
+        return self.batch_sampler.sampler.depends_on_ranks
+
+    def start_at(self, epoch: int, position: int):
+        """Says which epoch comes next, and how many of this rank's images in it to pass over."""
+        self.batch_sampler.start_at(epoch, position)
+
+    def locate(self) -> str:
+        """The list lines of the images in the latest batch, for messages."""
         index = self.dataset.index
-        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in indices)}"
+        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in self.indices)}"
 
     def __iter__(self):
-        with block_signals():
-            batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            views, labels, indices = batch
-            images = tuple(to_device(view, self.device, self.channels_last) for view in views)
-            yield images, labels.to(self.device, non_blocking=True), indices
+        batches = self._start()
+        with memory_errors(), report_killed_workers(batches):
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                views, labels, self.indices = batch
+                images = tuple(to_device(view, self.device, **self.options) for view in views)
+                yield images, labels.to(self.device, non_blocking=True), self.indices
+
+    def _start(self):
+        """The iterator over the batches, which starts the workers. Raises UserError if there is no memory for them."""
+        others = set(active_children())
+        try:
+            with memory_errors(), block_signals():
+                return super().__iter__()
+        except UserError:
+            end_processes(set(active_children()) - others)
+            raise
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
+            workers = self._iterator._workers
             self._iterator._shutdown_workers()
+            end_processes(workers)
             self._iterator = None
+
+
+def end_processes(workers):
+    """Kills workers that have not ended by themselves, since they are busy or could not be told to."""
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+@contextmanager
+def report_killed_workers(iterator):
+    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
+        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None

@@ -16,12 +16,13 @@ class ShuffledSampler:
     """Every image once per epoch in random order; each rank takes its shard.
 
     Shards are padded to equal length with images from the start of the permutation, as their second draw.
-    labels: one per image, of which only the number counts here.
+    labels: one per image; only their number matters here.
     """
 
+    depends_on_ranks = False  # the images of a step are the same for any number of ranks
+
     def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
-        self.size = labels if isinstance(labels, int) else len(labels)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.size, self.seed, self.rank, self.world_size = len(labels), seed, rank, world_size
 
     def __len__(self):
         """Images per rank and epoch."""
@@ -48,8 +49,10 @@ class ClassAwareSampler(ShuffledSampler):
     labels: int (images,).
     """
 
+    depends_on_ranks = True
+
     def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world_size: int = 1):
-        super().__init__(len(labels), seed, rank, world_size)
+        super().__init__(labels, seed, rank, world_size)
         self.labels, self.samples_per_class = np.asarray(labels), samples_per_class
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,15 +83,15 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
 class BatchSampler:
     """Full batches [(epoch, draw, index), ...] of a sampler's epoch; the incomplete last one is dropped.
 
-    start_at(epoch, step) says which epoch comes next, and with which of its batches it begins.
+    start_at(epoch, position) says which epoch comes next, and how many of its images the batches pass over.
     """
 
     def __init__(self, sampler, batch_size: int):
         self.sampler, self.batch_size = sampler, batch_size
         self.start_at(0)
 
-    def start_at(self, epoch: int, step: int = 0):
-        self.next_epoch, self.next_step = epoch, step
+    def start_at(self, epoch: int, position: int = 0):
+        self.next_epoch, self.position = epoch, position
 
     @property
     def steps(self) -> int:
@@ -96,13 +99,13 @@ class BatchSampler:
         return len(self.sampler) // self.batch_size
 
     def __len__(self):
-        return self.steps - self.next_step
+        return max(0, len(self.sampler) - self.position) // self.batch_size
 
     def __iter__(self):
-        epoch, first = self.next_epoch, self.next_step
+        epoch, first = self.next_epoch, self.position
         draws, indices = (array.tolist() for array in self.sampler.epoch(epoch))
-        for step in range(first, self.steps):
-            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        for start in range(first, first + len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
             yield [(epoch, draw, index) for draw, index in zip(draws[batch], indices[batch], strict=True)]
 
 

@@ -6,20 +6,22 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 from .dataset import ListFileDataset
 from .layout import as_listed, find_layout
 from .list_file import ListIndex
 
 SPLITS = ("train", "val", "test")
+CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # names and their bytes: checkpoints hold them too
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
 
 
 class Split(NamedTuple):
     """The entries of a split, where their files lie, and the entries whose files are missing.
 
-    layout: a function of datasets.layout, (path in the list, name of the split) -> path below root.
+    layout: a function of datasets.layout, (path in the list, name of the split) -> path below root; folders: the names
+    of the class folders in the order of their labels, if it was read from these.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Split(NamedTuple):
     index: ListIndex
     layout: object = as_listed
     missing: tuple[int, ...] = ()
+    folders: list[str] | None = None
 
     def dataset(self, transform) -> ListFileDataset:
         return ListFileDataset(self.index, self.root, transform, self.layout, self.name)
@@ -113,5 +116,32 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
         else:
             index = ListIndex.from_file(lists[split])
         layout, missing = find_layout(index, root, split, progress) if check else (as_listed, [])
-        splits[split] = Split(split, str(root), index, layout, tuple(missing))
+        splits[split] = Split(split, str(root), index, layout, tuple(missing), classes)
     return {split: splits[split] for split in wanted}
+
+
+def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | None, str | None]:
+    """(names of the classes, None if there are none; a line to print if those that there are cannot serve).
+
+    They are the lines of classes.txt, beside the training list or in root, else the names of the class folders.
+    """
+    beside = (Path(train.index.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
+    file = next((file for file in beside if file.is_file()), None)
+    if file is None and train.folders is None:
+        return None, None
+    try:
+        names = train.folders if file is None else read_names(file)
+    except (OSError, ValueError) as error:
+        return None, f"warning: {file}: cannot be read ({one_line(error)}); the classes stay without names"
+    if len(names) != num_classes:
+        where = file or f"{root}/train"
+        return None, f"warning: {where}: {len(names)} names for {num_classes} classes; the classes stay without names"
+    return names, None
+
+
+def read_names(file: Path) -> list[str]:
+    """The lines of a file of class names. Raises OSError, and ValueError if it is too large."""
+    if file.stat().st_size > MAX_NAMES:
+        raise ValueError(f"more than {MAX_NAMES:,} bytes")
+    text = file.read_bytes().decode("utf-8-sig", errors="replace")
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]

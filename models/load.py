@@ -1,6 +1,7 @@
 """Checkpoint files and the state dicts in them: read without running code, checked before they are used."""
 
 import errno
+import math
 import os
 import re
 import stat
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
 from .ssd import SDL, SLG, SSFL, infer_stage_and_arch, mismatched_keys, strip_module
 
 MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
@@ -35,14 +37,56 @@ MAX_FLOAT = torch.finfo(torch.float32).max
 def load(path) -> nn.Module:
     """The network in a checkpoint file, of whichever stage, with its weights, on the CPU, in eval mode.
 
-    Stage, arch and sizes are read from names and shapes (see from_state_dict). Raises OSError for what cannot be opened
-    or is no regular file; ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
+    Stage, arch and sizes are read from names and shapes (see from_state_dict). The network carries `transform`, which
+    makes its input (3, S, S) of a PIL image as evaluation did, and `classes`, a list of names, or None if the
+    checkpoint has none. Raises OSError for what cannot be opened or is no regular file; ValueError, in one line that
+    names the file, if it is not a valid checkpoint of a stage.
     """
-    state_dict = state_dict_of(path, read_checkpoint(path))
+    return network_of(path, read_checkpoint(path))
+
+
+def network_of(path, content: dict) -> nn.Module:
+    """The network in the content of the checkpoint at path, as load returns it. Raises ValueError as load does."""
+    state_dict = state_dict_of(path, content)
     try:
-        return from_state_dict(state_dict)
+        transform, classes = transform_of(content), classes_of(content)
+        model = from_state_dict(state_dict)
+        num_classes = infer_stage_and_arch(state_dict)["num_classes"]
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"it names {len(classes)} classes, and has {num_classes}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
+    model.transform, model.classes = transform, classes
+    return model
+
+
+def transform_of(content: dict) -> EvalTransform:
+    """What evaluation does to an image, as a checkpoint's content says.
+
+    Without an entry of their own, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one
+    line, if one of them makes no sense.
+    """
+    args = content.get("args") or {}
+    run = content.get("run") or {}
+    if not isinstance(args, dict) or not isinstance(run, dict):
+        raise ValueError("its args or run are no dict")
+    size = run.get("image_size", args.get("image_size", 224))
+    if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
+    statistics = args.get("mean", MEAN), args.get("std", STD)
+    for name, values, least in zip(("mean", "std"), statistics, (0.0, MIN_STD), strict=True):
+        valid = isinstance(values, list | tuple) and len(values) == 3
+        if not valid or not all(isinstance(v, int | float) and least <= v < math.inf for v in values):
+            raise ValueError(f"its {name} is not three numbers from {least:g}")
+    return EvalTransform(size, *statistics)
+
+
+def classes_of(content: dict) -> list[str] | None:
+    """The names of the classes in a checkpoint's content, or None. Raises ValueError for anything else."""
+    classes = content.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("its classes are no list of names")
+    return classes
 
 
 def read_checkpoint(path) -> dict:

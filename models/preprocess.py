@@ -1,15 +1,28 @@
-"""What evaluation does to an image before the network sees it: resize, crop, normalize (paper, section 4.2)."""
+"""What evaluation does to an image before the network sees it: resize, crop, normalize."""
 
 import functools
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MIN_STD = 1e-4
+MIN_SIZE, MAX_SIZE = 8, 4096  # side of a view in pixels
 SMALL = 64  # images of at most this size are used as a whole, without a central crop
 MAX_ASPECT_RATIO = 20
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits."""
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
+        levels = np.asarray(image).clip(0, 65535) // 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy an RGB image
 
 
 class ResizeTo:
@@ -24,19 +37,17 @@ class ResizeTo:
 
 
 class CropEnds:
-    """Cuts the ends off an image that is over MAX_ASPECT_RATIO times as long as wide.
+    """Cuts off the ends of an image whose longer side is over MAX_ASPECT_RATIO times the shorter one.
 
-    A central crop takes nothing of them; resizing the shorter side of 60,000 x 1 pixels to 256 would take 12 GB.
+    The central crop does not reach them, and resizing 60,000 x 1 pixels to a shorter side of 256 would take 12 GB.
     """
 
     def __call__(self, image):
         width, height = TF.get_image_size(image)
         longest = MAX_ASPECT_RATIO * min(width, height)
-        return (
-            image
-            if max(width, height) <= longest
-            else TF.center_crop(image, [min(height, longest), min(width, longest)])
-        )
+        if max(width, height) <= longest:
+            return image
+        return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def eval_view(size: int) -> T.Compose:
@@ -49,17 +60,34 @@ def eval_view(size: int) -> T.Compose:
     return T.Compose([CropEnds(), T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
 
 
-def normalize(images: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
-    """Images (N, 3, H, W), uint8 or floats in [0, 1], with ImageNet's mean and deviation; on the images' device."""
-    mean, std = _statistics(dtype, images.device)
-    if images.dtype == torch.uint8:
-        images = images.to(dtype).div_(255)
-    else:
-        images = images.to(dtype, copy=True)
-    return images.sub_(mean).div_(std)
+def normalize(images: torch.Tensor, mean=MEAN, std=STD, dtype=torch.float32) -> torch.Tensor:
+    """Images (..., 3, H, W), uint8 or floats in [0, 1], less the mean and divided by the standard deviation.
+
+    mean, std: three numbers each, of red, green and blue in [0, 1]. The result is on the images' device.
+    """
+    mean, std = _statistics(tuple(mean), tuple(std), dtype, images.device)
+    images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
+    return images.div_(std)
 
 
-@functools.cache
-def _statistics(dtype, device):
+@functools.lru_cache(maxsize=16)
+def _statistics(mean, std, dtype, device):
     """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU waits for it."""
-    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (mean, std))
+
+
+class EvalTransform:
+    """What evaluation does to an image: called with a PIL image, it returns normalized floats (3, size, size).
+
+    The image becomes RGB, is resized and cropped as eval_view says, and is normalized with mean and std.
+    """
+
+    def __init__(self, size: int = 224, mean=MEAN, std=STD):
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.view = eval_view(size)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return normalize(TF.pil_to_tensor(self.view(to_rgb(image))), self.mean, self.std)
+
+    def __repr__(self):
+        return f"EvalTransform(size={self.size}, mean={self.mean}, std={self.std})"

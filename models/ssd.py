@@ -25,6 +25,8 @@ class SSFL(nn.Module):
     contrastive loss is 0.
     """
 
+    transform = classes = None  # set by models.load
+
     def __init__(self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True):
         super().__init__()
         self.momentum, self.temperature, self.contrast = momentum, temperature, contrast
@@ -40,6 +42,14 @@ class SSFL(nn.Module):
         for name, value in init_queue(dim, queue_size).items():
             self.register_buffer(name, value)
         self.pending = []  # (keys, labels) of this rank that are not in the queue yet
+
+    def load_backbone(self, state_dict):
+        """Takes both backbones' weights, to start from; state_dict: of a backbone, without a prefix.
+
+        Raises ValueError, naming the entry, if one is missing or has another shape.
+        """
+        load_entries(self.encoder_q, state_dict, "")
+        load_entries(self.encoder_k, state_dict, "")
 
     def forward(self, im_q, im_k=None, labels=None, update=True, enqueue=True):
         """One forward pass; a step of several micro-batches gives update=True to its first, enqueue=True to its last.
@@ -90,6 +100,8 @@ class SLG(nn.Module):
     numbers: its BatchNorm uses batch statistics, and its running statistics move. freeze_bn keeps it in eval mode.
     """
 
+    transform = classes = None  # set by models.load
+
     def __init__(self, arch, num_classes, freeze_bn=False):
         super().__init__()
         self.freeze_bn = freeze_bn
@@ -128,6 +140,8 @@ class SDL(nn.Module):
 
     distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
+
+    transform = classes = None  # set by models.load
 
     def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True):
         super().__init__()

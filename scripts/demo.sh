@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole method on a CPU: makes .venv, gets Fashion-MNIST and cuts it to a long tail, trains stages I, II and III and
-# runs stage II once more, on stage III's soft classifier; ends with one table of all of them.
+# The whole method on a CPU: makes .venv, gets Fashion-MNIST and selects a long-tailed subset, trains stages I, II and
+# III, runs stage II once more on stage III's soft classifier, and prints one table of all four.
 #   bash scripts/demo.sh            four to five minutes on 2 cores, after the installation
-#   bash scripts/demo.sh --smoke    one epoch a stage, in a minute or two
-# The recipe is the paper's but for its size: a small queue and less momentum suit 600 steps, and --freeze-bn keeps the
-# BatchNorm of frozen networks in eval mode, for batches this small would move its statistics far off.
-# Run again, it goes on where it was stopped; runs/demo holds everything, and can be deleted.
+#   bash scripts/demo.sh --smoke    one epoch per stage, in one or two minutes
+# The network is small, and so are queue and momentum, since a training has a few hundred steps only. --freeze-bn keeps the
+# BatchNorm of the frozen networks in eval mode, because batches this small would distort its statistics.
+# If it was stopped, the same command continues it. runs/ holds all that it makes, and can be deleted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh

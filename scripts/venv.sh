@@ -1,7 +1,7 @@
-# Sourced by demo.sh and test.sh: a virtual environment in .venv with what a requirements file asks for.
-# PYTHON names the interpreter to make it with; an environment that is there is used as it is.
+# Sourced by demo.sh and test.sh: makes a virtual environment in .venv and installs a requirements file into it.
+# PYTHON may name the interpreter to make it with. If .venv exists already, it is used, and what is missing is installed.
 
-# need_venv FILE: leaves the environment's interpreter in $python.
+# need_venv FILE: sets $python to the environment's interpreter.
 need_venv() {
   if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     local interpreter=${PYTHON:-python3}
@@ -20,7 +20,7 @@ need_venv() {
   "$python" -m pip install --quiet --disable-pip-version-check --requirement "$1"
 }
 
-# as_root_install PACKAGE: installs a Debian package, where this is Debian or Ubuntu and root asks.
+# as_root_install PACKAGE: installs a Debian package if this is Debian or Ubuntu and the user is root.
 as_root_install() {
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >/dev/null

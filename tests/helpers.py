@@ -25,7 +25,7 @@ import ssd_stage_iii
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
 STAGES = tuple(MAINS)
-COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images a class; all three shot groups
+COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class, of all shot groups
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
 QUEUE = "--moco-k 50 --moco-dim 16 --moco-m 0.9"  # a queue that the batch does not divide

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: started, watched, sent signals to, and looked for afterwards."""
+"""Runs in processes of their own: starting and watching them, sending them signals, finding what they leave."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 from tests.helpers import ROOT, Outcome, stage_flags
 
 TWO = ["--multiprocessing-distributed", "--nproc", 2]
-PATIENCE = 120  # seconds until a test gives up; what it waits for takes a fraction
+PATIENCE = 300  # seconds until a test gives up; what it waits for takes a fraction, on a loaded machine more
 
 
 def wait_until(condition, what, patience=PATIENCE):
-    """The first true value of condition(); fails when there is none for so long."""
+    """The first true value of condition(); fails if there is none for so long."""
     end = time.monotonic() + patience
     while True:
         value = condition()
@@ -27,7 +27,7 @@ def wait_until(condition, what, patience=PATIENCE):
 
 
 def children(pid) -> list[int]:
-    """Of every thread of a process."""
+    """The processes that any thread of a process has started."""
     found = []
     with contextlib.suppress(OSError):  # it ends meanwhile
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -50,13 +50,28 @@ def alive(pid) -> bool:
 
 
 class Job:
-    """A small run of a stage in a process of its own; its output goes to files."""
+    """A small run of a stage in a process of its own; its output goes to files.
 
-    def __init__(self, stage, data, out, *flags, launcher=(sys.executable,), env=None, cwd=ROOT, limit=None):
+    gate: where its processes wait, as tests/gated_stage_i.py says; gate_file: shared by the jobs of a run.
+    """
+
+    def __init__(
+        self, stage, data, out, *flags, gate=None, gate_file=None, launcher=(sys.executable,), env=None, cwd=ROOT,
+        limit=None,
+    ):  # fmt: skip
         self.out = Path(out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.files = [self.out.with_name(f"{self.out.name}.{name}") for name in ("stdout", "stderr")]
-        command = [*launcher, ROOT / f"ssd_stage_{stage}.py", *stage_flags(stage, data, out, ("-p", 1, *flags))]
+        script = ROOT / f"ssd_stage_{stage}.py"
+        if gate:
+            script = ROOT / "tests" / "gated_stage_i.py"
+            env = {
+                "GATE": str(gate),
+                "GATE_FILE": str(gate_file or f"{out}.gate"),
+                "PYTHONPATH": str(ROOT),
+                **(env or {}),
+            }
+        command = [*launcher, script, *stage_flags(stage, data, out, ("-p", 1, *flags))]
         with open(self.files[0], "w") as stdout, open(self.files[1], "w") as stderr:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=cwd, stdout=stdout, stderr=stderr, env=os.environ | (env or {}),
@@ -83,12 +98,12 @@ class Job:
         return self.files[1].read_text()
 
     def note(self) -> set[int]:
-        """All processes that were ever seen to be of the job."""
+        """All processes that were ever seen as part of the job."""
         self.seen.update(descendants(self.pid))
         return self.seen
 
     def wait_for(self, pattern):
-        """Until a line of stdout begins so."""
+        """Returns once a line of stdout begins with the pattern."""
         self.note()
         wait_until(
             lambda: re.search(f"^{pattern}", self.stdout, re.M) or self.process.poll() is not None,
@@ -112,7 +127,7 @@ class Job:
         return self
 
     def end(self, patience=PATIENCE) -> Outcome:
-        """What became of it, when it has ended and none of its processes is left. Data workers take 5 s to notice."""
+        """Its outcome, once it has ended and none of its processes is left; data workers take 5 s to notice."""
         self.note()
         self.process.wait(timeout=patience)
         wait_until(lambda: not any(map(alive, self.seen)), "its processes to end", patience)

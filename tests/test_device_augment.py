@@ -1,4 +1,4 @@
-"""--augment device: what the workers draw, what the device makes of it, and training with it."""
+"""--augment device: the parameters that workers draw, the images that the device computes, and training."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ DRAWS = 2000
 
 
 def photograph(height=150, width=200, seed=0) -> Image.Image:
-    """Smooth colours with some noise, the like of a photograph."""
+    """Smooth colors with some noise, as in a photograph."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.int64)
@@ -83,7 +83,7 @@ def test_equals_torchvision_at_drawn_parameters(size):
         check(seen / 255, parameters)
 
 
-def test_every_order(images):
+def test_every_order_equals_torchvision(images):
     generator = torch.Generator().manual_seed(2)
     low, high = torch.tensor([0.6, 0.6, 0.6, -0.1]), torch.tensor([1.4, 1.4, 1.4, 0.1])
     factors = low + (high - low) * torch.rand(24, 4, generator=generator)
@@ -92,12 +92,12 @@ def test_every_order(images):
 
 
 @pytest.mark.parametrize("number, values", [(0, (0.6, 1.4)), (1, (0.6, 1.4)), (2, (0.0, 1.4)), (3, (-0.5, 0.3))])
-def test_each_factor_alone(images, number, values):
+def test_each_factor_equals_torchvision(images, number, values):
     rows = [row([value if i == number else n for i, n in enumerate(NEUTRAL)]) for value in values] * 12
     check(images, torch.stack(rows))
 
 
-def test_grayscale_and_blur_of_some(images):
+def test_grayscale_and_blur_of_some_images_equal_torchvision(images):
     radii = [0.1, 0.5, 1.0, 2.0]
     check(images, torch.stack([row(grayscale=i % 2, radius=radii[i % 4] if i % 3 else 0) for i in range(24)]))
 
@@ -117,17 +117,17 @@ def test_an_image_does_not_depend_on_its_batch(images):
 
 @pytest.mark.parametrize("size", [160, 32])
 def test_takes_the_same_random_decisions_as_the_pil_path(size):
-    """Up to rounding to whole levels, and PIL's approximation of the blur, the same views come out."""
+    """The views are the same up to rounding to whole levels and PIL's approximation of the blur."""
     names = ("query", "key")
     on_pil, on_device = Views(names, size, 7), Views(names, size, 7, "device")
     for i in range(16):
-        place, image = (1, i, 0), photograph(seed=i)
-        for expected, (seen, parameters) in zip(on_pil(image, place), on_device(image, place), strict=True):
+        key, image = (1, i, 0), photograph(seed=i)
+        for expected, (seen, parameters) in zip(on_pil(image, key), on_device(image, key), strict=True):
             levels = apply_color(seen[None] / 255, parameters[None])[0] * 255
             assert (levels - expected).abs().mean() < 4
 
 
-def test_distributions():
+def test_parameters_have_the_distributions_of_the_views():
     torch.manual_seed(0)
     for view, probabilities, hue in ((query_view(224), (1, 0, 0), 0), (key_view(224), (0.8, 0.2, 0.5), 0.1)):
         drawn = torch.stack([view.color.draw() for _ in range(DRAWS)])
@@ -150,7 +150,7 @@ def test_distributions():
     assert all(key_view(SMALL).color.draw()[BLUR] == 0 for _ in range(50))
 
 
-def test_views_depend_on_their_place_alone():
+def test_views_are_a_function_of_seed_and_sample_key_alone():
     image = photograph()
     views, other_seed = (Views(("query", "key"), 96, seed, "device") for seed in (4, 5))
     torch.manual_seed(9)
@@ -162,11 +162,11 @@ def test_views_depend_on_their_place_alone():
     again = views(image, (1, 2, 0))
     for (seen, parameters), (seen_again, parameters_again) in zip(first, again, strict=True):
         assert torch.equal(seen, seen_again) and torch.equal(parameters, parameters_again)
-    others = [views(image, place) for place in ((2, 2, 0), (1, 3, 0), (1, 2, 1))] + [other_seed(image, (1, 2, 0))]
+    others = [views(image, key) for key in ((2, 2, 0), (1, 3, 0), (1, 2, 1))] + [other_seed(image, (1, 2, 0))]
     assert not any(torch.equal(first[1][1], other[1][1]) for other in others)
 
 
-def test_collate_stacks_both():
+def test_collate_stacks_images_and_parameters():
     views = Views(("query", "key"), 96, 0, "device")
     (query, key), labels, indices = collate([(views(photograph(), (0, i, 0)), i, i) for i in range(3)])
     for seen, parameters in (query, key):
@@ -174,12 +174,12 @@ def test_collate_stacks_both():
     assert labels.tolist() == indices == [0, 1, 2]
 
 
-def test_evaluation_view_is_plain():
+def test_the_evaluation_view_has_no_parameters():
     (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
     assert seen.shape == (3, 96, 96)
 
 
-def test_normalize_without_parameters():
+def test_evaluation_images_are_normalized():
     (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
     expected = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(seen / 255)
     torch.testing.assert_close(normalize(seen[None])[0], expected)
@@ -187,7 +187,7 @@ def test_normalize_without_parameters():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_cpu_without_waiting():
+def test_cuda_equals_cpu_without_synchronizing():
     views = Views(("query", "key"), 160, 0, "device")
     batch = [views(photograph(seed=i), (0, i, 0)) for i in range(16)]
     for pairs in zip(*batch, strict=True):
@@ -228,7 +228,7 @@ def same(first, second) -> bool:
 STAGE_I = ("--moco-k", "16", "--moco-dim", "8")
 
 
-def test_training_of_all_stages(tree, tmp_path):
+def test_all_stages_train(tree, tmp_path):
     train(ssd_stage_i, tree, tmp_path / "i", *STAGE_I)
     train(ssd_stage_ii, tree, tmp_path / "ii", "--last_stage_ckpt", str(tmp_path / "i" / "last_checkpoint.pth.tar"))
     train(ssd_stage_iii, tree, tmp_path / "iii", "--teacher_ckpt", str(tmp_path / "ii" / "last_checkpoint.pth.tar"))

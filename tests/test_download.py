@@ -1,6 +1,7 @@
-"""weights.download: from a local server through the real downloader, and from files; only the release gets its name."""
+"""weights.download: from a local server through gdown, and from files; only the release is kept."""
 
 import hashlib
+import os
 import sys
 import threading
 from functools import partial
@@ -23,7 +24,7 @@ def checkpoint_of(model) -> dict:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file of each kind that may come back."""
+    """One file of each kind that a download may give."""
     folder = tmp_path_factory.mktemp("files")
     release = checkpoint_of(models.SDL("resnet8", 6))
     torch.save(release, folder / "good")
@@ -59,7 +60,7 @@ def small_release(monkeypatch):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files; below /broken/ it announces more bytes than it sends."""
+    """Serves files; those below /broken/ are announced with more bytes than are sent."""
 
     def translate_path(self, path):
         return super().translate_path(path.removeprefix("/broken"))
@@ -75,7 +76,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def drive(files, monkeypatch):
-    """drive(path) has gdown find the release at a path of a local server."""
+    """drive(path) makes gdown download the release from a path of a local server."""
     gdown = pytest.importorskip("gdown")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(files)))
@@ -97,7 +98,7 @@ def drive(files, monkeypatch):
 
 
 def refused(capsys, out, *argv) -> str:
-    """The line that a failing command ends in; out is not there, nor is anything beside it."""
+    """Runs a command that must fail; returns its last line. Neither out nor anything beside it may exist."""
     assert download.main(["stage_iii", "--out", str(out), *map(str, argv)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and "Traceback" not in line
@@ -122,7 +123,7 @@ def test_the_release_downloads(kind, drive, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_nothing_else_downloads(kind, drive, tmp_path, capsys):
+def test_anything_else_is_refused_after_the_download(kind, drive, tmp_path, capsys):
     drive(kind)
     line = refused(capsys, tmp_path / "release")
     assert line.startswith("error: stage_iii: ") and BAD[kind] in line
@@ -148,17 +149,17 @@ def test_from_takes_the_release(kind, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_from_takes_nothing_else(kind, files, tmp_path, capsys):
+def test_from_refuses_anything_else(kind, files, tmp_path, capsys):
     line = refused(capsys, tmp_path / "release", "--from", files / kind)
     assert line.startswith(f"error: {files / kind}: ") and BAD[kind] in line
 
 
-def test_from_names_a_file_that_is_not_there(tmp_path, capsys):
+def test_from_names_a_missing_file(tmp_path, capsys):
     line = refused(capsys, tmp_path / "release", "--from", tmp_path / "nothing")
     assert f"--from {tmp_path / 'nothing'}: no such file" in line
 
 
-def test_a_file_that_is_there_is_verified_and_kept(files, tmp_path, capsys):
+def test_an_existing_file_is_verified_and_kept(files, tmp_path, capsys):
     out = tmp_path / "release"
     argv = ["stage_iii", "--out", str(out)]
     out.write_bytes((files / "good").read_bytes())
@@ -166,12 +167,20 @@ def test_a_file_that_is_there_is_verified_and_kept(files, tmp_path, capsys):
     check_accepted(capsys, files / "good", out, "--from", files / "good")
     check_accepted(capsys, files / "good", out, "--from", out)
     assert download.main([*argv, "--from", str(files / "legacy")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     out.write_bytes((files / "stage_ii").read_bytes())
     for more in ([], ["--from", str(files / "good")]):
         assert download.main(argv + more) == 2
-        assert f"error: {out}: is there already" in capsys.readouterr().err
+        assert f"error: {out}: exists already" in capsys.readouterr().err
     assert out.read_bytes() == (files / "stage_ii").read_bytes()
+
+
+def test_only_regular_files_are_opened(files, tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    assert download.main(["stage_iii", "--out", str(tmp_path / "fifo")]) == 2
+    assert "fifo: exists already, and is not a regular file" in capsys.readouterr().err
+    assert download.main(["stage_iii", "--out", str(tmp_path / "new"), "--from", str(tmp_path / "fifo")]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_named(files, tmp_path, capsys):

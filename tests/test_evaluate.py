@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -36,23 +37,28 @@ def naive(logits, labels, train_counts):
     ranked = [sorted(classes, key=lambda c, row=row: -row[c]) for row in logits.tolist()]
     wanted = labels.tolist()
     right = [[order[0] == label for order, label in zip(ranked, wanted, strict=True) if label == c] for c in classes]
-    per_class = [sum(hits) / len(hits) if hits else None for hits in right]
+    exact = [Fraction(sum(hits), len(hits)) if hits else None for hits in right]
 
-    def mean(name):
-        values = [a for a, group in zip(per_class, groups, strict=True) if group == name and a is not None]
-        return sum(values) / len(values) if values else None
+    def mean(*of):
+        values = [a for a, group in zip(exact, groups, strict=True) if group in of and a is not None]
+        return float(sum(values) / len(values)) if values else None
 
-    confusion = [[0] * 3 for _ in names]
+    between, confusion = [[0] * 3 for _ in names], [[0] * len(groups) for _ in groups]
     for order, label in zip(ranked, wanted, strict=True):
-        confusion[names.index(groups[label])][names.index(groups[order[0]])] += 1
+        between[names.index(groups[label])][names.index(groups[order[0]])] += 1
+        confusion[label][order[0]] += 1
     return {
         "overall": sum(map(sum, right)) / len(wanted),
+        "class_mean": mean(*names),
         "top5": sum(label in order[:5] for order, label in zip(ranked, wanted, strict=True)) / len(wanted),
         **{name: mean(name) for name in names},
-        "per_class": per_class,
+        "per_class": [None if a is None else float(a) for a in exact],
         "train_counts": train_counts.tolist(),
+        "test_counts": [wanted.count(c) for c in classes],
+        "classes": None,
         "count": len(wanted),
-        "confusion_groups": confusion,
+        "confusion_groups": between,
+        "confusion": confusion,
     }
 
 
@@ -74,6 +80,63 @@ def test_results_are_those_of_a_naive_computation():
     assert json.loads(json.dumps(results)) == results
 
 
+def counted_per_class(*hits, train_counts=None):
+    """The results of predictions that are right (1) or the next class (0), given class by class."""
+    num_classes = len(hits)
+    labels = torch.tensor([c for c, row in enumerate(hits) for _ in row], dtype=torch.long)
+    wrong = torch.tensor([1 - hit for row in hits for hit in row], dtype=torch.long)
+    logits = torch.nn.functional.one_hot((labels + wrong) % num_classes, num_classes).float()
+    return counted(logits, labels, torch.full((num_classes,), 5) if train_counts is None else train_counts)
+
+
+def test_class_mean_by_hand():
+    """Of an unbalanced test list, whose third class has no image."""
+    results = counted_per_class([1, 1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0], [], [0, 1])
+    assert results["overall"] == 9 / 14
+    assert results["class_mean"] == (7 / 8 + 1 / 4 + 1 / 2) / 3 == 0.5416666666666666
+    assert results["test_counts"] == [8, 4, 0, 2] and results["per_class"] == [7 / 8, 1 / 4, None, 1 / 2]
+    assert results["confusion"] == [[7, 1, 0, 0], [0, 1, 3, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+
+
+def test_class_mean_of_a_balanced_list_is_the_same_float_as_overall():
+    differing = 0
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        hits = torch.randint(0, 2, (7, 3 + seed), generator=generator).tolist()
+        results = counted_per_class(*hits)
+        assert results["class_mean"] == results["overall"]
+        differing += sum(results["per_class"]) / 7 != results["overall"]
+    assert differing  # the plain mean of floats is not
+
+
+def test_equal_class_means_are_ties_whichever_classes_were_right():
+    def means(*right):
+        results = counted_per_class(*([i < k for i in range(n)] for n, k in zip((10, 10, 10, 3), right, strict=True)))
+        return results["class_mean"], sum(results["per_class"]) / 4
+
+    (exact, plain), (other_exact, other_plain) = means(1, 2, 3, 0), means(3, 2, 1, 0)
+    assert exact == other_exact and plain != other_plain
+
+
+def test_up_to_a_thousand_classes_the_confusion_matrix_is_full():
+    for num_classes in (1000, 1001):
+        train_counts = torch.arange(num_classes) % 150
+        labels = torch.arange(num_classes)
+        logits = torch.eye(num_classes).roll(1, dims=1)
+        results = counted(logits, labels, train_counts)
+        assert ("confusion" in results) == (num_classes == 1000)
+        groups = shot_groups(train_counts).tolist()
+        pairs = [(groups[c], groups[(c + 1) % num_classes]) for c in range(num_classes)]
+        assert results["confusion_groups"] == [[pairs.count((i, j)) for j in range(3)] for i in range(3)]
+        assert results["overall"] == results["class_mean"] == 0
+
+
+def test_names_of_the_classes_come_with_the_results():
+    counts = ShotAccuracy(TRAIN_COUNTS, CPU, list("abcdefgh"))
+    counts.update(*predictions())
+    assert counts.results()["classes"] == list("abcdefgh")
+
+
 def test_groups_without_classes_or_without_images_are_null():
     results = counted(*predictions(), torch.full((CLASSES,), 30))
     assert results["many"] is None and results["few"] is None and results["medium"] is not None
@@ -84,7 +147,7 @@ def test_groups_without_classes_or_without_images_are_null():
 def test_without_images_there_is_nothing_to_average():
     results = counted(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.long), TRAIN_COUNTS)
     assert results["count"] == 0
-    assert {results[name] for name in ("overall", "top5", "many", "medium", "few")} == {None}
+    assert {results[name] for name in ("overall", "class_mean", "top5", "many", "medium", "few")} == {None}
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4, 5])
@@ -125,7 +188,7 @@ class Model(nn.Module):
 def state():
     """What an evaluation takes from a training state."""
     args = SimpleNamespace(print_freq=1000, evaluate=True)
-    return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext)
+    return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext, classes=None)
 
 
 def evaluated(rank, world=1):
@@ -164,22 +227,42 @@ def test_evaluation_computes_no_gradient():
     assert not model.returned.requires_grad
 
 
-RESULT = {"overall": 0.5536, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
+RESULT = {"overall": 0.5536, "class_mean": 0.41, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
 
 
 def test_table():
     assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
-        "|                 | Many | Medium | Few | Overall | Top-5 |\n"
-        "|:----------------|-----:|-------:|----:|--------:|------:|\n"
-        "| hard classifier | 67.3 |      - | 0.0 |    55.4 | 100.0 |\n"
-        "| soft            | 67.3 |      - | 0.0 |   100.0 | 100.0 |"
+        "|                 | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
+        "|:----------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
+        "| hard classifier | 67.3 |      - | 0.0 |       41.0 |    55.4 | 100.0 |\n"
+        "| soft            | 67.3 |      - | 0.0 |       41.0 |   100.0 | 100.0 |"
     )
+
+
+def test_a_table_says_how_few_test_images_few_shot_rests_on():
+    def below(*test_counts):
+        rows = {
+            f"run {i}": RESULT | {"train_counts": [500, 19, 3], "test_counts": n} for i, n in enumerate(test_counts)
+        }
+        return report.table(rows).splitlines()[2 + len(rows) :]
+
+    assert below([9, 40, 10]) == [] == below([9, 25, 25]) == below([9, 0, 0])
+    assert below([9, 25, 24])[1].startswith("Few: 49 test images") and len(below([9, 25, 24])) == 2
+    assert below([9, 40, 40], [9, 3, 4], [9, 1, 0], [9, 4, 3])[1].startswith("Few: 1 to 7 test images")
+
+
+def test_report_of_a_run_before_class_means_were_written(tmp_path, capsys):
+    record = {name: value for name, value in RESULT.items() if name != "class_mean"}
+    record |= {"classifier": "linear", "per_class": [0.5, None, 0.25], "train_counts": [9, 9, 9]}
+    (tmp_path / "results.json").write_text(json.dumps([record]))
+    assert report.main([str(tmp_path)]) == 0
+    assert "| 37.5 |" in capsys.readouterr().out.replace("  ", "")
 
 
 def test_report_of_several_runs(tmp_path, capsys):
     for run, classifiers in (("one", ["linear"]), ("three", ["hard", "soft"])):
         (tmp_path / run).mkdir()
-        records = [{"classifier": name, **RESULT} for name in classifiers]
+        records = [{"classifier": name, "per_class": [0.41], **RESULT} for name in classifiers]
         (tmp_path / run / "results.json").write_text(json.dumps(records))
     assert report.main([str(tmp_path / "one"), str(tmp_path / "three")]) == 0
     rows = capsys.readouterr().out.splitlines()

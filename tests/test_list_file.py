@@ -1,19 +1,15 @@
-"""The list parser, the layouts, and images of every mode."""
+"""The list parser, layouts of image trees, and class folders."""
 
 import os
-import random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from datasets.dataset import load_rgb
 from datasets.layout import as_listed, by_split, find_layout
 from datasets.list_file import ListIndex
 from datasets.prepare.list_writer import list_content
-from datasets.splits import class_folders
+from datasets.splits import class_folders, find_splits
 from utils.errors import UserError
 
 
@@ -42,7 +38,7 @@ def read(tmp_path, content: bytes):
         (b"a.jpg 2147483647\n", [("a.jpg", 2**31 - 1)]),
     ],
 )
-def test_accepted(tmp_path, content, expected):
+def test_lists_are_read(tmp_path, content, expected):
     assert entries(read(tmp_path, content)) == expected
     assert entries(ListIndex.from_bytes("list", content)) == expected
 
@@ -65,7 +61,7 @@ def test_accepted(tmp_path, content, expected):
         (b"a\0b.jpg 1", "NUL"),
     ],
 )
-def test_refused_with_file_and_line(tmp_path, line, reason):
+def test_malformed_lines_are_refused_with_file_and_line(tmp_path, line, reason):
     with pytest.raises(UserError, match=reason) as caught:
         read(tmp_path, b"fine.jpg 0\n\n" + line + b"\nfine.jpg 1\n")
     message = str(caught.value)
@@ -73,17 +69,20 @@ def test_refused_with_file_and_line(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\n"])
-def test_empty_list(tmp_path, content):
+def test_an_empty_list_is_refused(tmp_path, content):
     with pytest.raises(UserError, match="empty"):
         read(tmp_path, content)
 
 
-def test_no_such_list(tmp_path):
-    with pytest.raises(UserError, match=r"none\.txt"):
-        ListIndex.from_file(tmp_path / "none.txt")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo.txt")
+    for name, reason in (("none.txt", "No such file"), ("fifo.txt", "not a regular file"), (".", "not a regular file")):
+        with pytest.raises(UserError, match=reason) as caught:
+            ListIndex.from_file(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
 
 
-def test_line_numbers_and_counts(tmp_path):
+def test_line_numbers_and_counts_skip_blank_lines(tmp_path):
     index = read(tmp_path, b"\xef\xbb\xbfa 0\n\nb 2\r\n\n\nc 2")
     assert [index.line(i) for i in range(3)] == [1, 3, 6]
     assert index.num_classes == 3
@@ -100,7 +99,7 @@ labels = st.integers(0, 2**31 - 1)
 def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     try:
         content = list_content(wanted)
-    except UserError:  # what a list cannot hold is refused in writing; the next test pins what that is
+    except UserError:  # test_paths_that_a_list_cannot_hold_are_refused says which
         return
     content = content.replace(b"\n", newline.encode())
     if not last_newline:
@@ -116,7 +115,7 @@ def test_ordinary_names_can_be_written(wanted):
 
 
 @pytest.mark.parametrize("path", ["a\nb.jpg", "/a.jpg", "a/../b.jpg", " a.jpg", "a\udcff.jpg"])
-def test_names_that_a_list_cannot_hold(path):
+def test_paths_that_a_list_cannot_hold_are_refused(path):
     with pytest.raises(UserError, match="rename"):
         list_content([(path, 0)])
 
@@ -139,7 +138,7 @@ def test_likely_bytes_raise_nothing_but_user_errors(pieces):
     test_arbitrary_bytes_raise_nothing_but_user_errors.hypothesis.inner_test(b"".join(pieces))
 
 
-def test_layouts(tmp_path):
+def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
     index = ListIndex.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
     plain, reorganised = tmp_path / "plain", tmp_path / "reorganised"
     for file in (plain / "train/cat/1.jpg", plain / "train/dog/2.jpg"):
@@ -153,7 +152,7 @@ def test_layouts(tmp_path):
     assert find_layout(index, tmp_path, "val") == (as_listed, [0, 1, 2])
 
 
-def test_class_folders(tmp_path):
+def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
     for file in ("train/b/1.png", "train/a/2.JPEG", "val/b/3.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
@@ -166,64 +165,12 @@ def test_class_folders(tmp_path):
         class_folders(tmp_path, "test", classes)
 
 
-def saved(tmp_path, image, name="image.png", **options):
-    image.save(tmp_path / name, **options)
-    return tmp_path / name
-
-
-def test_images_of_every_mode_become_rgb(tmp_path):
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    images = {
-        "grey.png": grey,
-        "palette.gif": grey.convert("P"),
-        "transparent.png": grey.convert("LA"),
-        "cmyk.jpg": grey.convert("CMYK"),
-        "bilevel.png": grey.convert("1"),
-        "rgba.webp": grey.convert("RGBA"),
-    }
-    for name, image in images.items():
-        loaded = load_rgb(saved(tmp_path, image, name))
-        assert loaded.mode == "RGB" and loaded.size == (16, 16), name
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    loaded = load_rgb(saved(tmp_path, Image.fromarray(levels)))
-    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
-
-
-def test_cmyk_keeps_its_colour(tmp_path):
-    red = Image.new("RGB", (16, 16), (255, 0, 0))
-    pixel = load_rgb(saved(tmp_path, red.convert("CMYK"), "cmyk.jpg")).getpixel((8, 8))
-    assert pixel[0] > 240 and max(pixel[1:]) < 15
-
-
-def test_png_named_jpeg(tmp_path):
-    file = saved(tmp_path, Image.new("RGB", (5, 4), (1, 2, 3)), "image.JPEG", format="PNG")
-    assert load_rgb(file).getpixel((0, 0)) == (1, 2, 3)
-
-
-def broken_images(folder):
-    """Files that no decoder reads whole, each with what the message says of it."""
-    noise = Image.fromarray(np.frombuffer(random.Random(0).randbytes(64 * 64 * 3), np.uint8).reshape(64, 64, 3))
-    whole = saved(folder, noise, "whole.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "zero.jpg").touch()
-    (folder / "text.JPEG").write_text("no image at all\n")
-    bomb = Image.new("1", (13400, 13400))
-    bomb.save(folder / "bomb.png")
-    return {
-        "truncated.jpg": "truncated",
-        "zero.jpg": "not an image|empty",
-        "text.JPEG": "not an image",
-        "bomb.png": "decompression bomb",
-    }
-
-
-def test_broken_images(tmp_path):
-    for name, reason in broken_images(tmp_path).items():
-        with pytest.raises(UserError, match=reason) as caught:
-            load_rgb(tmp_path / name)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no such image"):
-        load_rgb(os.path.join(tmp_path, "none.jpg"))
+def test_a_fifo_in_a_class_folder_is_missing(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").touch()
+    os.mkfifo(tmp_path / "train/cat/2.png")
+    splits = find_splits(tmp_path, {})
+    splits["val"].require()
+    with pytest.raises(UserError, match=r"1 of 2 files .* train/cat/2\.png \(not a regular file\)"):
+        splits["train"].require()

@@ -53,7 +53,7 @@ def facts(split, file, **more):
 
 @pytest.fixture(autouse=True)
 def small_manifest(tmp_path_factory, monkeypatch):
-    """Published lists of a handful of images, in the manifest's form."""
+    """A manifest of published lists with a few images each."""
     lists = {}
     for dataset, name in (
         ("imagenet-lt", "ImageNet_LT"),
@@ -70,7 +70,7 @@ def small_manifest(tmp_path_factory, monkeypatch):
 
 @contextmanager
 def server(mode="whole", broken="train"):
-    """Serves the lists; the one of the split `broken` as mode says. Gives its address and the paths asked for."""
+    """Serves the lists, that of the split `broken` as mode says; yields the address and the requested paths."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,7 +124,7 @@ def server(mode="whole", broken="train"):
 
 
 def fails(capsys, *argv):
-    """The one line on stderr of a command that ends with status 2."""
+    """Runs a command that must fail with status 2; returns its one line on stderr."""
     capsys.readouterr()
     assert main([str(word) for word in argv]) == 2
     error = capsys.readouterr().err
@@ -133,7 +133,7 @@ def fails(capsys, *argv):
 
 
 def succeeds(capsys, *argv):
-    """What a command that ends well says."""
+    """Runs a command that must succeed; returns its output."""
     capsys.readouterr()
     status = main([str(word) for word in argv])
     output = capsys.readouterr()
@@ -142,7 +142,7 @@ def succeeds(capsys, *argv):
 
 
 def everything(folder):
-    """Relative path -> content or link target, of all that is in a folder."""
+    """{relative path: content or link target} of everything in a folder."""
     found = {}
     for file in sorted(Path(folder).rglob("*")):
         if file.is_symlink():
@@ -162,11 +162,11 @@ WHOLE = {f"ImageNet_LT_{split}.txt": content(split) for split in LISTS}
 # Published lists
 
 
-def test_git_blob_id():
+def test_git_blob_id_is_git_hash_object():
     assert published.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
-def test_the_real_manifest(monkeypatch):
+def test_the_manifest_of_data_is_consistent(monkeypatch):
     monkeypatch.undo()
     for dataset, classes in (("imagenet-lt", 1000), ("places-lt", 365), ("inaturalist18", 8142)):
         about = published.manifest(dataset)
@@ -206,7 +206,7 @@ def test_lists_are_downloaded_once(tmp_path, capsys, mode):
         ("stalls", "timed out"),
     ],
 )
-def test_nothing_but_the_list_gets_its_name(tmp_path, capsys, monkeypatch, mode, reason):
+def test_what_is_not_the_published_list_is_not_kept(tmp_path, capsys, monkeypatch, mode, reason):
     if mode == "stalls":  # the others may take their time
         monkeypatch.setattr(published, "TIMEOUT", 0.3)
     with server(mode) as (url, _):
@@ -216,7 +216,7 @@ def test_nothing_but_the_list_gets_its_name(tmp_path, capsys, monkeypatch, mode,
     assert everything(tmp_path) == {}
 
 
-def test_a_failure_keeps_the_lists_that_are_whole(tmp_path, capsys):
+def test_after_a_failure_only_the_missing_lists_are_downloaded(tmp_path, capsys):
     with server("html", broken="test") as (url, _):
         fails(capsys, "imagenet-lt", "--out", tmp_path, "--url", url)
         assert sorted(everything(tmp_path)) == ["ImageNet_LT_train.txt", "ImageNet_LT_val.txt"]
@@ -226,7 +226,7 @@ def test_a_failure_keeps_the_lists_that_are_whole(tmp_path, capsys):
     assert everything(tmp_path) == WHOLE
 
 
-def test_no_server(tmp_path, capsys):
+def test_a_server_that_cannot_be_reached_is_named(tmp_path, capsys):
     assert "http://127.0.0.1:9/" in fails(capsys, "imagenet-lt", "--out", tmp_path)
     assert "no-scheme" in fails(capsys, "imagenet-lt", "--out", tmp_path, "--url", "no-scheme")
     assert everything(tmp_path) == {}
@@ -242,7 +242,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert everything(tmp_path) == {}
 
 
-def test_a_different_list_is_kept_unless_told_otherwise(tmp_path, capsys):
+def test_only_overwrite_replaces_another_list(tmp_path, capsys):
     mine = tmp_path / "ImageNet_LT_train.txt"
     mine.write_text("mine.jpg 0\n")
     with server() as (url, asked):
@@ -257,7 +257,7 @@ def test_a_different_list_is_kept_unless_told_otherwise(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("inside", [".", "data", "data/ImageNet_LT", "ImageNet_LT"])
-def test_lists_from_a_folder(tmp_path, capsys, inside):
+def test_from_finds_the_lists_in_a_folder(tmp_path, capsys, inside):
     clone = tmp_path / "clone" / inside
     clone.mkdir(parents=True)
     for name, text in WHOLE.items():
@@ -266,9 +266,9 @@ def test_lists_from_a_folder(tmp_path, capsys, inside):
     assert everything(tmp_path / "out") == WHOLE
 
 
-def test_lists_from_single_files(tmp_path, capsys):
+def test_from_takes_a_single_file(tmp_path, capsys):
     out, given = tmp_path / "out", tmp_path / "renamed.txt"
-    given.write_bytes(content("val").removesuffix(b"\n"))  # the other content that is accepted
+    given.write_bytes(content("val").removesuffix(b"\n"))  # accepted with and without the last newline
     said = succeeds(capsys, "imagenet-lt", "--out", out, "--from", given)
     assert everything(out) == {"ImageNet_LT_val.txt": given.read_bytes()}
     assert "not there yet" in said and "ImageNet_LT_train.txt" in said
@@ -279,6 +279,8 @@ def test_lists_from_single_files(tmp_path, capsys):
     given.write_text("something else 0\n")
     assert "holds none of" in fails(capsys, "imagenet-lt", "--out", out, "--from", given)
     assert "no such" in fails(capsys, "imagenet-lt", "--out", out, "--from", tmp_path / "none")
+    os.mkfifo(tmp_path / "ImageNet_LT_train.txt")
+    assert "holds none of" in fails(capsys, "imagenet-lt", "--out", out, "--from", tmp_path / "ImageNet_LT_train.txt")
     assert list(everything(out)) == ["ImageNet_LT_val.txt"]
 
 
@@ -317,7 +319,7 @@ def flatten(root):
             folder.rmdir()
 
 
-def test_a_complete_tree(lists, root, capsys):
+def test_all_images_of_a_complete_tree_are_found(lists, root, capsys):
     assert "all 25 listed images" in succeeds(capsys, "imagenet-lt", "--out", lists, "--root", root)
 
 
@@ -342,7 +344,7 @@ def test_missing_images_are_named_and_explained(lists, root, tmp_path, capsys):
 
 
 def check_links(out, root, flat=False):
-    """Every image of every list is found below out, and is a link to the right image."""
+    """Checks that every image of every list is below out, as a link to the right image."""
     for split, entries in LISTS.items():
         for path, _ in entries:
             _, folder, name = path.split("/")
@@ -354,7 +356,7 @@ def check_links(out, root, flat=False):
     }
 
 
-def test_links_are_made_once_and_completed(lists, root, tmp_path, capsys):
+def test_links_are_made_once_and_missing_ones_added(lists, root, tmp_path, capsys):
     out = tmp_path / "out"
     command = ("imagenet-lt", "--out", lists, "--root", root, "--link", out)
     assert "25 links made, 0 there already" in succeeds(capsys, *command)
@@ -374,13 +376,13 @@ def test_links_are_made_once_and_completed(lists, root, tmp_path, capsys):
     check_links(out, moved)
 
 
-def test_links_from_the_reorganised_tree_too(lists, root, tmp_path, capsys):
+def test_links_to_a_sorted_tree(lists, root, tmp_path, capsys):
     succeeds(capsys, "imagenet-lt", "--out", lists, "--root", root, "--link", tmp_path / "one")
     succeeds(capsys, "imagenet-lt", "--out", lists, "--root", tmp_path / "one", "--link", tmp_path / "two")
     check_links(tmp_path / "two", root)
 
 
-def test_the_flat_validation_folder(lists, root, tmp_path, capsys):
+def test_link_sorts_a_flat_validation_folder(lists, root, tmp_path, capsys):
     flatten(root)
     error = fails(capsys, "imagenet-lt", "--out", lists, "--root", root)
     assert "unsorted validation folder" in error and "--link" in error
@@ -404,7 +406,7 @@ def test_links_never_replace_images(lists, root, tmp_path, capsys):
     assert "--root" in fails(capsys, "imagenet-lt", "--out", lists, "--link", tmp_path / "out")
 
 
-def test_colliding_names_are_refused(lists, root, tmp_path, capsys, monkeypatch):
+def test_links_of_one_name_are_refused(lists, root, tmp_path, capsys, monkeypatch):
     nested = [("a/outdoor/1.jpg", 0), ("b/outdoor/1.jpg", 1), ("c/2.jpg", 2)]
     monkeypatch.setitem(LISTS, "train", nested)
     for path, _ in nested:
@@ -431,7 +433,7 @@ def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys)
     assert not any(split.missing for split in found.values())
 
 
-def test_places(lists, root, tmp_path, capsys):
+def test_places_keeps_its_nested_folders(lists, root, tmp_path, capsys):
     said = succeeds(capsys, "places-lt", "--out", lists, "--root", root)
     assert "all 25" in said and f"--test-list {lists / 'Places_LT_test.txt'}" in said
     flatten(root)
@@ -453,7 +455,7 @@ def test_a_tree_needs_all_lists(lists, root, capsys):
 # Long-tailed versions of small data sets
 
 
-def test_published_counts():
+def test_counts_are_the_published_ones():
     assert sum(long_tail_counts(500, 100, 100)) == 10847
     assert sum(long_tail_counts(500, 50, 100)) == 12608
     assert sum(long_tail_counts(500, 10, 100)) == 19573
@@ -461,7 +463,7 @@ def test_published_counts():
     assert long_tail_counts(500, "100", 10) == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
 
 
-def test_exact_powers_do_not_fall_one_short():
+def test_exact_powers_are_not_rounded_down():
     assert long_tail_counts(1000, 1000, 4) == [1000, 100, 10, 1]
     assert long_tail_counts(3**9, 3**9, 10) == [3**k for k in range(9, -1, -1)]
     assert long_tail_counts(7, 1, 3) == [7, 7, 7]
@@ -476,7 +478,7 @@ def test_counts_are_the_floor(largest, imbalance, classes):
         assert count**last <= power < (count + 1) ** last
 
 
-def test_seed_0_picks_the_images_of_the_usual_cifar_lt():
+def test_seed_0_picks_the_images_of_the_reference_cifar_lt():
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 50))
     counts = long_tail_counts(50, 10, 10)
     np.random.seed(0)
@@ -497,7 +499,7 @@ def write_idx(file, array, packed):
 
 @pytest.fixture(params=[True, False], ids=["gz", "raw"])
 def fashion(tmp_path, request):
-    """A Fashion-MNIST of 60 training and 2 test images a class; an image's first two pixels hold its number."""
+    """A Fashion-MNIST of 60 training and 2 test images per class; the first two pixels of an image are its number."""
     folder = tmp_path / "idx"
     folder.mkdir()
     for name, each in (("train", 60), ("t10k", 2)):
@@ -517,7 +519,7 @@ def read_lists(folder):
     return found
 
 
-def test_fashion_mnist_lt(tmp_path, fashion, capsys):
+def test_fashion_mnist_lt_is_written_once(tmp_path, fashion, capsys):
     out = tmp_path / "out"
     command = ("fashion-mnist-lt", "--out", out, "--source", fashion, "--max-per-class", 10, "--imbalance", 10)
     said = succeeds(capsys, *command)
@@ -544,7 +546,7 @@ def test_fashion_mnist_lt(tmp_path, fashion, capsys):
     assert not [file for file in everything(out) if "partial" in file]
 
 
-def test_fashion_mnist_lt_again(tmp_path, fashion, capsys):
+def test_fashion_mnist_lt_is_completed_or_overwritten(tmp_path, fashion, capsys):
     out = tmp_path / "out"
     command = ("fashion-mnist-lt", "--out", out, "--source", fashion, "--max-per-class", 10, "--imbalance", 10)
     succeeds(capsys, *command)
@@ -556,7 +558,7 @@ def test_fashion_mnist_lt_again(tmp_path, fashion, capsys):
     assert everything(out) == first
 
     assert "--overwrite" in fails(capsys, *command, "--seed", 1)
-    (out / "train.txt").unlink()  # interrupted, then begun anew with another seed
+    (out / "train.txt").unlink()  # as if interrupted, then started with another seed
     assert "--overwrite" in fails(capsys, *command, "--seed", 1)
     succeeds(capsys, *command, "--seed", 1, "--overwrite")
     second = everything(out)
@@ -565,7 +567,7 @@ def test_fashion_mnist_lt_again(tmp_path, fashion, capsys):
     assert {name for name in second if name.endswith(".png")} == listed
 
 
-def test_fashion_mnist_mistakes(tmp_path, fashion, capsys, monkeypatch):
+def test_fashion_mnist_mistakes_are_one_line(tmp_path, fashion, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ("fashion-mnist-lt", "--out", out, "--source")
     assert "at most 10" in fails(capsys, *command, fashion, "--max-per-class", 11)
@@ -573,6 +575,8 @@ def test_fashion_mnist_mistakes(tmp_path, fashion, capsys, monkeypatch):
     for wrong in ("0.5", "x", "1/0", "nan"):
         assert "--imbalance" in fails(capsys, *command, fashion, "--imbalance", wrong)
     assert "--seed" in fails(capsys, *command, fashion, "--seed", -1)
+    assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
+    os.mkfifo(tmp_path / "train-images-idx3-ubyte")
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
     damaged = next(fashion.glob("train-images*"))
     damaged.write_bytes(damaged.read_bytes()[:-500])
@@ -587,7 +591,7 @@ def test_fashion_mnist_mistakes(tmp_path, fashion, capsys, monkeypatch):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A CIFAR-10 of 4 training images and 1 test image a class, with its checksums in torchvision's place."""
+    """A CIFAR-10 of 4 training images and 1 test image per class, with its own checksums."""
     folder = tmp_path / "source" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -614,7 +618,7 @@ def cifar(tmp_path, monkeypatch):
     return folder
 
 
-def test_cifar_lt(tmp_path, cifar, capsys):
+def test_cifar_lt_from_every_kind_of_source(tmp_path, cifar, capsys):
     archive = tmp_path / "elsewhere" / "cifar-10-python.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
@@ -640,7 +644,7 @@ def test_cifar_lt(tmp_path, cifar, capsys):
     assert stamps(tmp_path / "out0") == before
 
 
-def test_cifar_mistakes(tmp_path, cifar, capsys):
+def test_cifar_mistakes_are_one_line(tmp_path, cifar, capsys):
     out = tmp_path / "out"
     command = ("cifar10-lt", "--out", out)
     assert "cifar-10-python.tar.gz" in fails(capsys, *command, "--source", tmp_path / "elsewhere")
@@ -655,7 +659,7 @@ def test_cifar_mistakes(tmp_path, cifar, capsys):
     assert not out.exists() or not list(out.glob("*.txt"))
 
 
-# A folder of one's own
+# The user's own folder
 
 
 def own_folder(root, **counts):
@@ -667,13 +671,13 @@ def own_folder(root, **counts):
 
 
 @pytest.mark.parametrize("count", range(3, 60))
-def test_every_split_has_an_image_of_a_class_of_three(count):
+def test_every_split_has_an_image_of_a_class_of_at_least_three(count):
     for val, test in ((0.1, 0.1), (0.01, 0.01), (0.49, 0.5), (0.9, 0.05), (0.05, 0.9), (0.5, 0.25)):
         held_val, held_test = split_class(count, val, test)
         assert held_val >= 1 and held_test >= 1 and held_val + held_test < count
 
 
-def test_folder(tmp_path, capsys):
+def test_folder_splits_every_class(tmp_path, capsys):
     root = own_folder(tmp_path / "photos", zebra=20, ant=5, rare=2, single=1, empty=0)
     (root / ".cache").mkdir()
     (root / ".cache" / "thumb.jpg").touch()
@@ -685,7 +689,8 @@ def test_folder(tmp_path, capsys):
     assert (root / "classes.txt").read_text().splitlines() == ["ant", "rare", "single", "zebra"]
     lists = read_lists(root)
     counts = {split: np.bincount([label for _, label in lists[split]], minlength=4).tolist() for split in lists}
-    assert counts == {"train": [3, 1, 1, 16], "val": [1, 0, 0, 2], "test": [1, 1, 0, 2]}
+    assert counts == {"train": [3, 1, 1, 10], "val": [1, 0, 0, 5], "test": [1, 1, 0, 5]}
+    assert "test: 4 of 4 classes have fewer than 10 images" in said and "single 0, ant 1, rare 1, zebra 5" in said
     paths = [path for entries in lists.values() for path, _ in entries]
     assert len(set(paths)) == len(paths) == 28 and all((root / path).is_file() for path in paths)
     assert all(
@@ -704,14 +709,65 @@ def test_folder(tmp_path, capsys):
     assert (tmp_path / "lists" / "train.txt").read_bytes() == text
 
 
-def test_folder_with_fractions(tmp_path, capsys):
+def test_folder_takes_fractions(tmp_path, capsys):
     root = own_folder(tmp_path, a=40, b=10)
     succeeds(capsys, "folder", root, "--val", 0.25, "--test", 0.5)
     lists = read_lists(root)
     assert [len(lists[split]) for split in ("train", "val", "test")] == [10 + 3, 10 + 2, 20 + 5]
 
 
-def test_folder_that_is_split_already(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, (0, 0)),
+        (2, (0, 1)),
+        (3, (1, 1)),
+        (4, (1, 1)),
+        (8, (2, 2)),
+        (12, (3, 3)),
+        (20, (5, 5)),
+        (59, (6, 6)),
+        (200, (20, 20)),
+    ],
+)
+def test_a_share_takes_at_least_five_images_or_a_quarter(count, expected):
+    assert split_class(count, 0.1, 0.1) == expected
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "count", "expected"),
+    [
+        (5, 5, 200, (5, 5)), (5, 5, 15, (5, 5)), (5, 5, 12, (4, 4)), (5, 5, 3, (1, 1)), (5, 5, 2, (0, 1)),
+        (0, 5, 200, (0, 5)), (0, 5, 9, (0, 4)), (0, 5, 2, (0, 1)), (0, 5, 1, (0, 0)),
+        (5, 0, 200, (5, 0)), (5, 0, 2, (1, 0)), (0, 0.1, 200, (0, 20)),
+        (0.5, 20, 60, (30, 20)), (0.9, 20, 60, (39, 20)),
+    ],
+)  # fmt: skip
+def test_a_number_of_images_is_taken_of_each_class_that_has_as_many_for_every_split(val, test, count, expected):
+    assert split_class(count, val, test) == expected
+
+
+def test_folder_with_numbers_of_images(tmp_path, capsys):
+    root = own_folder(tmp_path / "photos", a=40, b=33, c=3)
+    said = succeeds(capsys, "folder", root, "--val", 5, "--test", 11)
+    assert "test: 1 of 3 classes has fewer than 10 images" in said and ": c 1\n" in said
+    lists = read_lists(root)
+    assert [[label for _, label in lists[split]].count(0) for split in ("train", "val", "test")] == [24, 5, 11]
+    assert [[label for _, label in lists[split]].count(2) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("absent", "other"), [("val", "test"), ("test", "val")])
+def test_one_split_of_a_folder_serves_for_both(tmp_path, capsys, absent, other):
+    root = own_folder(tmp_path / "photos", a=40, b=2, c=1)
+    said = succeeds(capsys, "folder", root, f"--{absent}", 0, f"--{other}", 0.25)
+    assert f"{absent}: none of its own (--{absent} 0), so the {other} images serve" in said
+    assert f"{other}: no image of 1 classes that have fewer than 2 images: c" in said
+    lists = read_lists(root)
+    assert lists["val"] == lists["test"] and [len(lists[split]) for split in ("train", "val")] == [32, 11]
+    assert not {path for path, _ in lists["train"]} & {path for path, _ in lists["val"]}
+
+
+def test_folder_keeps_existing_splits(tmp_path, capsys):
     root = tmp_path / "photos"
     for split, count in (("train", 4), ("val", 2), ("test", 1)):
         own_folder(root / split, ant=count, zebra=1)
@@ -727,18 +783,33 @@ def test_folder_that_is_split_already(tmp_path, capsys):
     assert read_lists(other)["test"] == read_lists(other)["val"] == [("val/zebra/photo 0.jpg", 1)]
 
 
-def test_folder_mistakes(tmp_path, capsys):
+def test_folder_mistakes_are_one_line(tmp_path, capsys):
     root = own_folder(tmp_path / "photos", ant=3, zebra=3)
     assert "no class folders" in fails(capsys, "folder", root / "ant")
     assert "fewer than two classes" in fails(capsys, "folder", tmp_path)
     assert "no such folder" in fails(capsys, "folder", tmp_path / "none")
-    assert "--val" in fails(capsys, "folder", root, "--val", 0)
+    assert "--val 0 --test 0" in fails(capsys, "folder", root, "--val", 0, "--test", "0.0")
+    for value in (-1, 1.5, "1.0", "nan"):
+        assert "--val" in fails(capsys, "folder", root, f"--val={value}")
     assert "--test" in fails(capsys, "folder", root, "--test", "many")
     assert "below 1" in fails(capsys, "folder", root, "--val", 0.5, "--test", 0.5)
     assert "nothing to validate on" in fails(capsys, "folder", own_folder(tmp_path / "few", a=2, b=2))
     (root / "ant" / "line\nbreak.jpg").touch()
     assert "rename" in fails(capsys, "folder", root)
     assert not (root / "train.txt").exists()
+
+
+def test_folder_takes_only_regular_files(tmp_path, capsys):
+    root = own_folder(tmp_path / "photos", ant=5, zebra=5)
+    os.mkfifo(root / "ant" / "fifo.jpg")
+    assert "left out: ant/fifo.jpg is not a regular file" in succeeds(capsys, "folder", root)
+    assert sum(map(len, read_lists(root).values())) == 10
+
+    split_already = tmp_path / "split"
+    own_folder(split_already / "train", ant=2, zebra=2)
+    own_folder(split_already / "val", ant=1)
+    os.mkfifo(split_already / "val" / "ant" / "fifo.jpg")
+    assert "val/ant/fifo.jpg (not a regular file)" in fails(capsys, "folder", split_already)
 
 
 def test_wrong_usage_is_one_line(tmp_path, capsys):

@@ -1,46 +1,154 @@
-"""The documents speak of what is there: links, flags and modules."""
+"""The documents speak of what is there: links, modules, functions, files and flags; their commands and code run."""
 
 import importlib.util
 import re
+import shlex
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import models
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from datasets.prepare import cli, verify
 from tests.helpers import ROOT
+from utils import report
+from weights import download
 
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
-README = (ROOT / "README.md").read_text()
+PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
+DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
+FOREIGN_FLAGS = {  # of pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
+    "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
+    "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
+    "--help", "--no-",
+}  # fmt: skip
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def commands() -> list[tuple[str, str]]:
+    """(document, command) for every line of a code block, with lines that end in a backslash joined."""
+    found = []
+    for name, text in TEXTS.items():
+        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, flags=re.M | re.S)
+        blocks += re.findall(r"`([^`\n]*python [^`\n]*)`", text) + re.findall(r"^    (.*)$", text, flags=re.M)
+        for block in blocks:
+            found += [(name, line.strip()) for line in block.replace("\\\n", " ").splitlines()]
+    return found
+
+
+STAGE_COMMANDS = [
+    (name, *match.groups())
+    for name, line in commands()
+    if (match := re.search(r"\bssd_stage_(i+)\.py +(-.*)$", line)) and "--help" not in line
+]
+
+
+def defined_in(file: str, name: str) -> bool:
+    """Whether a file defines a function, class or constant; of a dotted name, every part."""
+    text = (ROOT / file).read_text()
+    return all(
+        re.search(rf"^\s*(def|class) {part}\b", text, flags=re.M) or re.search(rf"^{part} = ", text, flags=re.M)
+        for part in name.split(".")
+    )
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 180
+
+
+@each_document
 def test_relative_links_resolve(document):
     for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
         assert (document.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
 def test_modules_named_in_commands_exist(document):
-    for module in re.findall(r"python -m ([a-z_.]+)", document.read_text()):
-        if module.split(".")[0] in ("datasets", "utils", "weights", "benchmarks"):
+    for module in re.findall(r"python -m ([a-z_.]+[a-z])", document.read_text()):
+        if module.split(".")[0] not in ("venv", "pip", "pytest"):
             assert importlib.util.find_spec(module), module
 
 
-def test_stage_commands_parse():
-    """Every flag in a command line that the README gives is one of that stage's."""
-    parsers = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
-    lines = re.findall(r"^.*?python ssd_stage_(i+)\.py (.*)$", README, flags=re.M)
-    assert len(lines) >= 8
-    for stage, rest in lines:
-        known = parsers[stage]._option_string_actions
-        for word in rest.split("`")[0].split():
-            assert not word.startswith("-") or word in known, word
+@each_document
+def test_functions_named_with_their_file_exist(document):
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", document.read_text()):
+        assert (ROOT / file).is_file() and defined_in(file, name), f"{file}:{name}"
 
 
-def test_readme_or_documents_mention_every_flag():
-    texts = " ".join(document.read_text() for document in DOCUMENTS)
-    for script in (ssd_stage_i, ssd_stage_ii, ssd_stage_iii):
-        for action in script.get_parser()._actions:
+@pytest.mark.parametrize("name", ["README.md", *(name for name in TEXTS if name.startswith("docs/"))])
+def test_tests_named_exist(name):
+    for file in re.findall(r"tests/(?:\w+/)?(test_\w+\.py)", TEXTS[name]):
+        assert list(ROOT.glob(f"tests/**/{file}")), file
+
+
+def test_every_flag_of_the_documents_exists():
+    """What looks like a flag in a document, but for the benchmarks', is one of the command lines of this project."""
+    parsers = [
+        *PARSERS.values(),
+        cli.build_parser(),
+        verify.build_parser(),
+        download.build_parser(),
+        report.get_parser(),
+    ]
+    parsers += parsers[3]._subparsers._group_actions[0].choices.values()
+    known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}
+    for name, text in TEXTS.items():
+        if name != "docs/benchmarks.md":
+            text = re.sub(r"<!--.*?-->|^\|[-:| ]+\|$", "", text, flags=re.M)
+            flags = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)}
+            assert flags - known - FOREIGN_FLAGS == set(), name
+
+
+def test_the_documents_mention_every_flag():
+    text = TEXTS["README.md"] + TEXTS["docs/usage.md"]
+    mentioned = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+    for parser in PARSERS.values():
+        for action in parser._actions:
             if action.dest not in ("help", "data"):
-                assert any(option in texts for option in action.option_strings), action.option_strings
+                assert mentioned & set(action.option_strings), action.option_strings
+
+
+@pytest.mark.parametrize(("name", "stage", "words"), STAGE_COMMANDS)
+def test_stage_commands_parse(name, stage, words, tmp_path):
+    PARSERS[stage].parse_args([str(tmp_path) if word == "DIR" else word for word in shlex.split(words)])
+
+
+def test_the_readme_has_the_commands_of_every_stage():
+    stages = [stage for name, stage, _ in STAGE_COMMANDS if name == "README.md"]
+    assert {stage: stages.count(stage) for stage in PARSERS} == {"i": 2, "ii": 2, "iii": 3}
+
+
+def test_the_parser_of_prepare_takes_its_commands(tmp_path):
+    parser, found = cli.build_parser(), 0
+    for _, line in commands():
+        match = re.search(r"python -m datasets\.prepare (.*)$", line)
+        if match:
+            parser.parse_args(shlex.split(match[1]))
+            found += 1
+    assert found >= 9
+
+
+def test_the_parser_of_verify_takes_its_commands():
+    lines = [match[1] for _, line in commands() if (match := re.search(r"python -m datasets\.verify (.*)$", line))]
+    for line in lines:
+        verify.build_parser().parse_args(shlex.split(line))
+    assert len(lines) >= 2
+
+
+def test_the_example_in_python_runs(trained, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", TEXTS["docs/usage.md"], flags=re.M | re.S)
+    folder = tmp_path / "weights" / "stage_iii"
+    folder.mkdir(parents=True)
+    (folder / "last_checkpoint.pth.tar").symlink_to(trained["iii"] / "last_checkpoint.pth.tar")
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope = {"models": models, "torch": torch}
+    exec(code, scope)
+    assert scope["soft"].shape == (1, 6) and "indices" in capsys.readouterr().out

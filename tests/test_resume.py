@@ -33,20 +33,20 @@ def resumed(stage, data, run, to, *flags):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_an_epoch(trained, plain_tree, tmp_path, stage):
+def test_resuming_after_an_epoch_changes_nothing(trained, plain_tree, tmp_path, stage):
     assert checkpoint(trained[stage], PREVIOUS)["epoch"] == 1
     assert_same_run(resumed(stage, plain_tree, trained[stage], tmp_path / "again"), trained[stage])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_after_an_epoch_with_other_workers(trained, plain_tree, tmp_path, workers):
+def test_resuming_after_an_epoch_with_other_workers_changes_nothing(trained, plain_tree, tmp_path, workers):
     again = resumed("i", plain_tree, trained["i"], tmp_path / "again", "-j", workers)
     assert_same_run(again, trained["i"])
 
 
 @pytest.fixture(scope="module")
 def saved_often(trained, plain_tree, tmp_path_factory):
-    """Runs as `trained` whose last checkpoint but one was written in the midst of an epoch."""
+    """Runs as `trained` whose last checkpoint but one was written within an epoch."""
     root = tmp_path_factory.mktemp("often")
     source = {
         "i": [],
@@ -58,19 +58,19 @@ def saved_often(trained, plain_tree, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_saving_in_the_midst_of_epochs_changes_nothing(trained, saved_often, stage):
+def test_saving_within_epochs_changes_nothing(trained, saved_often, stage):
     assert_same_run(saved_often[stage], trained[stage])
 
 
 @pytest.mark.parametrize(("stage", "workers"), [("i", 0), ("i", 1), ("i", 2), ("ii", 0), ("iii", 0)])
-def test_in_the_midst_of_an_epoch(saved_often, plain_tree, tmp_path, stage, workers):
+def test_resuming_within_an_epoch_changes_nothing(saved_often, plain_tree, tmp_path, stage, workers):
     stopped = checkpoint(saved_often[stage], PREVIOUS)
     assert (stopped["epoch"], stopped["step"]) == (1, 5)
     again = resumed(stage, plain_tree, saved_often[stage], tmp_path / "again", "-j", workers)
     assert_same_run(again, saved_often[stage])
 
 
-def test_two_processes(whole_of_two, plain_tree, tmp_path):
+def test_resuming_two_processes_changes_nothing(whole_of_two, plain_tree, tmp_path):
     often = train("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5, *TWO)
     for run, step in ((often, 5), (whole_of_two, 0)):
         assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
@@ -80,11 +80,11 @@ def test_two_processes(whole_of_two, plain_tree, tmp_path):
 # ---- --resume auto
 
 
-def test_auto_starts_anew_where_there_is_nothing(trained, plain_tree, tmp_path):
+def test_auto_starts_anew_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
     assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_auto_goes_on(trained, plain_tree, tmp_path):
+def test_auto_continues_from_the_last_checkpoint(trained, plain_tree, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained["i"], folder)
     shutil.copy(folder / PREVIOUS, folder / LAST)
@@ -127,7 +127,7 @@ class Interruption(io.StringIO):
 
 
 @pytest.mark.parametrize("line", ["epoch 1/2 [3/9]", "epoch 2/2 [8/9]", "val", "epoch 1/2:"])
-def test_a_run_that_is_asked_to_stop_can_go_on(trained, plain_tree, tmp_path, line):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, tmp_path, line):
     folder = tmp_path / "run"
     outcome = call("i", stage_flags("i", plain_tree, folder, ["--cos", "-p", 1]), out=Interruption(line))
     assert outcome.status == 75 and outcome.err.count("\n") == 1 and "--resume auto" in outcome.err
@@ -151,7 +151,7 @@ def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, pr
     folder = train(stage, plain_tree, tmp_path / "run", "--cos", "--resume", tmp_path / "published.tar")
     for name in ("state_dict", "optimizer", "epoch"):
         assert same(checkpoint(folder)[name], checkpoint(trained[stage])[name]), name
-    second = list(log_of(trained[stage])[-1]["val"].values())[-1]["overall"]
+    second = list(log_of(trained[stage])[-1]["val"].values())[-1]["class_mean"]
     assert float(checkpoint(folder)["best_acc1"]) == max(float(published["best_acc1"]), second)
 
 
@@ -162,14 +162,11 @@ def test_resuming_needs_no_earlier_stage(trained, plain_tree, tmp_path, stage):
     assert same(checkpoint(tmp_path / "e"), checkpoint(trained[stage]))
 
 
-def test_the_saved_seed_is_taken_up(trained, plain_tree, tmp_path):
-    flags = stage_flags("i", plain_tree, tmp_path / "run", ["--cos", "--resume", trained["i"] / PREVIOUS])
-    at = flags.index("--seed")
-    outcome = call("i", flags[:at] + flags[at + 2 :])
-    assert outcome.status == 0 and "seed 3, as saved" in outcome.out
-    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
-
-
-def test_another_batch_is_warned_of(trained, plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--cos", "-b", 12, "--resume", trained["i"] / PREVIOUS)
-    assert outcome.status == 0 and "warning: batch_size is 12, it was 16" in outcome.out
+@pytest.mark.parametrize(("stage", "flag"), [("i", "--con-weight"), ("iii", "--kd-weight")])
+def test_without_contrast_or_teacher_if_it_began_so(plain_tree, tmp_path, stage, flag):
+    """The weights that switch a part of the method off come from the checkpoint, as every flag does."""
+    whole = train(stage, plain_tree, tmp_path / "whole", "--cos", flag, 0)
+    train(stage, plain_tree, tmp_path / "rest", "--resume", whole / PREVIOUS)
+    assert log_of(tmp_path / "rest", timed=False) == log_of(whole, timed=False)[-1:]
+    assert same(checkpoint(tmp_path / "rest")["state_dict"], checkpoint(whole)["state_dict"])
+    assert results_of(tmp_path / "rest") == results_of(whole)

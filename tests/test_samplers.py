@@ -8,42 +8,42 @@ import pytest
 from datasets.samplers import BatchSampler, ClassAwareSampler, EvalBatchSampler, ShuffledSampler
 
 LABELS = np.repeat(np.arange(6), (50, 20, 10, 5, 3, 2))
-WORLDS = (1, 2, 3)
+WORLD_SIZES = (1, 2, 3)
 
 
 def epochs(sampler, count=3):
     return [sampler.epoch(epoch)[1] for epoch in range(count)]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("size", [90, 91, 92])
-def test_shards_of_an_epoch_cover_all_images(size, world):
-    shards = [ShuffledSampler(size, 0, rank, world) for rank in range(world)]
+def test_shards_of_an_epoch_cover_all_images(size, world_size):
+    shards = [ShuffledSampler(range(size), 0, rank, world_size) for rank in range(world_size)]
     drawn = [shard.epoch(4) for shard in shards]
-    assert {len(indices) for _, indices in drawn} == {len(shards[0])} == {-(-size // world)}
-    together = Counter((int(d), int(i)) for draw, index in drawn for d, i in zip(draw, index, strict=True))
-    assert set(together.values()) == {1}  # no image is augmented twice alike
-    assert {i for _, i in together} == set(range(size))
-    assert sum(d == 0 for d, _ in together) == size
-    assert all(d == 1 for d, _ in together if d)
+    assert {len(indices) for _, indices in drawn} == {len(shards[0])} == {-(-size // world_size)}
+    counts = Counter((int(d), int(i)) for draw, index in drawn for d, i in zip(draw, index, strict=True))
+    assert set(counts.values()) == {1}  # no two draws of an image are augmented in the same way
+    assert {i for _, i in counts} == set(range(size))
+    assert sum(d == 0 for d, _ in counts) == size
+    assert all(d == 1 for d, _ in counts if d)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_class_aware_shards_are_disjoint(world):
-    shards = [ClassAwareSampler(LABELS, 2, 0, rank, world) for rank in range(world)]
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_class_aware_shards_are_disjoint(world_size):
+    shards = [ClassAwareSampler(LABELS, 2, 0, rank, world_size) for rank in range(world_size)]
     for epoch in range(3):
         permutation = shards[0].permutation(epoch)
         for rank, shard in enumerate(shards):
-            assert set(shard.epoch(epoch)[1]) <= set(permutation[rank::world])
+            assert set(shard.epoch(epoch)[1]) <= set(permutation[rank::world_size])
             assert len(shard.epoch(epoch)[1]) == len(shard)
-        if len(LABELS) % world == 0:
-            seen = [set(permutation[rank::world]) for rank in range(world)]
+        if len(LABELS) % world_size == 0:
+            seen = [set(permutation[rank::world_size]) for rank in range(world_size)]
             assert sum(map(len, seen)) == len(set.union(*seen)) == len(LABELS)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_classes_in_cyclic_order(samples):
-    """Every class once, for `samples` images, before any comes again; the order changes from round to round."""
+def test_classes_take_turns_in_cyclic_order(samples):
+    """Every class once, for `samples` images, before any is repeated; the order changes from round to round."""
     sampler = ClassAwareSampler(LABELS, samples, 0)
     for picked in epochs(sampler):
         turns = LABELS[picked][: len(picked) // samples * samples].reshape(-1, samples)
@@ -58,8 +58,8 @@ def test_classes_are_balanced():
     assert counts.min() > 0 and counts.max() - counts.min() <= 3 * 2
 
 
-def test_images_of_a_class_in_cyclic_order():
-    """Every image of a class once before any comes again, in an order that changes."""
+def test_images_of_a_class_take_turns_in_cyclic_order():
+    """Every image of a class once before any is repeated, in an order that changes."""
     for picked in epochs(ClassAwareSampler(LABELS, 2, 0)):
         for label, size in enumerate(np.bincount(LABELS)):
             own = picked[LABELS[picked] == label]
@@ -69,7 +69,7 @@ def test_images_of_a_class_in_cyclic_order():
                 assert len(set(rounds[:-1])) > 1
 
 
-def test_a_rank_without_some_class_goes_on_with_the_others():
+def test_a_rank_without_images_of_a_class_draws_from_the_others():
     labels = np.array([0] * 9 + [1])
     for rank in range(2):
         sampler = ClassAwareSampler(labels, 2, 0, rank, 2)
@@ -78,7 +78,9 @@ def test_a_rank_without_some_class_goes_on_with_the_others():
         assert len(picked) == 5 and set(labels[picked]) == set(labels[shard])
 
 
-@pytest.mark.parametrize("sampler", [lambda *a: ShuffledSampler(90, *a), lambda *a: ClassAwareSampler(LABELS, 2, *a)])
+@pytest.mark.parametrize(
+    "sampler", [lambda *a: ShuffledSampler(LABELS, *a), lambda *a: ClassAwareSampler(LABELS, 2, *a)]
+)
 def test_order_follows_from_seed_epoch_and_rank(sampler):
     orders = {
         (seed, epoch, rank): tuple(sampler(seed, rank, 2).epoch(epoch)[1])
@@ -90,7 +92,7 @@ def test_order_follows_from_seed_epoch_and_rank(sampler):
         assert tuple(used.epoch(epoch)[1]) == orders[0, epoch, 1]
 
 
-@pytest.mark.parametrize("sampler", [ShuffledSampler(90, 0), ClassAwareSampler(LABELS, 2, 0)])
+@pytest.mark.parametrize("sampler", [ShuffledSampler(LABELS, 0), ClassAwareSampler(LABELS, 2, 0)])
 def test_draws_count_up_within_an_epoch(sampler):
     draw, index = sampler.epoch(1)
     assert draw.tolist() == [int((index[:at] == index[at]).sum()) for at in range(len(index))]
@@ -110,23 +112,25 @@ def test_batches_are_full_and_carry_the_epoch():
     assert list(batches) != given
 
 
-@pytest.mark.parametrize("step", [0, 1, 10, 11])
-def test_starting_within_an_epoch_gives_its_tail(step):
-    batches = BatchSampler(ShuffledSampler(90, 0), 8)
+@pytest.mark.parametrize("position", [0, 3, 8, 80, 83, 88, 90])
+def test_starting_within_an_epoch_gives_the_rest_of_it(position):
+    batches = BatchSampler(ShuffledSampler(LABELS, 0), 8)
     batches.start_at(2)
-    whole = list(batches)
-    batches.start_at(2, step)
-    assert list(batches) == whole[step:] and len(batches) == 11 - step
+    whole = [item for batch in batches for item in batch]
+    batches.start_at(2, position)
+    rest = list(batches)
+    assert len(rest) == len(batches) == (90 - position) // 8
+    assert [item for batch in rest for item in batch] == whole[position : position + 8 * len(rest)]
 
 
 def test_too_few_images_give_no_batch():
-    assert list(BatchSampler(ShuffledSampler(7, 0), 8)) == []
+    assert list(BatchSampler(ShuffledSampler(range(7), 0), 8)) == []
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("size", [1, 2, 16, 101])
-def test_evaluation_takes_every_image_once(size, world):
-    shards = [EvalBatchSampler(size, 8, rank, world) for rank in range(world)]
+def test_evaluation_takes_every_image_once(size, world_size):
+    shards = [EvalBatchSampler(size, 8, rank, world_size) for rank in range(world_size)]
     for shard in shards:
         given = list(shard)
         assert len(given) == len(shard)

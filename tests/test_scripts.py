@@ -12,7 +12,7 @@ from tests.helpers import MAINS, ROOT, STAGES, train
 PARTS = (
     "build_data(", "torch.optim.SGD(", "DistributedDataParallel", "for epoch in range(", "state.batches(loader)",
     "F.cross_entropy(", "state.backward(loss)", "state.optimizer_step()", "evaluate(model, data.val", "data.test",
-    "checkpoint.restore(", "state.end_epoch(",
+    " restore(", "state.end_epoch(",
 )  # fmt: skip
 
 

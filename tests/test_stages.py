@@ -137,13 +137,15 @@ def test_results(trained, run):
     assert [record["classifier"] for record in records] == CLASSIFIERS[run]
     for record in records:
         assert list(record) == [
-            "phase", "classifier", "overall", "top5", "many", "medium", "few",
-            "per_class", "train_counts", "count", "confusion_groups",
+            "phase", "classifier", "overall", "class_mean", "top5", "many", "medium", "few",
+            "per_class", "train_counts", "test_counts", "classes", "count", "confusion_groups", "confusion",
         ]  # fmt: skip
         assert record["phase"] == "test" and record["count"] == TEST_IMAGES
         assert record["train_counts"] == list(COUNTS["train"])
         assert all(0 <= record[name] <= 1 for name in ("overall", "top5", "many", "medium", "few"))
-        assert record["overall"] == pytest.approx(np.mean(record["per_class"]))  # as many test images in every class
+        assert record["class_mean"] == record["overall"] == pytest.approx(np.mean(record["per_class"]))  # balanced
+        assert record["test_counts"] == list(COUNTS["test"]) and record["classes"] is None
+        assert np.sum(record["confusion"], axis=1).tolist() == record["test_counts"]
         assert record["many"] == record["per_class"][0] and record["medium"] == record["per_class"][1]
         assert np.sum(record["confusion_groups"], axis=1).tolist() == [5, 5, 20]
 
@@ -162,7 +164,7 @@ def test_log(trained, run):
         ]  # fmt: skip
         assert list(record["val"]) == CLASSIFIERS[run]
         for accuracy in record["val"].values():
-            assert list(accuracy) == ["overall", "top5", "many", "medium", "few"]
+            assert list(accuracy) == ["overall", "class_mean", "top5", "many", "medium", "few"]
         assert all(record[name] > 0 for name in ["loss", *parts, "images_per_second", "seconds"])
         if parts:
             assert record["loss"] == pytest.approx(sum(record[name] for name in parts), rel=1e-5)
@@ -203,7 +205,8 @@ def test_checkpoint(trained, run):
     assert {name.split(".")[1] for name in saved["state_dict"]} == set(NAMES[script(run)])
     assert all(name.startswith("module.") for name in saved["state_dict"])
     assert isinstance(saved["best_acc1"], torch.Tensor) and saved["best_acc1"].ndim == 0
-    accuracies = [record["val"][CLASSIFIERS[run][-1]]["overall"] for record in log_of(trained[run])]
+    assert saved["best_acc1"].dtype == torch.float64 and saved["best_metric"] == "class_mean"
+    accuracies = [record["val"][CLASSIFIERS[run][-1]]["class_mean"] for record in log_of(trained[run])]
     assert float(saved["best_acc1"]) == max(accuracies)
     best = checkpoint(trained[run], "best_checkpoint.pth.tar")
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1
@@ -235,7 +238,7 @@ def test_optimizer_holds_what_the_published_one_holds(trained, run):
         assert momentum.shape == saved["state_dict"][name].shape
 
 
-def test_hand_over(trained):
+def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
     states = {run: submodule(checkpoint(trained[run])["state_dict"], "module.") for run in RUNS}
 
     def parameters(run, prefix):
@@ -272,8 +275,9 @@ def test_evaluate(trained, plain_tree, tmp_path, run):
     assert (outcome.status, outcome.err) == (0, "")
     assert results_of(tmp_path / "e") == results_of(trained[run])
     rows = [line for line in outcome.out.splitlines() if "classifier |" in line]
-    overall = [f"{100 * record['overall']:.1f}" for record in results_of(trained[run])]
-    assert [row.split("|")[5].strip() for row in rows] == overall
+    for column, name in ((5, "class_mean"), (6, "overall")):
+        expected = [f"{100 * record[name]:.1f}" for record in results_of(trained[run])]
+        assert [row.split("|")[column].strip() for row in rows] == expected
     assert sorted(file.name for file in (tmp_path / "e").glob("[!.]*")) == ["results.json"]
 
 

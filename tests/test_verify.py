@@ -1,4 +1,4 @@
-"""python -m datasets.verify: what it finds, what it makes of it, and its exit status."""
+"""python -m datasets.verify: what it finds, how it explains it, and its exit status."""
 
 import builtins
 import os
@@ -9,7 +9,7 @@ from PIL import Image
 from datasets.prepare import verify as module
 from datasets.verify import main
 
-from .test_list_file import broken_images
+from .test_dataset import broken_images
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": (12, 3, 2), "val": (1, 1, 1), "test": (2, 2, 2)}
@@ -59,7 +59,7 @@ def append(file, text):
         target.write(text)
 
 
-def test_a_sound_tree(root, verify):
+def test_a_tree_without_problems_passes(root, verify):
     status, said = verify(root)
     assert status == 0 and "all images are there" in said and "information" not in said
     table = rows(said)
@@ -90,7 +90,7 @@ def test_groups_follow_the_training_counts(tmp_path, verify):
     assert verify(tmp_path, tmp_path / "test.txt")[1].splitlines()[1].split()[3:6] == ["-"] * 3
 
 
-def test_missing_images(root, verify, tmp_path):
+def test_missing_images_are_named_and_reported(root, verify, tmp_path):
     for i in range(2):
         (root / f"test/bee/{i}.jpg").unlink()
     append(root / "val.txt", "val/ant/none.jpg 0\n")
@@ -106,7 +106,7 @@ def test_missing_images(root, verify, tmp_path):
     ]
 
 
-def test_the_first_twenty_and_the_rest_in_the_report(root, verify, tmp_path):
+def test_twenty_problems_are_printed_and_all_reported(root, verify, tmp_path):
     append(root / "train.txt", "".join(f"train/ant/none{i}.jpg 0\n" for i in range(50)))
     _, said = verify(root, "--report", tmp_path / "report.txt")
     assert said.count("train/ant/none") == 20 and "and 30 more" in said
@@ -128,7 +128,7 @@ def test_decode_names_every_broken_image(root, verify, tmp_path):
     assert "0 bytes" in report["train/cat/zero.jpg"]
 
 
-def test_images_that_are_not_what_their_name_says(root, verify):
+def test_images_of_another_format_than_named_are_information(root, verify):
     Image.new("RGB", (8, 8)).save(root / "train/ant/0.jpg", format="PNG")
     Image.new("CMYK", (8, 8)).save(root / "train/ant/1.jpg")
     Image.new("L", (8, 8)).save(root / "train/ant/2.jpg")
@@ -138,7 +138,7 @@ def test_images_that_are_not_what_their_name_says(root, verify):
     assert "1 CMYK, 1 L" in said
 
 
-def test_images_shared_between_splits(root, verify):
+def test_images_shared_with_training_are_a_problem(root, verify):
     append(root / "test.txt", "./train/ant/3.jpg 0\n")
     status, said = verify(root)
     assert status == 1 and "train and test share 1 images; the first: train/ant/3.jpg" in said
@@ -150,7 +150,7 @@ def test_images_shared_between_splits(root, verify):
     assert status == 1 and "val and test share 3 images" in said
 
 
-def test_repeated_entries_and_untrained_classes(root, verify):
+def test_repeated_entries_and_untrained_classes_are_information(root, verify):
     append(root / "train.txt", "train/ant/0.jpg 0\n")
     append(root / "val.txt", "val/cat/0.jpg 7\n")
     status, said = verify(root)
@@ -159,7 +159,7 @@ def test_repeated_entries_and_untrained_classes(root, verify):
     assert "val: 1 classes have no training image, such as 7" in said
 
 
-def test_links_that_leave_the_root(root, verify, tmp_path):
+def test_links_that_leave_the_root_are_information(root, verify, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     os.replace(root / "train/ant/0.jpg", outside / "0.jpg")
@@ -176,7 +176,7 @@ def test_links_that_leave_the_root(root, verify, tmp_path):
     assert "train: information: 1 links lead out" in verify(through_a_link)[1]
 
 
-def test_the_reorganised_layout_and_class_folders(root, verify, tmp_path):
+def test_sorted_trees_and_class_folders_are_verified(root, verify, tmp_path):
     listed = tmp_path / "list_val.txt"
     listed.write_text("".join(f"train/{name}/0.jpg {c}\n" for c, name in enumerate(CLASSES)))
     for file in (root / "train").glob("*/0.jpg"):
@@ -196,7 +196,7 @@ def imagenet(root):
     return [line.split()[0] for line in lines]
 
 
-def test_what_missing_images_look_like(root, verify, tmp_path):
+def test_the_likely_cause_of_missing_images_is_named(root, verify, tmp_path):
     paths = imagenet(root)
     only_test = ("--test-list", root / "test.txt")
     assert "wrong release" in verify(root, *only_test)[1]
@@ -210,6 +210,18 @@ def test_what_missing_images_look_like(root, verify, tmp_path):
     root.rename(deep)
     status, said = verify(tmp_path / "kaggle", "--train-list", deep / "train.txt")
     assert status == 1 and f"these files lie below {deep}" in said
+
+
+def test_what_is_no_regular_file_is_reported_as_missing(root, verify, tmp_path):
+    (root / "test/bee/0.jpg").unlink()
+    os.mkfifo(root / "test/bee/0.jpg")
+    status, said = verify(root, "--decode", "--report", tmp_path / "report.txt")
+    assert status == 1 and rows(said)["test"]["missing"] == "1" and "no regular file" in said
+    assert (tmp_path / "report.txt").read_text() == "missing\ttest\ttest/bee/0.jpg\tnot a regular file\n"
+    for split in COUNTS:
+        (root / f"{split}.txt").unlink()
+    status, said = verify(root, "--decode")  # as class folders
+    assert status == 1 and rows(said)["test"]["missing"] == "1" and "no regular file" in said
 
 
 def test_large_images_are_decoded_one_at_a_time(root, verify, monkeypatch):
@@ -232,7 +244,7 @@ def test_large_images_are_decoded_one_at_a_time(root, verify, monkeypatch):
     assert most == 1
 
 
-def test_plot(root, verify, tmp_path, monkeypatch):
+def test_plot_needs_matplotlib_and_a_known_format(root, verify, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     assert verify(root, "--plot", tmp_path / "counts.png")[0] == 0
     with Image.open(tmp_path / "counts.png") as image:

@@ -3,30 +3,58 @@
 import argparse
 import os
 import secrets
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from models import ARCHS
+from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
-from .command_line import ArgumentParser, filled, number, whole_number
+from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
 from .distributed import gather_objects, print_main
 from .errors import UserError
 
+ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
+SHARED_ARGS = {  # that the stages of one training have in common; backbone and image size come with the checkpoint
+    "cos", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment", "amp",
+    "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size", "rank",
+    "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard", "plots",
+}  # fmt: skip
 
 
 class TrainingParser(ArgumentParser):
-    """A stage's parser: checks that the values fit together, too. args.program is the script's name for messages."""
+    """A stage's parser: checks that the values fit together, too.
+
+    args.program: the script's name for messages; args.saved: the names of what a checkpoint keeps.
+    """
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         args.program = self.prog
+        args.saved = sorted(self.saved_actions())
+        args.shared_words = self.shared_words(args)
         args.deterministic = args.seed is not None
         check_arguments(args)
         return args
+
+    def shared_words(self, args) -> list[str]:
+        """The words of the given flags that a run of the next stage needs as well."""
+        actions = {action.dest: action for action in self._actions}
+        names = [name for name in args.given if name in SHARED_ARGS]
+        return [option_words(actions[name], getattr(args, name)) for name in names]
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As ArgumentParser's; a folder after --pretrained is DIR, since weights are a file."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i, (word, following) in enumerate(pairwise(words)):
+            if word == "--pretrained" and os.path.isdir(following):
+                words[i] = "--pretrained=torchvision"
+        return super().parse_known_args(words, namespace)
 
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
@@ -36,12 +64,12 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     # fmt: off
     add("data", metavar="DIR",
         help="image folder that the lists' paths are relative to, or a tree of class folders")
-    add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
+    run_only(add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
         help="data loading workers on this node, split over its processes; a starved GPU wants more, up to "
-        f"{WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)")
+        f"{WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)"))
     add("--epochs", default=epochs, type=whole_number(1), metavar="N", help="epochs to train (default: %(default)s)")
-    add("--start-epoch", default=0, type=whole_number(), metavar="N",
-        help="epoch to start with, from 0; --resume sets it by itself")
+    run_only(add("--start-epoch", default=0, type=whole_number(), metavar="N",
+        help="epoch to start with, from 0; --resume sets it by itself"))
     add("-b", "--batch-size", default=batch_size, type=whole_number(1), metavar="N",
         help="images per step on this node, split over its processes (default: %(default)s); scale --lr with it")
     add("--lr", "--learning-rate", default=lr, type=number(), metavar="LR", dest="lr",
@@ -51,37 +79,46 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     add("--momentum", default=0.9, type=number(most=1), metavar="M", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", default=5e-4, type=number(), metavar="W", dest="weight_decay",
         help="weight decay (default: %(default)s)")
-    add("-p", "--print-freq", default=10, type=whole_number(1), metavar="N",
-        help="steps between two lines, or between two updates of the bar (default: %(default)s)")
-    add("--resume", default="", metavar="PATH",
+    run_only(add("-p", "--print-freq", default=10, type=whole_number(1), metavar="N",
+        help="steps between two lines, or between two updates of the bar (default: %(default)s)"))
+    run_only(add("--resume", default="", metavar="PATH",
         help="checkpoint to continue from, or to evaluate; 'auto' takes the newest in --output_dir, if there is one; "
-        "--arch, --image-size and the queue's size are as saved, unless given")
-    add("-e", "--evaluate", action="store_true",
+        "--arch, --image-size and the queue's size are as saved, unless given"))
+    run_only(add("-e", "--evaluate", action=ON_OFF, default=False,
         help="evaluate --resume's checkpoint on the test list and train nothing; results.json is written only if "
-        "--output_dir is given")
-    add("--cos", action="store_true", help="cosine schedule, by epoch; the published commands use it in every stage")
-    add("--output_dir", default=output_dir, type=filled, metavar="DIR",
-        help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start anew in an --output_dir that already holds a checkpoint")
-    add("--save-every-steps", default=0, type=whole_number(), metavar="N",
-        help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)")
-    add("--tensorboard", action="store_true",
-        help="also write each epoch's figures for TensorBoard to --output_dir (pip install tensorboard)")
+        "--output_dir is given"))
+    add("--cos", action=ON_OFF, default=False,
+        help="cosine schedule, by epoch; the published commands use it in every stage")
+    run_only(add("--output_dir", default=output_dir, type=filled, metavar="DIR",
+        help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)"))
+    run_only(add("--overwrite", action=ON_OFF, default=False,
+        help="start anew in an --output_dir that already holds a checkpoint"))
+    run_only(add("--save-every-steps", default=0, type=whole_number(), metavar="N",
+        help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)"))
+    run_only(add("--tensorboard", action=ON_OFF, default=False,
+        help="also write each epoch's figures for TensorBoard to --output_dir (pip install tensorboard)"))
+    run_only(add("--plots", action=ON_OFF, default=False,
+        help="at the end, draw losses, accuracies, classes and confusion into the folder plots in --output_dir, as PNG "
+        "and PDF (pip install matplotlib); under --evaluate only if --output_dir is given"))
     add("--seed", default=None, type=whole_number(0, 2**63 - 1), metavar="N",
         help="seed of everything random; also asks CUDA for deterministic algorithms (default: drawn and printed)")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--train-list", type=filled, metavar="FILE",
-        help="training list, '<path below DIR> <label>' per line")
-    data.add_argument("--val-list", type=filled, metavar="FILE", help="validation list")
-    data.add_argument("--test-list", type=filled, metavar="FILE", help="test list")
-    data.add_argument("--image-size", default=224, type=whole_number(8, 4096), metavar="S",
+    run_only(data.add_argument("--train-list", type=filled, metavar="FILE",
+        help="training list, '<path below DIR> <label>' per line"))
+    run_only(data.add_argument("--val-list", type=filled, metavar="FILE", help="validation list"))
+    run_only(data.add_argument("--test-list", type=filled, metavar="FILE", help="test list"))
+    data.add_argument("--image-size", default=224, type=whole_number(MIN_SIZE, MAX_SIZE), metavar="S",
         help="side of the square views; up to 64 they are cropped with padding, as is usual on CIFAR "
         "(default: %(default)s)")
-    data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
-        help="number of classes (default: the training list's largest label + 1)")
-    data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
-        help="images per evaluation step on this node (default: --batch-size)")
+    data.add_argument("--mean", default=list(MEAN), nargs=3, type=number(0, 1), metavar=("R", "G", "B"),
+        help="mean of the images' channels in [0, 1], subtracted from them (default: ImageNet's, 0.485 0.456 0.406)")
+    data.add_argument("--std", default=list(STD), nargs=3, type=number(MIN_STD, above=0), metavar=("R", "G", "B"),
+        help="standard deviation, by which they are divided (default: ImageNet's, 0.229 0.224 0.225)")
+    run_only(data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
+        help="number of classes (default: the training list's largest label + 1)"))
+    run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
+        help="images per evaluation step on this node (default: --batch-size)"))
     data.add_argument("--augment", default="pil", choices=("pil", "device"),
         help="where colors are jittered and views blurred: 'pil' in the workers; 'device' in batches on the training "
         "device, which relieves the workers; the distributions are the same (default: %(default)s)")
@@ -91,34 +128,36 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help=f"backbone (default: %(default)s), one of {', '.join(ARCHS)}; resnet8, 20, 32, 44, 56 are CIFAR's")
     model.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"),
         help="mixed precision; bf16 is the fast and safe choice if the hardware has it (default: %(default)s)")
-    model.add_argument("--channels-last", action="store_true", help="NHWC memory layout: faster convolutions")
-    model.add_argument("--compile", action="store_true", help="compile the backbones; costs minutes at the start")
-    model.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products, on GPUs that have it")
+    model.add_argument("--channels-last", action=ON_OFF, default=False, help="NHWC memory layout: faster convolutions")
+    run_only(model.add_argument("--compile", action=ON_OFF, default=False,
+        help="compile the backbones; costs minutes at the start"))
+    model.add_argument("--tf32", action=ON_OFF, default=False,
+        help="allow TF32 in float32 products, on GPUs that have it")
 
     model.add_argument("--memory-check", action=argparse.BooleanOptionalAction, default=True,
         help="before the first step, refuse a batch that cannot fit into memory (default: on)")
 
     processes = parser.add_argument_group("processes")
-    processes.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-        help="where to train (default: auto, a GPU if there is one)")
-    processes.add_argument("--gpu", default=None, type=whole_number(0, MAX_PROCESSES), metavar="N",
-        help="number of the one GPU to use")
-    processes.add_argument("--multiprocessing-distributed", action="store_true",
-        help="start one process per GPU on this node, or --nproc processes if there is no GPU")
-    processes.add_argument("--nproc", default=1, type=whole_number(1, MAX_PROCESSES), metavar="N",
-        help="processes of --multiprocessing-distributed (default: one per GPU, without GPUs %(default)s)")
-    processes.add_argument("--world-size", default=-1, type=whole_number(-1, 2**20), metavar="N",
-        help="number of nodes")
-    processes.add_argument("--rank", default=-1, type=whole_number(-1, 2**20), metavar="N",
-        help="number of this node, from 0")
-    processes.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
-        help="tcp://HOST:PORT of node 0, where the processes meet, or env:// (default: a free local port)")
-    processes.add_argument("--dist-backend", default="nccl", choices=("nccl", "gloo"),
-        help="communication (default: nccl, or gloo without GPUs)")
-    processes.add_argument("--dist-timeout", default=1800, type=number(above=0, most=MAX_TIMEOUT), metavar="SECONDS",
-        help="how long a process waits for the others (default: %(default)s)")
-    processes.add_argument("--dist-interface", default=None, metavar="NAME",
-        help="network interface between nodes, e.g. eth0 (default: that of --dist-url's address)")
+    run_only(processes.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="where to train (default: auto, a GPU if there is one)"))
+    run_only(processes.add_argument("--gpu", default=None, type=whole_number(0, MAX_PROCESSES), metavar="N",
+        help="number of the one GPU to use"))
+    run_only(processes.add_argument("--multiprocessing-distributed", action=ON_OFF, default=False,
+        help="start one process per GPU on this node, or --nproc processes if there is no GPU"))
+    run_only(processes.add_argument("--nproc", default=1, type=whole_number(1, MAX_PROCESSES), metavar="N",
+        help="processes of --multiprocessing-distributed (default: one per GPU, without GPUs %(default)s)"))
+    run_only(processes.add_argument("--world-size", default=-1, type=whole_number(-1, 2**20), metavar="N",
+        help="number of nodes"))
+    run_only(processes.add_argument("--rank", default=-1, type=whole_number(-1, 2**20), metavar="N",
+        help="number of this node, from 0"))
+    run_only(processes.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
+        help="tcp://HOST:PORT of node 0, where the processes meet, or env:// (default: a free local port)"))
+    run_only(processes.add_argument("--dist-backend", default="nccl", choices=("nccl", "gloo"),
+        help="communication (default: nccl, or gloo without GPUs)"))
+    run_only(processes.add_argument("--dist-timeout", default=1800, type=number(above=0, most=MAX_TIMEOUT),
+        metavar="SECONDS", help="how long a process waits for the others (default: %(default)s)"))
+    run_only(processes.add_argument("--dist-interface", default=None, metavar="NAME",
+        help="network interface between nodes, e.g. eth0 (default: that of --dist-url's address)"))
     # fmt: on
     return parser
 
@@ -167,8 +206,31 @@ def settle_defaults(args):
         args.workers = num_cores()
         print_main(f"{args.workers} data loading workers, one per core (--workers)")
     args.eval_batch_size = args.eval_batch_size or args.batch_size
+    if args.cos and "schedule" in args.given and not args.evaluate:
+        print_main("--schedule is not used, since --cos is on")
+
+
+def check_queue(args, num_images: int, images_per_step: int):
+    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is too large."""
+    if args.evaluate or args.con_weight == 0:
+        return
+    if args.moco_k < images_per_step:
+        raise UserError(
+            f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or "
+            "lower --batch-size",
+            on_all_ranks=True,
+        )
+    if args.moco_k > 2 * num_images:
+        print_main(
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the "
+            f"queue; take about {max(num_images, images_per_step)}"
+        )
 
 
 def resolved(args) -> dict:
     """The arguments as JSON can hold them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items()) if name != "given"}
+    return {
+        name: str(v) if isinstance(v, Path) else v
+        for name, v in sorted(vars(args).items())
+        if name not in ("given", "saved", "shared_words")
+    }

@@ -11,6 +11,7 @@ import torch
 import models
 from models.load import read_checkpoint, state_dict_of
 
+from .command_line import check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
@@ -18,6 +19,9 @@ from .launch.signals import Stopped, heartbeat, stop_requested
 from .metrics import MetricLogger
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
+EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight")  # what --evaluate takes
+BEST_METRIC = "class_mean"
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
@@ -39,14 +43,20 @@ class LoadedCheckpoint(NamedTuple):
         """What it says of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
         return self.content.get("run", {})
 
+    @property
+    def classes(self) -> list[str] | None:
+        """The classes' names, None if it has none."""
+        return self.content.get("classes")
+
 
 # ---- reading
 
 
-def load_resume(args, stage: str) -> LoadedCheckpoint | None:
-    """The checkpoint that --resume names, None without one; what the user left open in args is taken from it.
+def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
+    """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
 
-    stage: the one that it has to be of. Raises UserError, on all ranks, if it cannot be read or is of another stage.
+    parser: the one that args came from; stage: the one that the checkpoint has to be of. Raises UserError, on all
+    ranks, if it cannot be read or is of another stage.
     """
     if args.resume == "auto":
         latest = None
@@ -60,16 +70,17 @@ def load_resume(args, stage: str) -> LoadedCheckpoint | None:
         return None
     with raise_on_all_ranks():
         loaded = read_stage(args.resume, "--resume", (stage,))
-        for note in apply_saved_args(loaded, args):
-            print_main(note)
+        for line in apply_saved_args(loaded, args, parser, EVALUATION_ARGS if args.evaluate else None):
+            print_main(line)
         check_compatible(loaded, args.arch)
         return loaded
 
 
-def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
+def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
     """The checkpoint of an earlier stage that a flag names, to start from.
 
-    Raises UserError, on all ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
+    Backbone, image size and statistics are taken from it, unless their flags were given. Raises UserError, on all
+    ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
     hint: what else would serve, for the message if the flag is missing.
     """
     path = getattr(args, flag.lstrip("-").replace("-", "_"))
@@ -77,15 +88,14 @@ def load_stage(args, flag: str, stages: tuple[str, ...], hint: str = "") -> Load
         if not path:
             raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
         loaded = read_stage(path, flag, stages)
+        for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
+            print_main(line)
         check_compatible(loaded, args.arch)
         try:
             models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
             models.check_weights(loaded.state_dict)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
-        size = loaded.run.get("image_size", args.image_size)
-        if size != args.image_size:
-            print_main(f"warning: --image-size {args.image_size}, but {path} was trained at {size}")
         return loaded
 
 
@@ -114,6 +124,9 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
         raise UserError(
             f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
         )
+    names = content.get("classes")
+    if names is not None and len(names) != found["num_classes"]:
+        raise UserError(f"{path}: it names {len(names)} classes, and has {found['num_classes']}; correct {flag}")
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
@@ -146,11 +159,20 @@ def is_run(value) -> bool:
     )
 
 
+def is_names(value) -> bool:
+    """Whether a value is None or a list of text."""
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 PROGRESS = {
     "epoch": (is_count, "a whole number"),
     "step": (is_count, "a whole number"),
     "best_acc1": (is_accuracy, "a number"),
+    "best_metric": (lambda value: isinstance(value, str), "a name"),
+    "classes": (is_names, "a list of names"),
     "run": (is_run, "a record of seed, batch and processes"),
+    "images": (is_count, "a whole number"),
+    "args": (lambda value: isinstance(value, dict), "a record of arguments"),
     "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
 }
 
@@ -190,29 +212,44 @@ def quarantine_unreadable(folder, resumed):
 # ---- holding a checkpoint against the run
 
 
-def apply_saved_args(loaded: LoadedCheckpoint, args) -> list[str]:
-    """Takes from a checkpoint what the user left open: seed, arch, image size, queue. Returns the lines to print."""
-    found, run, lines = loaded.found, loaded.run, []
-    saved = {"arch": found["arch"], "image_size": run.get("image_size")}
-    saved |= {"moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    for name, value in saved.items():
-        if value is None or getattr(args, name, value) == value:
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
+    """Takes the flags that were not given from a checkpoint, all that it keeps or those in `only`.
+
+    Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
+    Raises UserError if a saved value is none that the command line could give.
+    """
+    actions, taken, lines = parser.saved_actions(), [], []
+    for name, value in saved_args(loaded).items():
+        if name not in actions or name not in args.saved or (only and name not in only):
+            continue
+        try:
+            value = check_value(actions[name], value)
+        except ValueError as error:
+            raise UserError(f"{loaded.path}: its arguments are not sound ({error}); correct {loaded.flag}") from None
+        now = getattr(args, name)
+        if value is None or value == now:
             continue
         if name not in args.given:
             setattr(args, name, value)
-            lines.append(f"--{name.replace('_', '-')} {value}, as saved")
-        elif name == "image_size":
-            lines.append(f"warning: --image-size {args.image_size}, the checkpoint was trained at {value}")
-    args.deterministic = args.deterministic or bool(run.get("deterministic"))
-    if args.evaluate:
-        return lines
-    if args.seed is None and "seed" in run:
-        args.seed = run["seed"]
-        lines.append(f"seed {args.seed}, as saved")
-    for name, value in {"seed": args.seed, "batch_size": args.batch_size, "world_size": get_world_size()}.items():
-        if run.get(name, value) != value:
-            lines.append(f"warning: {name} is {value}, it was {run[name]}: the result will not be bit-identical")
+            taken.append(option_words(actions[name], value))
+        elif name not in ("arch", "moco_k", "moco_dim"):  # others of these are refused
+            lines.append(
+                f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
+                f"{option_words(actions[name], value)}"
+            )
+    args.deterministic = args.deterministic or bool(not only and loaded.run.get("deterministic"))
+    if taken:
+        lines.insert(0, f"as saved: {' '.join(taken)}")
     return lines
+
+
+def saved_args(loaded: LoadedCheckpoint) -> dict:
+    """The flags that a checkpoint keeps, by name; of older ones what their run and weights say."""
+    found, run = loaded.found, loaded.run
+    saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
+    saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    saved = {name: value for name, value in saved.items() if value is not None}
+    return loaded.content.get("args", {}) | saved
 
 
 def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
@@ -231,78 +268,17 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
         )
 
 
-def restore(loaded: LoadedCheckpoint | None, state, steps_per_epoch: int):
-    """Restores model, optimizer, scaler, metrics, epoch, step and best accuracy of a training state, if resumed.
-
-    An evaluation takes the model alone. Raises UserError, on all ranks, if what was saved does not fit.
-    """
-    if loaded is None:
-        return
-    with raise_on_all_ranks():
-        restore_model(loaded, state.model)
-        if state.args.evaluate:
-            return
-        content = loaded.content
-        for name, load in (("optimizer", restore_momentum), ("scaler", restore_scaler)):
-            try:
-                load(getattr(state, name), content.get(name))
-            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-                message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
-                raise UserError(message) from None
-        state.epoch, state.step = int(content.get("epoch", 0)), int(content.get("step", 0))
-        state.best = float(content.get("best_acc1", 0.0))
-        if content.get("averages"):
-            state.metrics.load_state_dict(content["averages"], loaded.path)
-        if state.step > steps_per_epoch:
-            raise UserError(
-                f"{loaded.path}: stopped at step {state.step}, of {steps_per_epoch} here; resume with "
-                "the lists, --batch-size and processes it was saved with"
-            )
-
-
-def restore_model(loaded: LoadedCheckpoint, model):
-    """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
-    state_dict = loaded.state_dict
-    wrong = models.ssd.mismatched_keys(model, state_dict)
-    if not wrong:
-        try:
-            models.check_weights(state_dict)
-        except ValueError as error:
-            raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
-        model.load_state_dict(state_dict)
-    elif "queue" in wrong and "queue" in state_dict and state_dict["queue"].dim() == 2:
-        dim, size = state_dict["queue"].shape
-        raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
-    else:
-        stage = STAGE_NAMES[loaded.found["stage"]]
-        raise UserError(f"{loaded.path}: does not fit stage {stage} at {wrong[0]}; correct {loaded.flag}")
-
-
-def restore_momentum(optimizer, saved: dict | None):
-    """Takes the momentum buffers of SGD's state_dict, and nothing else: every setting is the run's."""
-    if not saved:
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if len(numbers) != len(parameters):
-        raise ValueError(f"it is of {len(numbers)} parameters, here are {len(parameters)}")
-    for number, parameter in zip(numbers, parameters, strict=True):
-        momentum = saved["state"].get(number, {}).get("momentum_buffer")
-        if momentum is None:
-            continue
-        if momentum.layout != torch.strided or momentum.shape != parameter.shape:
-            raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
-        if not momentum.is_floating_point() or not momentum.isfinite().all():
-            raise ValueError("a momentum that is not finite")
-        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-
-
-def restore_scaler(scaler, saved: dict | None):
-    """Takes the loss scale of --amp fp16."""
-    if saved and scaler.is_enabled():
-        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values()):
-            raise ValueError("a value that is no positive number")
-        scaler.load_state_dict(saved)
+def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
+    """The classes' names: those of the data, else those in the checkpoint, else None; warns if the two differ."""
+    from_checkpoint = loaded.classes if loaded else None
+    if from_data and from_checkpoint and from_data != from_checkpoint:
+        pairs = zip(from_checkpoint, from_data, strict=True)
+        number, theirs, ours = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
+        print_main(
+            f"warning: class {number} is {theirs!r} in {loaded.path}, and {ours!r} in the data: if the classes were "
+            "renumbered, its weights belong to other classes"
+        )
+    return from_data or from_checkpoint
 
 
 # ---- writing
@@ -324,9 +300,13 @@ def save(state, is_best: bool = False):
             "arch": args.arch,
             "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
             "best_acc1": torch.tensor(state.best, dtype=torch.float64),
+            "best_metric": BEST_METRIC,
+            "classes": state.classes,
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "averages": averages,
+            "images": state.images,
+            "args": {name: as_saved(getattr(args, name)) for name in args.saved},
             "run": {
                 "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
                 "batch_size": args.batch_size, "world_size": get_world_size(),
@@ -334,6 +314,11 @@ def save(state, is_best: bool = False):
         }  # fmt: skip
         write(args.output_dir, content, is_best)
     heartbeat()
+
+
+def as_saved(value):
+    """An argument's value as weights_only loading takes it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def save_if_due(state, args):

@@ -3,18 +3,21 @@
 import argparse
 import difflib
 import math
+import os
+import shlex
 import sys
 
 from .errors import UserError, one_line
 
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
+SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # what one stage calls it
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` alike in flag names, errors of one line, and args.given: what the user set.
+    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given: what the user set.
 
-    intermixed: flags may stand between the words of a positional argument of several.
+    intermixed: flags may come between the values of one positional argument.
     """
 
     def __init__(self, description=None, intermixed=False, **options):
@@ -23,7 +26,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
-        """As argparse's; the names of the arguments that were given stand in args.given."""
+        """As argparse's; args.given has the names of the arguments that were given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         parse = super().parse_intermixed_args if self.intermixed else super().parse_args
         args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
@@ -51,12 +54,59 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it are its value, or DIR: only the flag is to blame
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            meant = SYNONYMS.get(flags[0].replace("_", "-"))
+            close = [meant] if meant in self._option_string_actions else close
             self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         return found, unknown
+
+    def saved_actions(self) -> dict[str, argparse.Action]:
+        """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
+        return {
+            a.dest: a for a in self._actions if a.option_strings and a.dest != "help" and not hasattr(a, "run_only")
+        }
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def run_only(action: argparse.Action) -> argparse.Action:
+    """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
+    action.run_only = True
+    return action
+
+
+def option_name(action: argparse.Action) -> str:
+    """The flag's long name."""
+    return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+
+
+def option_words(action: argparse.Action, value) -> str:
+    """The words of a command line that give a flag its value."""
+    name = option_name(action)
+    if isinstance(value, bool):
+        return name if value else name.replace("--", "--no-", 1)
+    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+
+
+def check_value(action: argparse.Action, value):
+    """A value from a file as the flag takes it. Raises ValueError if the command line could not give it."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option_name(action)} is on or off")
+        return value
+    if value is None and action.default is None:
+        return None
+    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
+    if several != isinstance(value, list):
+        raise ValueError(f"{option_name(action)} has another number of values")
+    try:
+        values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{option_name(action)} {error}") from None
+    if action.choices and not set(values) <= set(action.choices):
+        raise ValueError(f"{option_name(action)} {values[0]} is unknown")
+    return values if several else values[0]
 
 
 def whole_number(least: int = 0, most: int = 2**31 - 1):
@@ -115,6 +165,9 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at the exit fails again
+        return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -12,9 +12,13 @@ class UserError(Exception):
         self.on_all_ranks = on_all_ranks
 
     def __str__(self):
-        """On one line whatever a file's name holds: line ends, a terminal's commands, bytes that are no text."""
-        text = super().__str__()
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        """On one line whatever a file's name holds."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """The text with line ends, a terminal's commands and bytes that are no text written as Python writes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:

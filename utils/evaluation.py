@@ -20,7 +20,7 @@ def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -
     defer_stop()
     broadcast_buffers(model)
     model.eval()
-    counts = {name: ShotAccuracy(train_counts, state.device) for name in classifiers}
+    counts = {name: ShotAccuracy(train_counts, state.device, state.classes) for name in classifiers}
     with Progress(loader.name, len(loader), state.args.print_freq) as progress:
         for (images,), labels, _ in loader:
             if stop_requested():

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -19,24 +20,36 @@ from .files import atomic_write
 
 
 class Progress:
-    """One bar on a terminal, elsewhere a line every `every` steps; nothing on ranks other than 0."""
+    """One bar on a terminal, elsewhere a line every `every` steps; nothing on ranks other than 0.
+
+    The bar fits 80 columns. It closes with the block, or with close_progress().
+    """
+
+    open_bar = None  # the one on the screen
 
     def __init__(self, title: str, total: int, every: int, initial: int = 0):
         self.title, self.total, self.every, self.done = title, total, every, initial
         self.bar = None
         if is_main_process() and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, dynamic_ncols=True)
+            columns = min(80, shutil.get_terminal_size().columns)
+            form = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix}"
+            self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
+            Progress.open_bar = self.bar
 
-    def step(self, describe=str):
-        """Counts a step; describe() -> str is called every `every` steps only, since it may wait for the device."""
+    def step(self, short=str, long=str):
+        """Counts a step; short() for the bar or long() for the line is called every `every` steps only.
+
+        They return text, and may have to wait for the device.
+        """
         self.done += 1
         due = self.done % self.every == 0 or self.done == self.total
         if self.bar is not None:
             self.bar.update()
             if due:
-                self.bar.set_postfix_str(describe())
+                self.bar.postfix = short()
+                self.bar.refresh()
         elif due and is_main_process():
-            print(f"{self.title} [{self.done}/{self.total}] {describe()}".rstrip(), flush=True)
+            print(f"{self.title} [{self.done}/{self.total}] {long()}".rstrip(), flush=True)
 
     def __enter__(self):
         return self
@@ -44,15 +57,41 @@ class Progress:
     def __exit__(self, *exception):
         if self.bar is not None:
             self.bar.close()
+            Progress.open_bar = None
+
+
+def close_progress():
+    """Takes the bar off the screen, before a message."""
+    if Progress.open_bar is not None:
+        Progress.open_bar.close()
+        Progress.open_bar = None
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds: 2h05, 3m20."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}" if hours else f"{minutes}m{seconds:02}"
 
 
 def write_json(path, value):
     """Writes value as JSON, atomically. Raises UserError naming the file."""
     try:
         with atomic_write(path) as file:
-            file.write((json.dumps(value, indent=1) + "\n").encode())
+            file.write((to_json(value) + "\n").encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
+
+
+def to_json(value, margin: str = "\n") -> str:
+    """JSON with one line per entry, but a list of plain values on one line: a confusion matrix has a line per row."""
+    inner = f"{margin} "
+    if isinstance(value, dict) and value:
+        entries = [f"{json.dumps(key)}: {to_json(entry, inner)}" for key, entry in value.items()]
+        return f"{{{inner}{f',{inner}'.join(entries)}{margin}}}"
+    if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
+        return f"[{inner}{f',{inner}'.join(to_json(entry, inner) for entry in value)}{margin}]"
+    return json.dumps(value)
 
 
 def append_epoch(folder, record: dict):

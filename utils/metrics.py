@@ -1,14 +1,18 @@
 """Losses and accuracies: averaged over an epoch's steps, and counted per class in evaluation."""
 
 import math
+from collections import Counter
+from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 
 from .distributed import all_reduce, gather_objects, get_rank, get_world_size
 from .errors import UserError
 
 MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
 GROUPS = ("many", "medium", "few")
+MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
 
 
 class MetricLogger:
@@ -17,7 +21,8 @@ class MetricLogger:
     def __init__(self, device):
         self.device, self.names, self.sums, self.steps = device, (), None, 0
         self.source = None  # the file that the sums so far were read from
-        self.images, self.seconds = 0, 0.0  # trained on in this process since the epoch began or was resumed
+        # since the epoch began or was resumed: images of all ranks, seconds in all, and of them waiting for data
+        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
         """Adds a step: its losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""
@@ -99,17 +104,20 @@ def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
 
 
 class ShotAccuracy:
-    """Counts of one classifier's predictions, per class and between groups of classes (Liu et al., 2019).
+    """Counts of one classifier's predictions, per class and between classes (groups: Liu et al., 2019).
 
-    train_counts: int (C,), training images per class. Memory depends on the number of classes alone.
+    train_counts: int (C,), training images per class; classes: their names, or None. Memory depends on the number of
+    classes alone: C x C counts for up to 1,000 classes, beyond it those between the three groups of classes.
     """
 
-    def __init__(self, train_counts: torch.Tensor, device):
+    def __init__(self, train_counts: torch.Tensor, device, classes: list[str] | None = None):
         num_classes = len(train_counts)
-        self.train_counts = train_counts
-        self.groups = shot_groups(train_counts).to(device)
+        self.train_counts, self.classes = train_counts, classes
         self.top1, self.top5, self.images = torch.zeros(3, num_classes, dtype=torch.long, device=device)
-        self.confusion = torch.zeros(9, dtype=torch.long, device=device)
+        cells = shot_groups(train_counts) if num_classes > MAX_CONFUSION else torch.arange(num_classes)
+        self.cells = cells.to(device)  # class -> its row and column in the confusion matrix
+        self.side = len(GROUPS) if num_classes > MAX_CONFUSION else num_classes
+        self.confusion = torch.zeros(self.side**2, dtype=torch.long, device=device)
 
     def update(self, logits, labels):
         """Adds a batch: logits (N, C), labels (N,)."""
@@ -118,31 +126,50 @@ class ShotAccuracy:
         self.images.index_add_(0, labels, torch.ones_like(labels))
         self.top1.index_add_(0, labels, hit[:, 0].long())
         self.top5.index_add_(0, labels, hit.any(dim=1).long())
-        pairs = 3 * self.groups[labels] + self.groups[predicted[:, 0]]
+        pairs = self.side * self.cells[labels] + self.cells[predicted[:, 0]]
         self.confusion.index_add_(0, pairs, torch.ones_like(pairs))
 
     def results(self) -> dict:
         """Accuracies in [0, 1] over all ranks, None if there is nothing to average; all ranks must call it, once.
 
-        overall and top5 are over images; many, medium and few are means of the accuracies of those classes that have
-        test images. confusion_groups[i][j]: images of group i that were taken for group j.
+        overall and top5 are over images; class_mean, many, medium and few are means of the accuracies of those classes
+        that have test images. confusion_groups[i][j]: images of group i that were taken for group j; confusion, for up
+        to 1,000 classes: the same of classes.
         """
         flat = all_reduce(torch.cat([self.top1, self.top5, self.images, self.confusion])).cpu()
-        top1, top5, images = flat[:-9].view(3, -1)
-        count = int(images.sum())
-        accuracy = [int(c) / int(n) if n else None for c, n in zip(top1, images, strict=True)]
-        groups = shot_groups(self.train_counts).tolist()
-
-        def mean_of_group(group):
-            values = [a for a, g in zip(accuracy, groups, strict=True) if g == group and a is not None]
-            return sum(values) / len(values) if values else None
-
-        return {
+        top1, top5, images = flat[: -(self.side**2)].view(3, -1)
+        confusion = flat[-(self.side**2) :].view(self.side, self.side)
+        groups, count = shot_groups(self.train_counts), int(images.sum())
+        between = confusion
+        if self.side == len(self.train_counts):
+            of_group = F.one_hot(groups, len(GROUPS))
+            between = of_group.T @ confusion @ of_group
+        record = {
             "overall": int(top1.sum()) / count if count else None,
+            "class_mean": mean_accuracy(top1, images),
             "top5": int(top5.sum()) / count if count else None,
-            **{name: mean_of_group(number) for number, name in enumerate(GROUPS)},
-            "per_class": accuracy,
+            **{name: mean_accuracy(top1[groups == i], images[groups == i]) for i, name in enumerate(GROUPS)},
+            "per_class": [c / n if n else None for c, n in zip(top1.tolist(), images.tolist(), strict=True)],
             "train_counts": self.train_counts.tolist(),
+            "test_counts": images.tolist(),
+            "classes": self.classes,
             "count": count,
-            "confusion_groups": flat[-9:].view(3, 3).tolist(),
+            "confusion_groups": between.tolist(),
         }
+        if self.side == len(self.train_counts):
+            record["confusion"] = confusion.tolist()
+        return record
+
+
+def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
+    """Mean of the accuracies of the classes that have images, None if there are none; correct, images: int (classes,).
+
+    It is computed exactly and rounded once: with as many images in every class it is the very float of
+    correct / images, and of equal accuracies none is better by a rounding error.
+    """
+    sums = Counter()
+    for c, n in zip(correct.tolist(), images.tolist(), strict=True):
+        sums[n] += c
+    total = sum(Fraction(c, n) for n, c in sums.items() if n)
+    classes = int((images > 0).sum())
+    return float(total / classes) if classes else None

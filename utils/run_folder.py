@@ -3,10 +3,12 @@
 import fcntl
 from pathlib import Path
 
-from . import checkpoint, log, report
+from . import checkpoint, log, plots, report
 from .arguments import resolved
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
+from .runs import read_runs
+from .summary import next_commands, run_summary
 
 
 class RunFolder:
@@ -25,6 +27,8 @@ class RunFolder:
     def __enter__(self):
         with raise_on_all_ranks():
             if is_main_process() and self.writes:
+                if self.args.plots:
+                    plots.require_matplotlib("--plots")
                 self._claim()
         return self
 
@@ -57,11 +61,13 @@ class RunFolder:
         """Whether --resume names a checkpoint in this folder."""
         return bool(self.args.resume) and Path(self.args.resume).resolve().parent == self.path.resolve()
 
-    def start(self, first_epoch: int):
-        """Begins what the run writes: args.json, log.txt up to first_epoch, TensorBoard's files.
+    def start(self, state, data):
+        """Prints the run's settings, and begins what it writes: args.json, log.txt so far, TensorBoard's files.
 
         It is called when all else is checked, for --overwrite removes the former run's checkpoints here.
         """
+        print_main(run_summary(state, data))
+        first_epoch = state.epoch
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
@@ -81,9 +87,27 @@ class RunFolder:
         if self.summary_writer is not None:
             log.add_scalars(self.summary_writer, record)
 
+    def finish(self, state, results: dict[str, dict], source=None):
+        """Writes the results, and prints where the run's files are and what comes next.
+
+        source: the LoadedCheckpoint of another stage that the run started from, if there was one.
+        """
+        self.write_results(results)
+        files = [checkpoint.LAST, checkpoint.BEST, "log.txt", "results.json", "args.json"]
+        files = [name for name in files if (self.path / name).exists()]
+        if not self.args.evaluate:
+            commands = next_commands(state, source.found["stage"] if source else None)
+            print_main("\n".join([f"\nin {self.path}: {', '.join(files)}", "next:", *(f"  {c}" for c in commands)]))
+
     def write_results(self, results: dict[str, dict]):
-        """Prints the table of the test list and writes results.json; results: classifier -> its record."""
+        """Prints the table of the test list, writes results.json, and draws the plots with --plots.
+
+        results: classifier -> its record.
+        """
         print_main("\n" + report.table({f"{name} classifier": result for name, result in results.items()}))
         if is_main_process() and self.writes:
             records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]
             log.write_json(self.path / "results.json", records)
+            if self.args.plots:
+                plots.write_plots(read_runs([self.path])[0], self.path / "plots")
+                print_main(f"plots: {self.path / 'plots'}")

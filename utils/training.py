@@ -1,6 +1,5 @@
 """The state of a training and the parts of a step that every stage takes: batches, precision, gradients, epochs."""
 
-import functools
 import math
 import time
 
@@ -10,12 +9,12 @@ from . import checkpoint
 from .distributed import gather_objects, get_rank, get_world_size, is_main_process, print_main
 from .errors import UserError
 from .launch.signals import defer_stop, heartbeat, stop_requested
-from .log import Progress
+from .log import Progress, duration
 from .metrics import MetricLogger
 from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
 from .report import percent
 
-VALIDATION_COLUMNS = ("overall", "top5", "many", "medium", "few")
+VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
 def prepare_model(model, device, args):
@@ -44,38 +43,64 @@ def set_lr(optimizer, epoch: int, args):
 
 
 class TrainState:
-    """What a training has come to: epoch, step in it, best accuracy, gradient scaler, the epoch's metrics.
+    """What a training has come to: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
 
-    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to.
+    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to;
+    classes: the classes' names, or None.
     """
 
-    def __init__(self, stage: str, model, optimizer, folder, device, args):
+    def __init__(self, stage: str, model, optimizer, folder, device, args, classes: list[str] | None = None):
         self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
-        self.device = device
+        self.device, self.classes = device, classes
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.metrics = MetricLogger(device)
+        self.images = 0  # of all ranks, seen in this epoch
         self.flags = None  # what the ranks agree on in the step under way
-        self.locate = str  # says where the images of the step under way are listed
+        self.loader = None  # where the images of the step under way come from
 
     def batches(self, loader):
         """(views, labels) of the epoch's remaining steps, on the device, each with random numbers of its own.
 
         The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
         """
-        args, started, first = self.args, time.perf_counter(), self.step
+        args, images_before = self.args, self.images
+        started = waiting = time.perf_counter()
         defer_stop()
-        loader.start_at(self.epoch, self.step)
-        with Progress(f"epoch {self.epoch + 1}/{args.epochs}", loader.steps, args.print_freq, self.step) as progress:
-            for views, labels, indices in loader:
+        self.loader = loader
+        loader.start_at(self.epoch, -(-self.images // get_world_size()))
+        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader)
+        with Progress(title, total, args.print_freq, self.step) as progress:
+            for views, labels, _ in loader:
                 seed_everything(args.seed, self.epoch, self.step, get_rank())
-                self.locate = functools.partial(loader.locate, indices)
                 self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
+                self.metrics.data_seconds += time.perf_counter() - waiting
                 yield views, labels
-                progress.step(lambda: ", ".join(f"{name} {mean:.4g}" for name, mean in self.metrics.means().items()))
+                self.metrics.seconds, self.metrics.images = time.perf_counter() - started, self.images - images_before
+                progress.step(self._bar_text, self._line_text)
                 heartbeat()
-        self.metrics.images = (self.step - first) * loader.images_per_step * get_world_size()
-        self.metrics.seconds = time.perf_counter() - started
+                waiting = time.perf_counter()
+
+    def _bar_text(self) -> str:
+        """What the bar says: loss, rate, speed, time left of the whole run, best validation so far."""
+        metrics, lr = self.metrics, self.optimizer.param_groups[0]["lr"]
+        speed = metrics.images / metrics.seconds
+        per_epoch = self.loader.images_per_epoch * get_world_size()
+        left = ((self.args.epochs - self.epoch) * per_epoch - self.images) / speed
+        best = f", best {percent(self.best)} %" if self.best else ""
+        return f"loss {metrics.means()['loss']:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
+
+    def _line_text(self) -> str:
+        """What a line says: means of the epoch so far, accuracies in per cent, speed, and waiting for data per step."""
+        metrics = self.metrics
+        means = [
+            f"{name} {percent(mean)} %" if name.startswith("top") else f"{name} {mean:.4g}"
+            for name, mean in metrics.means().items()
+        ]
+        steps = metrics.images / (self.loader.images_per_step * get_world_size())
+        speed = f"{metrics.images / metrics.seconds:.0f} images/s"
+        waits = f"data {metrics.data_seconds / steps:.3f} of {metrics.seconds / steps:.3f} s per step"
+        return ", ".join([*means, speed, waits])
 
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""
@@ -86,7 +111,7 @@ class TrainState:
         self.flags = StepFlags(loss, stop_requested())
         self.scaler.scale(loss).backward()
         if not self.flags.loss_is_finite():
-            own = None if loss.isfinite() else self.locate()
+            own = None if loss.isfinite() else self.loader.locate()
             where = next(text for text in gather_objects(own) if text)
             raise UserError(
                 f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
@@ -100,9 +125,10 @@ class TrainState:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
+        self.images += self.loader.images_per_step * get_world_size()
 
     def end_epoch(self, results: dict[str, dict], best: str):
-        """Logs the epoch and saves it, as best too if the classifier named `best` has its best overall accuracy.
+        """Logs the epoch and saves it, as best too if the classifier named `best` has its best class mean.
 
         results: classifier -> its record of the validation list. Raises Stopped if a stop was asked for.
         """
@@ -110,13 +136,16 @@ class TrainState:
         record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
         record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
         record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
-        is_best = results[best]["overall"] > self.best
-        self.best = max(results[best]["overall"], self.best)
-        self.epoch, self.step, self.metrics = self.epoch + 1, 0, MetricLogger(self.device)
+        is_best = results[best]["class_mean"] > self.best
+        self.best = max(results[best]["class_mean"], self.best)
+        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
         if is_main_process():
             self.folder.write_epoch(record)
         losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
-        accuracies = [f"validation {name} {percent(result['overall'])} %" for name, result in results.items()]
+        accuracies = [
+            f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"
+            for name, result in results.items()
+        ]
         summary = ", ".join(losses + accuracies)
         print_main(f"epoch {self.epoch}/{self.args.epochs}: {summary}; {record['seconds']:.0f} s")
         checkpoint.save(self, is_best)

@@ -1,10 +1,10 @@
-"""The released checkpoint, verified before it gets its name.
+"""Gets the released checkpoint, and verifies it before it is put in place.
 
     python -m weights.download stage_iii                 from Google Drive; needs gdown: python -m pip install gdown
-    python -m weights.download stage_iii --from FILE     a file that is on disk, fetched in a browser for example
+    python -m weights.download stage_iii --from FILE     a file on disk, for example one downloaded in a browser
 
 stage_iii is the last checkpoint of stage III: ResNeXt-50 32x4d on ImageNet-LT. It goes to
-weights/stage_iii_released/, beside the folder of a run of one's own, and no file is ever replaced.
+weights/stage_iii_released/, beside the folder of your own run; existing files are never replaced.
 """
 
 import filecmp
@@ -18,12 +18,13 @@ import tempfile
 from pathlib import Path
 
 from torchvision.datasets.utils import download_file_from_google_drive
-from utils.args import ArgumentParser
 
 import models
 from models.load import read_checkpoint, state_dict_of
-from utils.checkpoint import LAST, one_line, open_up, replace
-from utils.errors import UserError
+from utils.checkpoint import LAST
+from utils.command_line import ArgumentParser, run_command
+from utils.errors import UserError, one_line
+from utils.files import atomic_write
 
 PROJECT = Path(__file__).resolve().parent.parent
 RELEASES = json.loads((PROJECT / "data" / "manifest.json").read_text())["checkpoints"]
@@ -31,23 +32,26 @@ EXPECTED = {"stage_iii": {"stage": "iii", "arch": "resnext50_32x4d", "num_classe
 
 
 def by_hand(name: str, out: Path) -> str:
-    """How to get a release without the downloader."""
+    """How to get a release without gdown."""
     link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
-    return f"fetch {link} in a browser and run: python -m weights.download {name} --from FILE, which puts it at {out}"
+    return (
+        f"download {link} in a browser and run: python -m weights.download {name} --from FILE, which puts it at {out}"
+    )
 
 
-def fetch(name: str, file: Path):
-    """Downloads a release into file; what is left of a failure is in file's folder. Raises ValueError in one line."""
+def fetch(name: str, folder: Path) -> Path:
+    """Downloads a release into an empty folder, and returns the file. Raises ValueError in one line."""
     if importlib.util.find_spec("gdown") is None:
         raise ValueError("gdown is missing, which downloads from Google Drive: python -m pip install gdown")
     try:
-        download_file_from_google_drive(RELEASES[name]["google_drive_id"], file.parent, file.name)
-    except Exception as error:  # gdown has exceptions of its own, and so has requests beneath it
+        download_file_from_google_drive(RELEASES[name]["google_drive_id"], folder, name)
+    except Exception as error:  # gdown has exceptions of its own, and requests below it too
         raise ValueError(f"the download failed ({one_line(error)})") from None
+    return folder / name
 
 
 def verify(name: str, file: Path) -> str:
-    """The SHA-256 of a file that holds the release. Raises ValueError, in one line, where it holds anything else."""
+    """The SHA-256 of a file with the release in it. Raises ValueError, in one line, if anything else is in it."""
     with open(file, "rb") as opened:
         if opened.read(1024).lstrip()[:1] == b"<":
             raise ValueError("an HTML page (of a quota or a login), not a checkpoint")
@@ -67,7 +71,7 @@ def verify(name: str, file: Path) -> str:
 
 
 def describe(found: dict | None) -> str:
-    """What models.infer_stage_and_arch found, in words."""
+    """In words what models.infer_stage_and_arch found."""
     if found is None:
         return "names of no stage"
     return f"stage {found['stage'].upper()}, {found['arch'] or 'an unknown backbone'}, {found['num_classes']} classes"
@@ -76,67 +80,64 @@ def describe(found: dict | None) -> str:
 def obtain(name: str, source: Path | None, out: Path) -> str:
     """Brings a release to out, from source or else from Google Drive; returns its SHA-256.
 
-    A file that is there already is verified and kept. Raises UserError where the release is not to be had, or where
-    out is another file; out is then as it was.
+    An existing file is verified and kept. Raises UserError if the release cannot be obtained, or if out is another
+    file; out then stays as it was.
     """
     if source is not None and not source.is_file():
         raise UserError(f"--from {source}: no such file")
     if out.exists():
-        if source is not None and not filecmp.cmp(source, out, shallow=False):
-            raise UserError(f"{out}: is there already, and is not {source}; move it away, or choose another --out")
-        try:
-            return verify(name, out)
-        except ValueError as error:
-            raise UserError(f"{out}: is there already: {error}; move it away, or choose another --out") from None
+        return verify_existing(name, source, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".download.") as folder:
-        partial = Path(folder) / out.name
+    with atomic_write(out) as file, tempfile.TemporaryDirectory(dir=out.parent, prefix=".download.") as folder:
         try:
-            if source is None:
-                fetch(name, partial)
-            else:
-                shutil.copyfile(source, partial)
-            digest = verify(name, partial)
+            with open(source or fetch(name, Path(folder)), "rb") as release:
+                shutil.copyfileobj(release, file)
+            file.flush()
+            return verify(name, Path(file.name))
         except ValueError as error:
             raise UserError(f"{source or name}: {error}; {by_hand(name, out)}") from None
-        open_up(partial)
-        replace(partial, out)
-    return digest
 
 
-def near(path: Path) -> Path:
-    """The path relative to the working folder where it lies in it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def main(argv=None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake that one line on stderr names."""
-    parser = ArgumentParser(__doc__)
-    parser.prog = "python -m weights.download"
-    parser.add_argument("name", choices=sorted(EXPECTED), help="which checkpoint")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a file on disk instead of a download")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: weights/NAME_released/{LAST})")
+def verify_existing(name: str, source: Path | None, out: Path) -> str:
+    """The SHA-256 of an existing file. Raises UserError if it is not the release, or not the same as source."""
+    mend = "move it away, or choose another --out"
+    if not out.is_file():
+        raise UserError(f"{out}: exists already, and is not a regular file; {mend}")
+    if source is not None and not filecmp.cmp(source, out, shallow=False):
+        raise UserError(f"{out}: exists already, and is not {source}; {mend}")
     try:
-        args = parser.parse_args(argv)
-        out = near(args.out or PROJECT / "weights" / f"{args.name}_released" / LAST)
-        digest = obtain(args.name, args.source, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or out}: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was kept", file=sys.stderr)
-        return 130
-    published = RELEASES[args.name]["published_test_accuracy"]
+        return verify(name, out)
+    except ValueError as error:
+        raise UserError(f"{out}: exists already: {error}; {mend}") from None
+
+
+def download(args):
+    """Gets and verifies the release, and prints the command that evaluates it with the published accuracies."""
+    out = args.out or PROJECT / "weights" / f"{args.name}_released" / LAST
+    if out.is_relative_to(Path.cwd()):
+        out = out.relative_to(Path.cwd())
+    digest = obtain(args.name, args.source, out)
     print(f"{out}: verified, {describe(EXPECTED[args.name])}, SHA-256 {digest}")
-    print("evaluate it on the test list of ImageNet-LT, whose images are in DIR:")
+    print("evaluate it on the test list of ImageNet-LT; DIR is the folder of the images:")
     print(f"  python ssd_stage_iii.py --resume {shlex.quote(str(out))} --evaluate DIR")
+    published = RELEASES[args.name]["published_test_accuracy"]
     for classifier in ("hard", "soft"):
         groups = zip(published["groups"], published[classifier], strict=True)
         print(f"published, {classifier} classifier, in %:", ", ".join(f"{group} {figure}" for group, figure in groups))
-    return 0
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(__doc__, prog="python -m weights.download")
+    parser.add_argument("name", choices=sorted(EXPECTED), help="which checkpoint")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a file on disk instead of a download")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: weights/NAME_released/{LAST})")
+    return parser
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
+    return run_command(download, build_parser(), argv, interrupted="stopped; nothing was kept")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,16 @@ def ratio(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
 
 
+def share_or_number(text: str) -> float | int:
+    """An argparse type: a share below 1 (float), or a number of images from 0 on (int)."""
+    if text.isdecimal():
+        return whole_number()(text)
+    share = number()(text)
+    if share >= 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be a share below 1, or a whole number of images")
+    return share or 0
+
+
 def prepare_published(args):
     """ImageNet-LT, Places-LT, iNaturalist18."""
     if args.link and not args.root:
@@ -98,8 +108,10 @@ def prepare_small(args):
 
 def prepare_folder(args):
     """A tree of class folders of the user's own."""
-    if args.val + args.test >= 1:
+    if sum(wanted for wanted in (args.val, args.test) if isinstance(wanted, float)) >= 1:
         raise UserError(f"--val {args.val} --test {args.test}: leave no images to train on; their sum must be below 1")
+    if not args.val and not args.test:
+        raise UserError("--val 0 --test 0: leave nothing to test on; give one of them a share or a number of images")
     out = args.out or args.root
     entries, notes = write_folder_lists(args.root, out, args.val, args.test, args.seed, args.overwrite)
     for note in notes:
@@ -145,11 +157,18 @@ def build_parser() -> ArgumentParser:
     fashion.set_defaults(run=prepare_small, held_out=50, read=long_tail.read_fashion_mnist)
 
     folder = commands.add_parser("folder", parents=[seed, replace], help="lists of your own class folders")
-    share = number(above=0, most=1)
     folder.add_argument("root", type=Path, metavar="DIR", help="contains one folder of images per class")
     folder.add_argument("--out", type=Path, help="folder for the lists (default DIR)")
-    folder.add_argument("--val", type=share, default=0.1, help="share of the images to validate on (default 0.1)")
-    folder.add_argument("--test", type=share, default=0.1, help="share of the images to test on (default 0.1)")
+    rule = (
+        "share of each class's images to {}, such as 0.1, or their number, such as 5 (default 0.1); a share takes at "
+        "least 5 images, if these are no more than a quarter of the class; 0: the {} images serve for both"
+    )
+    folder.add_argument(
+        "--val", type=share_or_number, default=0.1, metavar="N", help=rule.format("validate on", "test")
+    )
+    folder.add_argument(
+        "--test", type=share_or_number, default=0.1, metavar="N", help=rule.format("test on", "validation")
+    )
     folder.set_defaults(run=prepare_folder)
     return parser
 

@@ -13,15 +13,26 @@ from ..layout import as_listed, missing_entries
 from ..splits import SPLITS, Split, class_folders
 from .list_writer import list_content, write_files
 
+LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
+COARSE, SHOWN = 10, 10  # test images below which a class is named, and how many are
+
 
 def split_class(count: int, val: float, test: float) -> tuple[int, int]:
-    """(validation, test) images of a class of count images: the rounded fractions, but at least one in each split.
+    """(validation, test) images of a class of count images; val, test: shares of it (float), numbers (int), or 0.
 
-    A class of two images has one for training and one for testing, a class of one image only that for training.
+    A share gives at least a quarter of the class or LEAST images, whichever is less; a number is cut to an equal part
+    for every split; both give at least one image. One image at least is left for training. A class of two images has
+    one for training and one for testing, a class of one image only that for training.
     """
     if count < 3:
-        return 0, count // 2
-    held = [max(1, round(count * fraction)) for fraction in (val, test)]
+        return (0, count // 2) if test else (count // 2, 0)
+    parts = 1 + (val > 0) + (test > 0)
+    held = []
+    for wanted in (val, test):
+        if isinstance(wanted, int):
+            held.append(min(wanted, count // parts))
+        else:
+            held.append(max(1, round(count * wanted), min(LEAST, count // 4)))
     while sum(held) >= count:
         held[held.index(max(held))] -= 1
     return held[0], held[1]
@@ -71,11 +82,27 @@ def split_folder(root: Path, val: float, test: float, seed: int):
             entries[split] += [(found[i], label) for i in sorted(chosen.tolist())]
             if not len(chosen):
                 lacking[split].append(name)
-    for split, needed in (("val", 3), ("test", 2)):
-        if names := lacking[split]:
+    kept = {"val": val, "test": test}
+    for split, needed in (("val", 3 if test else 2), ("test", 2)):
+        if (names := lacking[split]) and kept[split]:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             notes.append(f"{split}: no image of {len(names)} classes that have fewer than {needed} images: {shown}")
+    for split, other in (("val", "test"), ("test", "val")):
+        if not kept[split]:
+            entries[split] = entries[other]
+            notes.append(f"{split}: none of its own (--{split} 0), so the {other} images serve")
     return list(images), entries, notes
+
+
+def coarse_note(classes: list[str], tested) -> list[str]:
+    """The line that names classes of few test images, the fewest first; tested: the entries of the test list."""
+    counts = np.bincount([label for _, label in tested], minlength=len(classes)).tolist()
+    coarse = sorted((count, name) for count, name in zip(counts, classes, strict=True) if count < COARSE)
+    if not coarse:
+        return []
+    shown = ", ".join(f"{name} {count}" for count, name in coarse[:SHOWN]) + (", ..." if len(coarse) > SHOWN else "")
+    number = f"{len(coarse)} of {len(classes)} classes have" if len(coarse) > 1 else f"1 of {len(classes)} classes has"
+    return [f"test: {number} fewer than {COARSE} images, so that their accuracies are coarse: {shown}"]
 
 
 def other_files(root: Path, folders) -> list[str]:
@@ -112,6 +139,7 @@ def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int
         raise UserError(f"{root}: no such folder")
     split_already = (root / "train").is_dir() and any((root / split).is_dir() for split in ("val", "test"))
     classes, entries, notes = own_splits(root) if split_already else split_folder(root, val, test, seed)
+    notes += coarse_note(classes, entries["test"])
     if not entries["val"] or not entries["test"]:
         raise UserError(f"{root}: no class has three images, so there is nothing to validate on; add images")
     files = {f"{split}.txt": list_content(entries[split]) for split in SPLITS}

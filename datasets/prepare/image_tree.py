@@ -103,7 +103,7 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
                 continue
             link.unlink()
         elif link.exists():
-            raise UserError(f"{link}: a file that is no link; give --link a folder of its own")
+            raise UserError(f"{link}: a file that is no link; use another folder for --link")
         link.symlink_to(image)
         made += 1
     return made

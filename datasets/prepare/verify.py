@@ -1,4 +1,4 @@
-"""Checks a data set before the hours of training: every listed image is there and, with --decode, can be read.
+"""Checks a data set before training: every listed image exists and, with --decode, can be read.
 
     python -m datasets.verify DIR                        the lists that training on DIR would use
     python -m datasets.verify DIR my_train.txt           only these lists; their names end in train, val or test
@@ -33,43 +33,66 @@ from .image_tree import bar, diagnose, flat
 
 MAX_SHOWN = 20
 MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to bound the memory
-SUFFIXES = Image.registered_extensions()
+LARGE_IMAGE = Lock()  # held while one is decoded
+FORMAT_OF_SUFFIX = Image.registered_extensions()
 LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganised", flat: "flat"}
 
 
 @dataclass
 class Findings:
-    """What examine found: entry numbers, some with a reason or a format."""
+    """What examine found: entry numbers, some with a reason or a format, and the number of images of each mode."""
 
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     renamed: list[tuple[int, str]] = field(default_factory=list)
     outside: list[int] = field(default_factory=list)
     modes: Counter = field(default_factory=Counter)
 
+    def add(self, other: "Findings"):
+        self.unreadable += other.unreadable
+        self.renamed += other.renamed
+        self.outside += other.outside
+        self.modes += other.modes
 
-def read_image(file: str, large=Lock()) -> tuple[str | None, str | None]:  # noqa: B008 (one lock for all threads)
+
+def read_image(file: str) -> tuple[str | None, str | None]:
     """(format, mode) of an image after decoding all of it. Raises as load_rgb does, and UserError if it is empty."""
     if os.path.getsize(file) == 0:
         raise UserError(f"{file}: an empty file, 0 bytes")
     try:
         with Image.open(file) as image:
-            kind, mode, pixels = image.format, image.mode, image.width * image.height
+            found, mode, pixels = image.format, image.mode, image.width * image.height
     except Exception:  # load_rgb says what is wrong
-        kind, mode, pixels = None, None, 0
-    with large if pixels > MAX_PARALLEL_PIXELS else nullcontext():
+        found, mode, pixels = None, None, 0
+    with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
         load_rgb(file)
-    return kind, mode
+    return found, mode
+
+
+def decode_entry(i: int, file: str, findings: Findings):
+    """Decodes the image of entry i, and notes what is wrong with it or good to know."""
+    try:
+        found, mode = read_image(file)
+    except (UserError, OSError) as error:
+        findings.unreadable.append((i, str(error).removeprefix(f"{file}: ")))
+        return
+    except MemoryError:
+        findings.unreadable.append((i, "not enough memory to decode it"))
+        return
+    named = FORMAT_OF_SUFFIX.get(os.path.splitext(file)[1].lower(), found)
+    if named != found and {named, found} != {"JPEG", "MPO"}:  # MPO: a JPEG followed by further pictures
+        findings.renamed.append((i, found))
+    findings.modes[mode] += 1
 
 
 def examine(split: Split, decode: bool) -> Findings:
-    """Looks at every image of the split that exists: does a link lead out of the root, and, if decode, its content."""
+    """Finds the images of the split whose links lead out of the root and, if decode, those with other content."""
     root = os.path.realpath(split.root)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
     missing = set(split.missing)
 
-    def look(span):
+    def look(chunk):
         found = Findings()
-        for i in span:
+        for i in chunk:
             if i in missing:
                 continue
             file = os.path.join(split.root, split.layout(split.index.path(i), split.name))
@@ -77,36 +100,21 @@ def examine(split: Split, decode: bool) -> Findings:
             real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
             if os.path.commonpath((root, real)) != root:
                 found.outside.append(i)
-            if not decode:
-                continue
-            try:
-                kind, mode = read_image(file)
-            except (UserError, OSError) as error:
-                found.unreadable.append((i, str(error).removeprefix(f"{file}: ")))
-                continue
-            except MemoryError:
-                found.unreadable.append((i, "not enough memory to decode it"))
-                continue
-            named = SUFFIXES.get(os.path.splitext(file)[1].lower(), kind)
-            if {named, kind} not in ({kind}, {"JPEG", "MPO"}):  # MPO: a JPEG followed by further pictures
-                found.renamed.append((i, kind))
-            found.modes[mode] += 1
+            if decode:
+                decode_entry(i, file, found)
         return found
 
-    step = 64 if decode else 1024
-    spans = [range(start, min(start + step, len(split.index))) for start in range(0, len(split.index), step)]
-    all_found = Findings()
-    threads = min(8, os.cpu_count() or 1)
+    size = 64 if decode else 1024
+    chunks = [range(start, min(start + size, len(split.index))) for start in range(0, len(split.index), size)]
+    findings = Findings()
     with (
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(desc=f"{split.name}: reading", total=len(split.index), unit="image", disable=None) as progress,
     ):
-        for span, found in zip(spans, pool.map(look, spans), strict=True):
-            for name, values in vars(found).items():
-                collected = getattr(all_found, name)
-                collected.update(values) if name == "modes" else collected.extend(values)
-            progress.update(len(span))
-    return all_found
+        for chunk, found in zip(chunks, pool.map(look, chunks), strict=True):
+            findings.add(found)
+            progress.update(len(chunk))
+    return findings
 
 
 def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool) -> list[str]:
@@ -122,16 +130,8 @@ def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool
             shots = [str(int((of_training == group).sum())) for group in range(3)]
         unreadable = str(len(findings[name].unreadable)) if decoded else "-"
         factor = f"{int(counts.max()) / int(counts[present].min()):.1f}"
-        row = (
-            name,
-            len(split.index),
-            len(present),
-            *shots,
-            factor,
-            len(split.missing),
-            unreadable,
-            LAYOUT_NAMES[split.layout],
-        )
+        layout = LAYOUT_NAMES[split.layout]
+        row = (name, len(split.index), len(present), *shots, factor, len(split.missing), unreadable, layout)
         rows.append(tuple(map(str, row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -182,9 +182,8 @@ def describe(split: Split, found: Findings):
         first = entry(split, found.outside[0])
         print(f"{name}: information: {len(found.outside)} links lead out of {split.root}; the first: {first}")
     if found.renamed:
-        print(
-            f"{name}: information: {len(found.renamed)} images are not what their name says; training reads them anyway"
-        )
+        number = len(found.renamed)
+        print(f"{name}: information: {number} images are not what their name says; training reads them anyway")
         show([f"{entry(split, i)}: {kind}" for i, kind in found.renamed])
     converted = {mode: number for mode, number in found.modes.items() if mode != "RGB"}
     if converted:
@@ -197,7 +196,9 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findi
     with file.open("w", errors="surrogateescape") as report:
         for name, split in splits.items():
             for i in split.missing:
-                report.write(f"missing\t{name}\t{split.index.path(i)}\tno such file\n")
+                image = os.path.join(split.root, split.layout(split.index.path(i), name))
+                reason = "not a regular file" if os.path.exists(image) else "no such file"
+                report.write(f"missing\t{name}\t{split.index.path(i)}\t{reason}\n")
             for i, reason in findings[name].unreadable:
                 report.write(f"unreadable\t{name}\t{split.index.path(i)}\t{reason}\n")
 
@@ -234,7 +235,7 @@ def given_lists(args) -> dict[str, str | None]:
     for file in args.lists:
         split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
         if split is None:
-            raise UserError(f"{file}: its name ends in none of train, val, test; give it with --train-list or the like")
+            raise UserError(f"{file}: its name ends in none of train, val, test; give it with --train-list, ...")
         if given[split] is not None:
             raise UserError(f"{file}: a second {split} list, after {given[split]}")
         given[split] = file

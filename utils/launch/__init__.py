@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ..command_line import INTERRUPTED, USER_ERROR
 from ..distributed import get_dist_info
 from ..errors import UserError
+from ..log import close_progress
 from .rendezvous import detect_launcher, process_group
 from .signals import Stopped, handle_stop_signals
 
@@ -41,6 +42,7 @@ def launch(main_worker, parser, argv=None) -> int:
                     main_worker(args, device)
         except (Exception, KeyboardInterrupt) as error:
             status, message = describe_failure(error)
+        close_progress()
         if message:
             print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():  # only after a failure

@@ -30,7 +30,7 @@ def resolve(url: str) -> tuple[str, int]:
 
 
 def listen(host: str, port: int, url: str | None) -> socket.socket:
-    """A listening socket. Raises UserError if the port is taken, or the address is none of this machine's."""
+    """A listening socket. Raises UserError if the port is taken, or the address is not one of this machine."""
     try:
         return socket.create_server((host, port), backlog=2048)
     except OSError as error:
@@ -58,19 +58,12 @@ def interface_address(name: str) -> str:
     return known[name]
 
 
-def choose_interface(args, info) -> str | None:
-    """The network interface over which the processes talk; None, torch's own choice, if it cannot be told."""
-    if args.dist_interface:
-        interface_address(args.dist_interface)
-        return args.dist_interface
-    if info.nodes == 1:
-        return "lo0" if sys.platform == "darwin" else "lo"
-    host = os.environ["MASTER_ADDR"] if info.launcher == "torchrun" else resolve(info.url)[0]
+def interface_towards(host: str) -> str | None:
+    """The network interface whose address this machine uses towards host; None if that cannot be told."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, UnicodeError):
         probe.connect((host, 9))  # for a datagram socket this sends nothing, it only picks the route
         address = probe.getsockname()[0]
         return next((name for name, own in interfaces().items() if own == address), None)
-    return None
 
 
 def wait_for_listener(host: str, port: int, timeout: float):
@@ -86,10 +79,7 @@ def wait_for_listener(host: str, port: int, timeout: float):
 
 
 def call_within(timeout: float, function):
-    """function(), in a thread that is given up after `timeout` seconds: TCPStore waits forever for a silent peer.
-
-    Raises what function raises, or TimeoutError.
-    """
+    """function(), in a thread that is given up after `timeout` seconds; raises what it raises, or TimeoutError."""
     result = concurrent.futures.Future()
 
     def call():
@@ -101,18 +91,18 @@ def call_within(timeout: float, function):
     threading.Thread(target=call, daemon=True).start()
     with contextlib.suppress(concurrent.futures.TimeoutError):
         return result.result(timeout)
-    raise TimeoutError("it does not answer as node 0 would")
+    raise TimeoutError("no answer")
 
 
 @contextlib.contextmanager
 def hide_native_messages():
     """Keeps the C++ parts of torch.distributed from writing stack traces to stderr; their exceptions say enough."""
     sys.stderr.flush()
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
-        os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)

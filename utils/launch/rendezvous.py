@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 from datetime import timedelta
 
 import torch
@@ -19,12 +20,12 @@ def detect_launcher(args) -> DistInfo:
     url = args.dist_url if "dist_url" in args.given else None
     if "TORCHELASTIC_RUN_ID" in os.environ or (url == "env://" and "RANK" in os.environ):
         return torchrun_info()
-    if env_number("SLURM_STEP_NUM_TASKS", default="1") > 1:
+    if env_number("SLURM_STEP_NUM_TASKS", 1, default=1) > 1:
         return srun_info(url)
     if url == "env://":
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
     nodes = max(args.world_size, 1)
-    node = args.rank if nodes > 1 else 0
+    node = 0 if nodes == 1 and args.rank == -1 else args.rank
     if not 0 <= node < nodes:
         raise UserError(f"--rank {node}: with --world-size {nodes} it must be from 0 to {nodes - 1}")
     if nodes > 1 and url is None:
@@ -41,26 +42,26 @@ def torchrun_info() -> DistInfo:
         raise UserError("environment of the launcher: MASTER_ADDR is missing; start with torchrun")
     env_number("MASTER_PORT", 1, 65535)
     world_size = env_number("WORLD_SIZE", 1)
-    rank = env_number("RANK", most=world_size - 1)
-    local_world_size = env_number("LOCAL_WORLD_SIZE", 1, world_size, default=str(world_size))
-    local_rank = env_number("LOCAL_RANK", most=min(rank, local_world_size - 1), default=str(rank))
+    rank = env_number("RANK", 0, world_size - 1)
+    local_world_size = env_number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
+    local_rank = env_number("LOCAL_RANK", 0, min(rank, local_world_size - 1), default=rank)
     return DistInfo(rank, world_size, local_rank, local_world_size, "torchrun", "env://")
 
 
 def srun_info(url: str | None) -> DistInfo:
     """url: --dist-url if it is given, else the processes meet on the first host of the job."""
-    world_size = env_number("SLURM_STEP_NUM_TASKS")
-    rank = env_number("SLURM_PROCID", most=world_size - 1)
-    local_rank = env_number("SLURM_LOCALID", most=rank)
-    nodes = env_number("SLURM_STEP_NUM_NODES", 1, world_size, default="1")
+    world_size = env_number("SLURM_STEP_NUM_TASKS", 1)
+    rank = env_number("SLURM_PROCID", 0, world_size - 1)
+    local_rank = env_number("SLURM_LOCALID", 0, rank)
+    nodes = env_number("SLURM_STEP_NUM_NODES", 1, world_size, default=1)
     hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", os.environ.get("SLURM_JOB_NODELIST", ""))  # gpu[07-09,12] -> gpu07
-    url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID') % 20000}"
+    url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID', 0) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
 
 
-def env_number(name: str, least: int = 0, most: int = 2**31 - 1, default: str = "") -> int:
+def env_number(name: str, least: int, most: int = 2**31 - 1, default: int | str = "") -> int:
     """A number from the launcher's environment. Raises UserError if it is missing or out of bounds."""
-    text = os.environ.get(name, default)
+    text = os.environ.get(name, str(default))
     if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
         what = f"{text[:20]!r}, must be a number from {least} to {most}" if text else "missing"
         raise UserError(f"environment of the launcher: {name} is {what}; start with torchrun or srun")
@@ -102,9 +103,16 @@ def init_process_group(args, info: DistInfo, device):
         args.dist_backend = "gloo"
         if info.rank == 0:
             print("gloo instead of nccl: there is no GPU in use (--dist-backend)", flush=True)
-    interface = network.choose_interface(args, info)
-    if interface:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    if args.dist_interface:
+        network.interface_address(args.dist_interface)
+        interface = args.dist_interface
+    elif info.nodes == 1:
+        interface = "lo0" if sys.platform == "darwin" else "lo"
+    else:
+        torchrun = info.launcher == "torchrun"
+        interface = network.interface_towards(os.environ["MASTER_ADDR"] if torchrun else network.resolve(info.url)[0])
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface:
             os.environ.setdefault(variable, interface)
     meeting = {"init_method": "env://"}
     if info.launcher != "torchrun":
@@ -137,18 +145,19 @@ def open_store(args, info: DistInfo, is_master: bool):
             f"--dist-url {info.url}: its name is {host} on node 0, which no other node reaches; "
             "give node 0's address, or --dist-interface"
         )
-    listener = network.listen(host, port, info.url) if is_master else None
-    if listener:
-        host, port = listener.getsockname()
+    timeout = timedelta(seconds=args.dist_timeout)
     try:
-        if not is_master:
+        if is_master:
+            listener = network.listen(host, port, info.url)
+            host, port = listener.getsockname()
+            connect = functools.partial(dist.TCPStore, is_master=True, master_listen_fd=listener.detach())
+        else:
             network.wait_for_listener(host, port, args.dist_timeout)
-        connect = functools.partial(
-            dist.TCPStore, host, port, is_master=is_master, wait_for_workers=False,
-            timeout=timedelta(seconds=args.dist_timeout), master_listen_fd=listener.detach() if listener else None,
-        )  # fmt: skip
-        with network.hide_native_messages():
-            return network.call_within(args.dist_timeout, connect)
+            connect = dist.TCPStore
+        with network.hide_native_messages():  # something else may listen there, for whose answer it would wait forever
+            return network.call_within(
+                args.dist_timeout, lambda: connect(host, port, timeout=timeout, wait_for_workers=False)
+            )
     except (OSError, dist.DistError) as error:
         raise UserError(
             f"--dist-url {info.url}: node 0 is not reached within --dist-timeout {args.dist_timeout:g} s "

@@ -38,6 +38,7 @@ class _State:
 
     def __init__(self):
         self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+        self.interactive = False  # whether somebody at a terminal reads what this process says
 
 
 _state = _State()
@@ -79,6 +80,7 @@ def handle_stop_signals(program: str = "", report=None):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    state.interactive = bool(program) and os.isatty(2)
     receive, send = os.pipe()
     os.set_blocking(send, False)
     stderr = os.dup(2)  # fd 2 may point elsewhere when it is needed
@@ -105,6 +107,8 @@ def _note(number, frame):
     if _state.requested and number == signal.SIGINT:
         raise KeyboardInterrupt
     _state.requested = True
+    if number == signal.SIGINT and _state.deferred and _state.interactive:
+        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
 
 
 def _watch(receive: int, state: _State, report):

@@ -21,56 +21,53 @@ MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
-    """Runs main_worker in local_world_size processes, the first of which is `info`; returns (exit status, message).
+    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
 
     Of several outcomes the most telling one counts: a user's mistake, another failure, a stop, a lost contact.
     """
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one leaves after them
-    pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
+    info = info._replace(url=f"tcp://{store.host}:{store.port}")
     try:
-        info = info._replace(url=f"tcp://{store.host}:{store.port}")
-        processes = start(run_rank, (main_worker, args, info, [send for _, send in pipes]), len(pipes))
-        killed = watch(processes)
-    except BaseException:  # a second SIGINT, say
+        pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
+        with block_signals():  # until the processes are ready for them
+            resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
+            arguments = (main_worker, args, info, [send for _, send in pipes])
+            context = mp.start_processes(run_rank, arguments, len(pipes), join=False, start_method="spawn")
+        killed = watch(context.processes)
+    except BaseException as error:  # a second SIGINT, say, or too many files for this system
         kill(mp.active_children())
+        if isinstance(error, OSError):
+            raise UserError(f"--nproc {info.local_world_size}: cannot be started ({one_line(error)})") from None
         raise
-    outcomes = [
-        outcome(info.rank + local_rank, process, pipes[local_rank][0])
-        for local_rank, process in enumerate(processes)
-        if process not in killed
-    ]
+    outcomes = []
+    for local_rank, process in enumerate(context.processes):
+        report = read_report(pipes[local_rank][0])
+        if report or process not in killed:
+            outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
     stopped = os.EX_TEMPFAIL
-    return min(outcomes, key=lambda o: (o[0] == 0, LOST_CONTACT in o[1], o[0] == stopped, o[0] != USER_ERROR, not o[1]))
-
-
-def start(function, arguments, count: int) -> list:
-    """Starts processes that run function(local_rank, *arguments), with the signals blocked."""
-    with block_signals():
-        resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
-        try:
-            return mp.start_processes(function, arguments, count, join=False, start_method="spawn").processes
-        except OSError as error:
-            raise UserError(f"--nproc: {count} processes cannot be started ({one_line(error)})") from None
+    return min(outcomes, key=lambda o: (o[0] == 0, o[1] == LOST_CONTACT, o[0] == stopped, o[0] != USER_ERROR, not o[1]))
 
 
 def watch(processes) -> set:
-    """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned."""
-    running, deadline, passed_on = set(processes), None, False
-    while running:
+    """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned.
+
+    A stop is no failure: it is passed on, and each process may take its time to save.
+    """
+    running, stopping, deadline = set(processes), False, None
+    while running and (deadline is None or time.monotonic() < deadline):
         connection.wait([process.sentinel for process in running], timeout=POLL)
         heartbeat()
         running = {process for process in running if process.exitcode is None}
-        if stop_requested() and not passed_on:
-            passed_on = True
+        codes = {process.exitcode for process in processes} - {None, 0}
+        if not stopping and (stop_requested() or os.EX_TEMPFAIL in codes):
+            stopping = True
             for process in running:
                 process.terminate()  # sends SIGTERM
-        if deadline is None and any(process.exitcode for process in processes):
+        if deadline is None and codes - {os.EX_TEMPFAIL}:
             deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() >= deadline:
-            kill(running)
-            break
+    kill(running)
     return running
 
 
@@ -80,16 +77,19 @@ def kill(processes):
         process.join()
 
 
-def outcome(rank: int, process, channel) -> tuple[int, str]:
-    """(exit status, message) of a process that has ended by itself: its report, if there is a whole one."""
-    os.set_blocking(channel.fileno(), False)  # a process that was killed may have left half a report
+def read_report(channel) -> tuple[int, str] | None:
+    """What a process has reported; None if it ended before it had done so."""
+    os.set_blocking(channel.fileno(), False)  # there may be half a report
     try:
         return channel.recv()
     except Exception:
-        code = process.exitcode
-        cause = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-        cause += "; out of memory?" if code == -signal.SIGKILL else ""
-        return 1, f"rank {rank} died ({cause}); continue with --resume auto"
+        return None
+
+
+def describe_death(rank: int, code: int) -> str:
+    cause = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+    cause += "; out of memory?" if code == -signal.SIGKILL else ""
+    return f"rank {rank} died ({cause}); continue with --resume auto"
 
 
 def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):

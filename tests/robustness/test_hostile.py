@@ -100,7 +100,7 @@ def tree(plain_tree, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", LISTS)
-def test_list(tree, tmp_path, case):
+def test_a_hostile_list_is_refused_in_one_line(tree, tmp_path, case):
     content, told = LISTS[case]
     (tmp_path / "list.txt").write_bytes(content)
     outcome = run_stage("i", tree, tmp_path / "run", "--train-list", tmp_path / "list.txt")
@@ -179,7 +179,7 @@ def test_the_images_would_be_read_if_they_were_sound(tmp_path):
 
 
 @pytest.mark.parametrize("case", IMAGES)
-def test_image(trained, plain_tree, tmp_path, case):
+def test_a_hostile_image_is_refused_in_one_line(trained, plain_tree, tmp_path, case):
     """As an image of the test list: the run names file and line."""
     content, told = IMAGES[case]
     root = tmp_path / "tree"
@@ -322,9 +322,19 @@ CHECKPOINTS = {
     "half an epoch": (lambda w, f: changed(w, f, epoch=0.5), "its epoch"),
     "two epochs": (lambda w, f: changed(w, f, epoch=torch.tensor([1, 2])), "its epoch"),
     "a huge step": (lambda w, f: changed(w, f, step=10**30), "its step"),
-    "a step beyond the epoch": (lambda w, f: changed(w, f, epoch=0, step=10), "step 10, of 9"),
+    "a step without its images": (lambda w, f: changed(w, f, epoch=0, step=10), "step 10 after 0 images"),
+    "more images than the epoch has": (lambda w, f: changed(w, f, step=10, images=160), "160 images, an epoch has 154"),
+    "images of text": (lambda w, f: changed(w, f, images="all"), "its images"),
+    "arguments that are none": (lambda w, f: changed(w, f, args=[1]), "its args"),
+    "an argument beyond its bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
+    "an argument of another kind": (lambda w, f: changed(w, f, args={"cos": "yes"}), "--cos is on or off"),
+    "an argument of many values": (lambda w, f: changed(w, f, args={"schedule": 3}), "--schedule has another number"),
     "a step below 0": (lambda w, f: changed(w, f, epoch=0, step=-3), "its step"),
     "a best that is none": (lambda w, f: changed(w, f, best_acc1=torch.tensor(float("nan"))), "its best_acc1"),
+    "a metric that is none": (lambda w, f: changed(w, f, best_metric=1), "its best_metric"),
+    "a name that is none": (lambda w, f: changed(w, f, classes=[None] * 6), "its classes"),
+    "names that are one text": (lambda w, f: changed(w, f, classes="abcdef"), "its classes"),
+    "a name too few": (lambda w, f: changed(w, f, classes=list("abcde")), "names 5 classes, and has 6"),
     "a best of text": (lambda w, f: changed(w, f, best_acc1="all"), "its best_acc1"),
     "a run that is none": (lambda w, f: changed(w, f, run=[1]), "its run"),
     "a seed of text": (lambda w, f: changed(w, f, run={"seed": "x"}), "its run"),
@@ -337,7 +347,7 @@ CHECKPOINTS = {
     "averages with numbers as names": (lambda w, f: changed(w, f, averages=averages(w, names=[1] * 5)), "its averages"),
     "averages over 2.0 steps": (lambda w, f: changed(w, f, averages=averages(w, steps=2.0)), "its averages"),
     "averages of other names": (
-        lambda w, f: changed(w, f, step=2, averages=averages(w, names=list("abcde"))), "its averages are of a, b",
+        lambda w, f: changed(w, f, step=2, images=32, averages=averages(w, names=list("abcde"))), "averages are of a",
     ),
     "an optimizer that is a list": (lambda w, f: changed(w, f, optimizer=[1]), "its optimizer"),
     "an optimizer of no group": (lambda w, f: changed(w, f, optimizer=optimizer(w, param_groups=[])), "its optimizer"),
@@ -382,7 +392,7 @@ def midway(trained):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoint(midway, plain_tree, tmp_path, case):
+def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_path, case):
     write, told = CHECKPOINTS[case]
     file = tmp_path / "hostile.tar"
     write(midway, file)
@@ -469,7 +479,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_archive(tmp_path, monkeypatch, capsys, case):
+def test_a_hostile_archive_is_refused_in_one_line(tmp_path, monkeypatch, capsys, case):
     """As CIFAR's, given with --source."""
     (tmp_path / "tmp" / "unpacked").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp" / "unpacked"))
@@ -525,7 +535,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_flags(plain_tree, tmp_path, case):
+def test_a_hostile_flag_is_refused_in_one_line(plain_tree, tmp_path, case):
     flags, told = FLAGS[case]
     with limited_memory():
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
@@ -541,7 +551,7 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
-def test_environment(plain_tree, tmp_path, monkeypatch, case):
+def test_a_hostile_environment_is_refused_in_one_line(plain_tree, tmp_path, monkeypatch, case):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in ENVIRONMENTS[case].items():
         monkeypatch.setenv(name, value)
@@ -566,7 +576,7 @@ SHELL = [
 @pytest.mark.parametrize(
     ("kind", "case"), [case if i < 2 else pytest.param(*case, marks=pytest.mark.full) for i, case in enumerate(SHELL)]
 )
-def test_shell(trained, midway, plain_tree, tree, tmp_path, kind, case):
+def test_the_shell_gets_one_line_of_hostile_input(trained, midway, plain_tree, tree, tmp_path, kind, case):
     data, flags = plain_tree, []
     if kind == "list":
         (tmp_path / "input").write_bytes(LISTS[case][0])

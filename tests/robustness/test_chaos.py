@@ -52,7 +52,7 @@ def assert_nothing_is_left(run, whole):
     assert {file.name for file in run.iterdir()} == {file.name for file in whole.iterdir()}
 
 
-def test_three_kills(plain_tree, tmp_path):
+def test_a_run_killed_three_times_ends_like_one_that_was_not(plain_tree, tmp_path):
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS)
     hits, _ = kill_and_resume(plain_tree, tmp_path / "run", whole, 3, "-j", 1)
     assert hits > 0
@@ -61,7 +61,7 @@ def test_three_kills(plain_tree, tmp_path):
 
 
 @pytest.mark.full
-def test_twenty_kills_of_two_processes(plain_tree, tmp_path):
+def test_two_processes_killed_twenty_times_end_like_those_that_were_not(plain_tree, tmp_path):
     more = ["--epochs", 40]  # enough for twenty kills
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS, *TWO, *more)
     hits, halves = kill_and_resume(plain_tree, tmp_path / "run", whole, 20, *TWO, "-j", 2, *more, seed=1)

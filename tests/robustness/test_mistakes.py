@@ -98,7 +98,7 @@ def assert_mistake(outcome, *words):
         *((stage, ["--evaluate", "--resume", "auto"], ["--resume auto"]) for stage in STAGES),
     ],
 )
-def test_flags_that_make_no_sense(plain_tree, tmp_path, stage, flags, words):
+def test_a_senseless_value_is_refused_by_its_flag(plain_tree, tmp_path, stage, flags, words):
     assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", *flags), *words)
     assert not list(tmp_path.glob("**/*.tar"))
 
@@ -112,7 +112,7 @@ def test_no_folder_at_all():
     assert_mistake(call("i", []), "DIR")
 
 
-def test_a_rate_at_which_the_loss_explodes(plain_tree, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_learning_rate_and_the_batch(plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--lr", 1e6)
     assert_mistake(outcome, "--lr", "epoch 1, step", "train.txt, lines")
 

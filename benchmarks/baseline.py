@@ -1,6 +1,6 @@
-"""Plain versions of the three stages, as their published formulas read, to measure against.
+"""Plain versions of the three stages, written as their published formulas read, to measure against.
 
-The same backbones and heads, float32, NCHW; no care is taken of memory or of waiting for the device.
+The backbones and heads are the same; float32, NCHW. Nothing is done to save memory or waits for the device.
 """
 
 import torch
@@ -12,13 +12,13 @@ from models.heads import LWS, projection_head
 
 
 def distillation_loss(student, teacher, temperature):
-    """Cross entropy between softened outputs less the teacher's entropy, i.e. their divergence, times T^2."""
+    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), averaged over the batch."""
     p = torch.softmax(teacher / temperature, dim=1)
     return temperature**2 * (p * (p.log() - torch.log_softmax(student / temperature, dim=1))).sum(dim=1).mean()
 
 
 class StageI(nn.Module):
-    """Momentum contrast as it is usually written (He et al., 2020), with a classifier and labelled keys."""
+    """Momentum contrast as it is usually written (He et al., 2020), with a classifier and labeled keys."""
 
     views = 2
 
@@ -68,7 +68,7 @@ class StageI(nn.Module):
 
 
 class StageII(nn.Module):
-    """A frozen encoder under learnable weight scaling."""
+    """A frozen encoder with a classifier of learnable weight scaling."""
 
     views = 1
 
@@ -112,14 +112,14 @@ STAGES = {"i": StageI, "ii": StageII, "iii": StageIII}
 
 
 def accuracy(logits, labels, k):
-    """Top-k accuracy in per cent, as PyTorch's ImageNet example has it."""
+    """Top-k accuracy in percent, as in PyTorch's ImageNet example."""
     _, predicted = logits.topk(min(k, logits.shape[1]), 1, True, True)
     correct = predicted.t().eq(labels.view(1, -1).expand_as(predicted.t()))
     return correct.reshape(-1).float().sum() * 100 / len(labels)
 
 
 def step(model, optimizer, images, labels) -> list[float]:
-    """A training step that reads every loss and accuracy; images: the model's views, normalised floats."""
+    """A training step that reads every loss and accuracy; images: the model's views, normalized floats."""
     logits, losses = model(*images, labels)
     loss = sum(losses)
     read = [part.item() for part in (loss, *losses)]
@@ -132,9 +132,9 @@ def step(model, optimizer, images, labels) -> list[float]:
 
 @torch.no_grad()
 def evaluate(predict, batches, num_classes) -> dict[str, float]:
-    """Overall and per-class accuracy from the logits of all images, kept until the end."""
+    """Overall and per-class accuracy, from the logits of all images, which it keeps until the end."""
     all_logits, all_labels = [], []
-    for images, labels in batches:
+    for (images,), labels, _ in batches:
         all_logits.append(predict(images).float())
         all_labels.append(labels)
     logits, labels = torch.cat(all_logits), torch.cat(all_labels)

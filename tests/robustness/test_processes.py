@@ -1,19 +1,27 @@
-"""Processes that are asked to stop, die, or never meet: one line, a telling status, and none of them left behind."""
+"""Processes that are asked to stop, are stuck, die, or never meet: one line, a telling status, no process left behind.
 
+No test depends on how fast a process is: those that a test has to find at a certain step wait for it there (gate).
+"""
+
+import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from utils.args import stage_parser
 
+from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
+    ROOT,
     call,
     checkpoint,
     limited_memory,
@@ -24,16 +32,24 @@ from tests.helpers import (
     stage_flags,
     train,
 )
-from tests.helpers_processes import TWO, Job, alive, listening, wait_until
+from tests.helpers_processes import PATIENCE, TWO, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
+from utils.arguments import training_parser
 from utils.distributed import get_dist_info
 from utils.errors import UserError
-from utils.launch import launch
+from utils.launch import launch, spawn
+from utils.launch.rendezvous import detect_launcher
+from utils.launch.signals import Stopped, defer_stop
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
 LONG = ["--cos", "--epochs", 1000]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+# parser and argv of two processes, for launch
+SMALL_RUN = (
+    training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none"),
+    [*map(str, TWO), "--device", "cpu", str(ROOT)],
+)
 
 
 def free_port() -> int:
@@ -56,17 +72,17 @@ def assert_stopped(outcome):
 
 @pytest.fixture
 def interface_is_chosen_by_the_run(monkeypatch):
-    """As for a user: what the tests set for gloo is gone."""
+    """As for a user: removes what the tests set for gloo."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
 # ---- asked to stop
 
 
-def test_a_signal_to_all_processes_of_a_run(trained, plain_tree, tmp_path, interface_is_chosen_by_the_run):
-    """As a scheduler and a terminal send it: data workers get it too, and must not die of it."""
+def test_a_signal_to_all_processes_stops_the_run(trained, plain_tree, tmp_path, interface_is_chosen_by_the_run):
+    """As a scheduler and a terminal send it: the data workers get it too, and must not die of it."""
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", *SEVERAL_WORKERS) as job:
+    with Job("i", plain_tree, run, "--cos", *SEVERAL_WORKERS, gate=2) as job:
         job.wait_for(r"epoch 1/2 \[1/")
         assert len(job.workers()) >= 2 and listening(job.note()) == set()
         os.killpg(job.pid, signal.SIGUSR1)
@@ -83,12 +99,12 @@ def test_a_signal_to_all_processes_of_a_run(trained, plain_tree, tmp_path, inter
         *(pytest.param(n, None, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
     ],
 )
-def test_a_signal_to_one_of_two_processes(
+def test_a_signal_to_one_of_two_processes_stops_both(
     whole_of_two, plain_tree, tmp_path, number, rank, interface_is_chosen_by_the_run
 ):
-    """Or to the one that started them (None)."""
+    """Or to their parent (None)."""
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", *TWO, *SEVERAL_WORKERS) as job:
+    with Job("i", plain_tree, run, "--cos", *TWO, *SEVERAL_WORKERS, gate=2) as job:
         job.wait_for(r"epoch 1/2 \[1/")
         assert len(job.ranks()) == 2 and listening(job.note()) == {LOOPBACK}
         job.send(number, None if rank is None else job.ranks()[rank])
@@ -97,7 +113,7 @@ def test_a_signal_to_one_of_two_processes(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_signal_to_a_process_that_waits_for_others(plain_tree, tmp_path, number):
+def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, number):
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
         wait_until(lambda: listening([job.pid]), "the meeting place")
@@ -106,8 +122,8 @@ def test_a_signal_to_a_process_that_waits_for_others(plain_tree, tmp_path, numbe
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
-def test_a_signal_while_processes_start(plain_tree, tmp_path, number):
-    with Job("i", plain_tree, tmp_path / "run", *TWO) as job:
+def test_a_signal_ends_processes_that_are_starting(plain_tree, tmp_path, number):
+    with Job("i", plain_tree, tmp_path / "run", *TWO, gate="start") as job:
         wait_until(lambda: len(job.ranks()) == 2, "the processes")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run" / LAST).exists()
@@ -115,27 +131,31 @@ def test_a_signal_while_processes_start(plain_tree, tmp_path, number):
 
 @pytest.mark.full
 @pytest.mark.parametrize("flags", [[], TWO])
-def test_an_impatient_second_interrupt(plain_tree, tmp_path, flags):
+def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
     with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, "--save-every-steps", 1) as job:
         job.wait_for(r"epoch 1/1000 \[2/")
-        for pid in job.ranks() or [job.pid]:  # they cannot answer the first before the second comes
+        ranks = job.ranks() or [job.pid]
+        for pid in ranks:  # they cannot answer the first before the second comes
             os.kill(pid, signal.SIGSTOP)
-        for _ in range(2):
-            for pid in (*job.ranks(), job.pid):
-                os.kill(pid, signal.SIGINT)
-        for pid in job.ranks() or [job.pid]:
-            os.kill(pid, signal.SIGCONT)
+        for pid in {*ranks, job.pid}:
+            for _ in range(2):
+                with contextlib.suppress(ProcessLookupError):  # a parent that saw both has killed the ranks
+                    os.kill(pid, signal.SIGINT)
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         outcome = job.end()
     assert outcome.status in (75, 130)  # the system may merge the two into one
     assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
-    assert checkpoint(tmp_path / "run")["epoch"] == 0
+    assert checkpoint(tmp_path / "run")["step"] > 0
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN) as job:
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # else torchrun kills the ranks after 30 s
+    with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN, gate=2, env=patience) as job:
         job.wait_for(r"epoch 1/2 \[1/")
         outcome = job.send(number).end()
     assert outcome.status == 1  # torchrun's own
@@ -143,7 +163,15 @@ def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
     assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
 
 
-def test_a_stop_in_the_test_evaluation(trained, plain_tree, tmp_path):
+@pytest.mark.parametrize("flags", [SEVERAL_WORKERS, pytest.param(TWO, marks=pytest.mark.full)])
+def test_a_process_that_is_stuck_in_a_system_call_obeys_a_signal(plain_tree, tmp_path, flags):
+    with Job("i", plain_tree, tmp_path / "run", "--cos", *flags, gate="hang") as job:
+        wait_until(lambda: list(tmp_path.glob("run.gate.*")), "a process that hangs")
+        outcome = job.send(signal.SIGTERM).end()
+    assert_one_line(outcome, 75, "nothing had moved for 1 s", "the last checkpoint is whole", "--resume auto")
+
+
+def test_a_run_stopped_in_the_test_evaluation_resumes(trained, plain_tree, tmp_path):
     run = tmp_path / "run"
     outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("test"))
     assert_one_line(outcome, 75, "before the test evaluation was done", "--resume auto")
@@ -151,14 +179,14 @@ def test_a_stop_in_the_test_evaluation(trained, plain_tree, tmp_path):
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_a_stop_of_an_evaluation(trained, plain_tree, tmp_path):
+def test_a_stopped_evaluation_writes_nothing(trained, plain_tree, tmp_path):
     flags = ["--evaluate", "--resume", trained["i"] / LAST, "-p", 1]
     outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", flags), out=Interruption("test"))
     assert_one_line(outcome, 75, "evaluate again")
     assert not list(tmp_path.glob("run/*.json"))
 
 
-def test_a_stop_during_a_save(trained, plain_tree, tmp_path, monkeypatch):
+def test_a_stop_during_a_save_waits_for_its_end(trained, plain_tree, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def fsync(descriptor, real=os.fsync):
@@ -174,13 +202,27 @@ def test_a_stop_during_a_save(trained, plain_tree, tmp_path, monkeypatch):
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_a_stop_in_validation_trains_no_step_again(trained, plain_tree, tmp_path):
+def test_a_run_stopped_in_validation_trains_no_step_again(trained, plain_tree, tmp_path):
     run = tmp_path / "run"
     call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("val"))
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
     outcome = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
     assert "epoch 1/2 [" not in outcome.out and "epoch 1/2: " in outcome.out
     assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
+
+
+def stop_all_ranks(seconds, args, device):
+    """A main_worker: every rank stops, rank 0 once it has saved for some seconds."""
+    defer_stop()
+    if get_dist_info().rank == 0:
+        time.sleep(seconds)
+    raise Stopped("saved by rank 0", on_all_ranks=True)
+
+
+def test_a_rank_that_saves_for_longer_than_the_grace_is_not_killed(capfd, monkeypatch):
+    monkeypatch.setattr(spawn, "GRACE", 0.1)
+    assert launch(functools.partial(stop_all_ranks, 1), *SMALL_RUN) == 75
+    assert re.fullmatch(r"\S+: saved by rank 0\n", capfd.readouterr().err)
 
 
 # ---- killed
@@ -208,16 +250,27 @@ def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
     assert_one_line(outcome, 1, "a data loading worker died", str(victim))
 
 
+def test_a_data_worker_that_is_killed_while_it_hands_over_a_batch_is_named():
+    """The loader sees the end of the connection before it knows of the worker's death."""
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    with pytest.raises(RuntimeError, match=f"DataLoader worker .*{worker.pid}"):  # noqa: SIM117
+        with report_killed_workers(SimpleNamespace(_workers=[worker])):
+            worker.kill()
+            raise EOFError
+    worker.join()
+
+
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
-def test_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, tmp_path, flags):
+def test_data_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, tmp_path, flags):
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", "--save-every-steps", 1, *flags, *SEVERAL_WORKERS) as job:
+    with Job("i", plain_tree, run, "--cos", "--save-every-steps", 1, *flags, *SEVERAL_WORKERS, gate=6) as job:
         job.wait_for(r"epoch 1/2 \[2/")
         ranks, workers = job.ranks(), job.workers()
         for pid in ranks or [job.pid]:  # so that it does not end before its time
             os.kill(pid, signal.SIGSTOP)
         assert_one_line(run_stage("i", plain_tree, run, "--cos", "--resume", "auto"), 2, "another run is writing there")
-        for worker in workers:  # a worker that hangs in a slow read
+        for worker in workers:  # as if they were stuck in a slow read
             os.kill(worker, signal.SIGSTOP)
         job.note()
         job.send(signal.SIGKILL).process.wait()
@@ -256,14 +309,94 @@ def fail_on_rank_1(kind, args, device):
         pytest.param(ZeroDivisionError, 1, ["ZeroDivisionError: of rank 1", "fail_on_rank_1"], marks=pytest.mark.full),
     ],
 )
-def test_the_message_of_the_rank_that_failed(capfd, kind, status, words):
-    """Not that of the others, which only lost contact with it."""
-    parser = stage_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none")
-    argv = [*map(str, TWO), "--device", "cpu", "data"]
-    assert launch(functools.partial(fail_on_rank_1, kind), parser, argv) == status
+def test_the_message_is_that_of_the_rank_that_failed(capfd, kind, status, words):
+    """It is shown, not that of the others, which only lost contact with it."""
+    assert launch(functools.partial(fail_on_rank_1, kind), *SMALL_RUN) == status
     err = capfd.readouterr().err
     assert all(word in err for word in words) and "lost contact" not in err
-    assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # of which only a traceback tells
+    assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # an unknown failure has a traceback
+
+
+def test_half_a_report_is_no_report():
+    receive, send = multiprocessing.Pipe(duplex=False)
+    assert spawn.read_report(receive) is None
+    send.send((1, "a message"))
+    whole = os.read(receive.fileno(), 1000)
+    os.write(send.fileno(), whole[:-1])
+    assert spawn.read_report(receive) is None
+
+
+# ---- how a run is started
+
+
+def test_launch_calls_main_worker_itself(capfd):
+    """The reader of a traceback finds nothing between the two."""
+    parser, _ = SMALL_RUN
+    assert launch(lambda args, device: 1 / 0, parser, ["--device", "cpu", str(ROOT)]) == 1
+    assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
+
+
+RANKS = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "20005",
+}  # fmt: skip
+
+
+@pytest.fixture
+def detect(monkeypatch):
+    """detect_launcher, given flags and an environment."""
+
+    def detected(env, *flags):
+        for name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return detect_launcher(SMALL_RUN[0].parse_args([*map(str, flags), "--device", "cpu", str(ROOT)]))
+
+    return detected
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "info"),
+    [
+        ({}, [], (0, 1, 0, 1, "plain", None)),
+        ({}, TWO, (0, 2, 0, 2, "spawn", None)),
+        ({}, [*TWO, "--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (2, 6, 0, 2, "spawn", "tcp://a:1")),
+        ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (1, 3, 0, 1, "node", "tcp://a:1")),
+        (RANKS, [], (1, 4, 1, 4, "torchrun", "env://")),
+        (RANKS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, [], (1, 4, 0, 2, "torchrun", "env://")),
+        (TASKS, [], (3, 4, 1, 2, "srun", "tcp://gpu07:20005")),
+        (TASKS | {"SLURM_JOB_NODELIST": "login,gpu[1-2]"}, [], (3, 4, 1, 2, "srun", "tcp://login:20005")),
+        (TASKS, ["--dist-url", "tcp://a:1"], (3, 4, 1, 2, "srun", "tcp://a:1")),
+    ],
+)
+def test_flags_and_environment_say_who_a_process_is(detect, env, flags, info):
+    assert detect(env, *flags) == info
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "words"),
+    [
+        ({}, ["--world-size", 3, "--dist-url", "tcp://a:1"], "--rank -1: with --world-size 3 it must be from 0 to 2"),
+        ({}, ["--world-size", 3, "--rank", 0], "--dist-url: name tcp://HOST:PORT"),
+        ({}, ["--dist-url", "env://"], "RANK and WORLD_SIZE are not set"),
+        (RANKS | {"RANK": "4"}, [], "RANK is '4', must be a number from 0 to 3"),
+        (RANKS | {"RANK": "-1"}, [], "RANK is '-1'"),
+        (RANKS | {"WORLD_SIZE": "9" * 5000}, [], "WORLD_SIZE is '99999999999999999999'"),
+        (RANKS | {"LOCAL_WORLD_SIZE": "0"}, [], "LOCAL_WORLD_SIZE is '0', must be a number from 1 to 4"),
+        (RANKS | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, [], "LOCAL_RANK is '2'"),
+        (RANKS | {"MASTER_PORT": "1e3"}, [], "MASTER_PORT is '1e3'"),
+        (RANKS | {"MASTER_ADDR": ""}, [], "MASTER_ADDR is missing"),
+        (TASKS | {"SLURM_STEP_NUM_NODES": "0"}, [], "SLURM_STEP_NUM_NODES is '0'"),
+        (TASKS | {"SLURM_STEP_NUM_NODES": "5"}, [], "SLURM_STEP_NUM_NODES is '5', must be a number from 1 to 4"),
+        (TASKS | {"SLURM_LOCALID": "4"}, [], "SLURM_LOCALID is '4'"),
+        (TASKS | {"SLURM_JOB_ID": ""}, [], "SLURM_JOB_ID is missing"),
+    ],
+)
+def test_nonsense_of_a_launcher_is_one_line(detect, env, flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        detect(env, *flags)
 
 
 # ---- never meeting
@@ -271,7 +404,7 @@ def test_the_message_of_the_rank_that_failed(capfd, kind, status, words):
 
 @pytest.fixture
 def mute_port():
-    """Of a listener that never says a word."""
+    """The port of a listener that never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -283,7 +416,7 @@ def mute_port():
     [
         (0, "tcp://127.0.0.1:FREE", ["the 2 processes did not meet within --dist-timeout 1 s"]),
         (1, "tcp://127.0.0.1:FREE", ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
-        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # an address of no one
+        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # nobody's address
         (0, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "cannot listen there"]),
         (0, "tcp://127.0.0.1:MUTE", ["cannot listen there (Address already in use)"]),
         (1, "tcp://no.such.host.invalid:2345", ["no.such.host.invalid is not known"]),
@@ -291,17 +424,17 @@ def mute_port():
         (0, "http://127.0.0.1:2345", ["must be tcp://HOST:PORT"]),
     ],
 )
-def test_processes_that_do_not_meet(plain_tree, tmp_path, capfd, mute_port, rank, url, words):
+def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_port, rank, url, words):
     url = url.replace("FREE", str(free_port())).replace("MUTE", str(mute_port))
     flags = ["--world-size", 2, "--rank", rank, "--dist-url", url, "--dist-timeout", 1]
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, *words)
     assert capfd.readouterr().err == ""  # not from torch.distributed's C++ either
 
 
-def test_a_port_where_something_else_listens(plain_tree, tmp_path, mute_port):
+def test_a_silent_listener_at_the_port_is_given_up(plain_tree, tmp_path, mute_port):
     flags = ["--world-size", 2, "--rank", 1, "--dist-url", f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "does not answer")
+        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
 
 
 @pytest.mark.parametrize(
@@ -314,15 +447,15 @@ def test_a_port_where_something_else_listens(plain_tree, tmp_path, mute_port):
          ["--dist-interface none0"]),
     ],
 )  # fmt: skip
-def test_spawned_processes_that_cannot_meet(plain_tree, tmp_path, capfd, mute_port, flags, words):
+def test_spawned_processes_that_cannot_meet_say_why(plain_tree, tmp_path, capfd, mute_port, flags, words):
     flags = [str(flag).replace("FREE", str(free_port())).replace("MUTE", str(mute_port)) for flag in flags]
     outcome = run_stage("i", plain_tree, tmp_path / "run", *TWO, *flags, "--dist-timeout", 1)
     assert_one_line(outcome, 2, *words)
     assert capfd.readouterr().err == ""
 
 
-def test_a_name_that_is_loopback_here_but_not_elsewhere(plain_tree, tmp_path, monkeypatch):
-    """As Debian's /etc/hosts has it for the machine's own name: rather no run than one that listens everywhere."""
+def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path, monkeypatch):
+    """Debian's /etc/hosts has the machine's own name so. The run is refused rather than listening everywhere."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", "tcp://node0:2345"]
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
@@ -332,7 +465,7 @@ def test_a_name_that_is_loopback_here_but_not_elsewhere(plain_tree, tmp_path, mo
 
 
 def slurm(task, nodes):
-    """What srun tells a task."""
+    """The environment that srun gives a task."""
     return {
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task if nodes == 1 else 0),
         "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid() + nodes),
@@ -356,15 +489,16 @@ LAUNCHES = {
     "launch",
     [name if name == "nodes of one process" else pytest.param(name, marks=pytest.mark.full) for name in LAUNCHES],
 )
-def test_two_nodes(whole_of_two, plain_tree, tmp_path, launch, interface_is_chosen_by_the_run):
-    """They listen on the address that they were given alone; a stop of one stops both; the result is one node's."""
+def test_two_nodes_train_as_one(whole_of_two, plain_tree, tmp_path, launch, interface_is_chosen_by_the_run):
+    """They listen on the given address alone; a stop of one stops both; the result is that of one node."""
     url = f"tcp://127.0.0.1:{free_port()}"
     run, local_batch = tmp_path / "run", "8"
 
     def start(node):
         flags, env = LAUNCHES[launch](node, url)
-        batch = [] if launch == "srun on one node" else ["-b", local_batch]  # a node's
-        return Job("i", plain_tree, run if node == 0 else tmp_path / "other", "--cos", *batch, *flags, env=env)
+        batch = [] if launch == "srun on one node" else ["-b", local_batch]  # of one node
+        out = run if node == 0 else tmp_path / "other"
+        return Job("i", plain_tree, out, "--cos", *batch, *flags, env=env, gate=2, gate_file=tmp_path / "gate")
 
     with start(0) as first, start(1) as second:
         first.wait_for(r"epoch 1/2 \[1/")

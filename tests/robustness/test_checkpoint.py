@@ -1,4 +1,4 @@
-"""Checkpoints under a full disk, without permission, killed in the midst: what was whole before stays whole."""
+"""Checkpoints on a full disk, without permission, or killed during a save: the earlier ones stay whole."""
 
 import contextlib
 import errno
@@ -42,19 +42,19 @@ def epochs(folder) -> dict:
     return {file.name: checkpoint(folder, file.name)["epoch"] for file in Path(folder).iterdir()}
 
 
-def test_last_previous_and_best(folder):
+def test_last_previous_and_best_are_kept(folder):
     assert epochs(folder) == {LAST: 3, PREVIOUS: 2, BEST: 2}
     under_test.write(folder, state(4), is_best=True)
     assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
 
 
-def test_without_links_they_are_copies(folder, monkeypatch):
+def test_copies_are_made_if_the_file_system_has_no_links(folder, monkeypatch):
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     under_test.write(folder, state(4), is_best=True)
     assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
 
 
-def test_a_second_name_of_the_same_file_leaves_nothing_behind(folder):
+def test_linking_twice_leaves_no_temporary_file(folder):
     """Where a save was killed after it had named the last checkpoint previous, both are one file."""
     under_test.link(folder / LAST, folder / PREVIOUS)
     under_test.link(folder / LAST, folder / PREVIOUS)
@@ -100,7 +100,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_cannot_be_written_costs_nothing(folder, monkeypatch, fault):
+def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, fault):
     place, number, told = FAULTS[fault]
     before = contents(folder)
     with monkeypatch.context() as patch:
@@ -183,7 +183,7 @@ def test_a_kill_during_a_save(folder, monkeypatch, moment):
     assert under_test.find_latest(folder) == folder / LAST
 
 
-def test_only_rests_are_removed(folder):
+def test_only_temporary_files_are_removed(folder):
     keep = ("log.txt", "args.json", "results.json", ".lock", "notes.tar", ".last_checkpoint.pth.tar", "model.link")
     for name in keep:
         (folder / name).touch()
@@ -199,7 +199,7 @@ def test_only_rests_are_removed(folder):
 
 @pytest.mark.parametrize("spoilt", [(LAST,), (LAST, PREVIOUS)])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", b"\x80\x02c"])
-def test_the_newest_that_can_be_read(folder, capsys, spoilt, content):
+def test_the_newest_readable_checkpoint_is_found(folder, capsys, spoilt, content):
     for name in spoilt:
         (folder / name).unlink()  # it may share its file with another
         (folder / name).write_bytes(content)
@@ -208,7 +208,7 @@ def test_the_newest_that_can_be_read(folder, capsys, spoilt, content):
     assert len(said) == len(spoilt) and all(str(folder / name) in line for name, line in zip(spoilt, said, strict=True))
 
 
-def test_none_that_can_be_read(folder, tmp_path):
+def test_no_readable_checkpoint_is_an_error(folder, tmp_path):
     for name in (LAST, PREVIOUS, BEST):
         (folder / name).unlink()
         (folder / name).write_bytes(b"nothing")
@@ -217,7 +217,7 @@ def test_none_that_can_be_read(folder, tmp_path):
     assert under_test.find_latest(tmp_path / "new") is None
 
 
-def test_a_damaged_file_never_takes_the_place_of_the_previous_one(folder):
+def test_a_damaged_last_checkpoint_never_becomes_the_previous_one(folder):
     whole = (folder / LAST).read_bytes()
     (folder / LAST).write_bytes(whole[:1000])
     under_test.quarantine_unreadable(folder, folder / PREVIOUS)
@@ -228,7 +228,7 @@ def test_a_damaged_file_never_takes_the_place_of_the_previous_one(folder):
     assert checkpoint(folder, LAST)["epoch"] == 3 and checkpoint(folder, PREVIOUS)["epoch"] == 2
 
 
-def test_a_readable_file_is_not_set_aside(folder):
+def test_a_readable_checkpoint_is_not_renamed(folder):
     before = contents(folder)
     for name in (LAST, PREVIOUS):
         under_test.quarantine_unreadable(folder, folder / name)
@@ -261,7 +261,7 @@ def test_a_run_whose_disk_fills_stops_and_can_go_on(trained, plain_tree, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["log.txt", "results.json"])
-def test_other_files_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, name):
+def test_logs_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, name):
     run = tmp_path / "run"
     shutil.copytree(trained["i"], run)
     (run / name).unlink()
@@ -283,7 +283,7 @@ def test_other_files_that_cannot_be_written_are_named(trained, plain_tree, tmp_p
     assert checkpoint(run)["epoch"] == 2 if name == "results.json" else (run / LAST).read_bytes() == before
 
 
-def test_rests_are_removed_at_the_next_start(trained, plain_tree, tmp_path):
+def test_temporary_files_of_a_killed_save_are_removed_at_the_next_start(trained, plain_tree, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained["i"], run)
     for name in (f".{LAST}.abcd_123", f"{PREVIOUS}.link"):
@@ -293,7 +293,7 @@ def test_rests_are_removed_at_the_next_start(trained, plain_tree, tmp_path):
     assert set(os.listdir(run)) == before
 
 
-def test_a_damaged_last_checkpoint_is_set_aside_in_a_run(trained, plain_tree, tmp_path):
+def test_a_resumed_run_renames_a_damaged_last_checkpoint(trained, plain_tree, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained["i"], run)
     (run / LAST).unlink()

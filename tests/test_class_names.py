@@ -1,0 +1,125 @@
+"""Names of classes: where they are read, and how they go through the stages into checkpoints and results."""
+
+import shutil
+
+import pytest
+import torch
+
+from datasets.splits import MAX_NAMES, find_class_names, find_splits
+from tests.helpers import LAST, STAGES, checkpoint, results_of, run_stage, same, train
+
+NAMES = ["ant", "bee", "Großer Panda", "crane", "crane", "zebra, plains"]  # two kinds of crane
+
+
+def with_names(tree, folder, content):
+    """The same tree, with a classes.txt."""
+    folder.mkdir()
+    for file in tree.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "classes.txt").write_text(content if isinstance(content, str) else "".join(f"{n}\n" for n in content))
+    return folder
+
+
+@pytest.fixture
+def named_tree(plain_tree, tmp_path):
+    return with_names(plain_tree, tmp_path / "named", NAMES)
+
+
+def names_in(folder):
+    """The names in the checkpoints and in the results of a run, which are the same."""
+    (names,) = {tuple(record["classes"]) for record in results_of(folder)}
+    assert all(checkpoint(folder, file.name)["classes"] == list(names) for file in folder.glob("*.tar"))
+    return list(names)
+
+
+def test_names_go_through_all_stages(named_tree, tmp_path):
+    previous = None
+    for run, stage, flag in (("i", "i", ""), ("ii", "ii", "--last_stage_ckpt"), ("iii", "iii", "--teacher_ckpt"),
+                             ("tuned", "ii", "--last_stage_ckpt")):  # fmt: skip
+        source = [flag, previous / LAST] if previous else []
+        previous = train(stage, named_tree, tmp_path / run, "--epochs", 1, *source)
+        assert names_in(previous) == NAMES
+
+
+def test_names_of_a_checkpoint_serve_where_the_data_have_none(named_tree, plain_tree, tmp_path):
+    i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
+    assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", i / LAST)) == NAMES
+    evaluation = train("i", plain_tree, tmp_path / "e", "--resume", i / LAST, "--evaluate")
+    assert results_of(evaluation)[0]["classes"] == NAMES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_without_names_take_those_of_the_data(trained, named_tree, tmp_path, stage):
+    old = checkpoint(trained[stage], "previous_checkpoint.pth.tar")
+    for name in ("classes", "best_metric"):
+        del old[name]
+    torch.save(old, tmp_path / "old.tar")
+    outcome = run_stage(stage, named_tree, tmp_path / "run", "--cos", "--resume", tmp_path / "old.tar")
+    assert (outcome.status, outcome.err) == (0, "") and "warning" not in outcome.out
+    assert names_in(tmp_path / "run") == NAMES
+    assert same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(trained[stage])["state_dict"])
+    if stage != "iii":
+        nxt, flag = {"i": ("ii", "--last_stage_ckpt"), "ii": ("iii", "--teacher_ckpt")}[stage]
+        assert names_in(train(nxt, named_tree, tmp_path / nxt, "--epochs", 1, flag, tmp_path / "old.tar")) == NAMES
+
+
+def test_names_in_another_order_are_one_line(named_tree, plain_tree, tmp_path):
+    i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
+    other = with_names(plain_tree, tmp_path / "other", ["ant", "crane", "bee", *NAMES[3:]])
+    for flags in (["--resume", i / LAST, "--epochs", 2], ["--resume", i / LAST, "--evaluate"]):
+        outcome = run_stage("i", other, tmp_path / f"{len(flags)}", *flags)
+        (line,) = [line for line in outcome.out.splitlines() if "warning" in line]
+        assert outcome.status == 0 and f"class 1 is 'bee' in {i / LAST}, and 'crane' in the data" in line
+    assert "warning" not in run_stage("i", named_tree, tmp_path / "same", "--resume", i / LAST, "--evaluate").out
+
+
+def test_a_wrong_number_of_names_is_said_and_they_are_left_out(plain_tree, tmp_path):
+    short = with_names(plain_tree, tmp_path / "short", NAMES[:5])
+    outcome = run_stage("i", short, tmp_path / "run", "--epochs", 1)
+    (line,) = [line for line in outcome.out.splitlines() if "warning" in line]
+    assert outcome.status == 0 and f"{short / 'classes.txt'}: 5 names for 6 classes" in line
+    assert results_of(tmp_path / "run")[0]["classes"] is None and checkpoint(tmp_path / "run")["classes"] is None
+
+
+def test_class_folders_name_their_classes(reorganised_tree, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val", "test"):
+        (data / split).symlink_to(reorganised_tree / split)
+    assert names_in(train("i", data, tmp_path / "i", "--epochs", 1)) == [f"class{c}" for c in range(6)]
+    (data / "classes.txt").write_text("\n".join(NAMES))
+    assert names_in(train("i", data, tmp_path / "named", "--epochs", 1)) == NAMES
+
+
+def found(root, num_classes, **given):
+    lists = dict.fromkeys(("train", "val", "test")) | given
+    return find_class_names(root, find_splits(root, lists, check=False)["train"], num_classes)
+
+
+def test_names_beside_the_training_list_come_first(named_tree, plain_tree, tmp_path):
+    assert found(plain_tree, 6) == (None, None)
+    assert found(named_tree, 6) == (NAMES, None)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    shutil.copy(plain_tree / "train.txt", lists)
+    assert found(named_tree, 6, train=lists / "train.txt") == (NAMES, None)
+    (lists / "classes.txt").write_text("abcdef".replace("", "\n").strip())
+    assert found(named_tree, 6, train=lists / "train.txt") == (list("abcdef"), None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a\r\nb\r\n\xc3\xa9\r\n", b"\xef\xbb\xbfa\nb\n\xc3\xa9", b"a\nb\n\xc3\xa9\n\n\n"],
+    ids=["CRLF", "BOM", "blank"],
+)
+def test_names_are_read_whatever_the_line_ends(named_tree, content):
+    (named_tree / "classes.txt").write_bytes(content)
+    assert found(named_tree, 3) == (["a", "b", "é"], None)
+
+
+def test_names_that_are_no_text_or_too_large_stop_nothing(named_tree):
+    (named_tree / "classes.txt").write_bytes(b"a\n\xff\xfe\n")
+    assert found(named_tree, 2) == (["a", "\ufffd\ufffd"], None)
+    (named_tree / "classes.txt").write_bytes(b"a" * (MAX_NAMES + 1))
+    names, note = found(named_tree, 1)
+    assert names is None and str(named_tree / "classes.txt") in note and "\n" not in note

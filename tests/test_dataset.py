@@ -1,0 +1,113 @@
+"""Images of every mode and state, read one by one."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.dataset import ListFileDataset, load_rgb
+from datasets.list_file import ListIndex
+from utils.errors import UserError
+
+
+def saved(tmp_path, image, name="image.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_images_of_every_mode_become_rgb(tmp_path):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    images = {
+        "grey.png": grey,
+        "palette.gif": grey.convert("P"),
+        "transparent.png": grey.convert("LA"),
+        "cmyk.jpg": grey.convert("CMYK"),
+        "bilevel.png": grey.convert("1"),
+        "rgba.webp": grey.convert("RGBA"),
+    }
+    for name, image in images.items():
+        loaded = load_rgb(saved(tmp_path, image, name))
+        assert loaded.mode == "RGB" and loaded.size == (16, 16), name
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    loaded = load_rgb(saved(tmp_path, Image.fromarray(levels)))
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_cmyk_keeps_its_color(tmp_path):
+    red = Image.new("RGB", (16, 16), (255, 0, 0))
+    pixel = load_rgb(saved(tmp_path, red.convert("CMYK"), "cmyk.jpg")).getpixel((8, 8))
+    assert pixel[0] > 240 and max(pixel[1:]) < 15
+
+
+def test_a_png_named_jpeg_is_read(tmp_path):
+    file = saved(tmp_path, Image.new("RGB", (5, 4), (1, 2, 3)), "image.JPEG", format="PNG")
+    assert load_rgb(file).getpixel((0, 0)) == (1, 2, 3)
+
+
+def broken_images(folder):
+    """Writes files that cannot be decoded; returns what the message about each says."""
+    noise = Image.fromarray(np.frombuffer(random.Random(0).randbytes(64 * 64 * 3), np.uint8).reshape(64, 64, 3))
+    whole = saved(folder, noise, "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "zero.jpg").touch()
+    (folder / "text.JPEG").write_text("no image at all\n")
+    bomb = Image.new("1", (13400, 13400))
+    bomb.save(folder / "bomb.png")
+    return {
+        "truncated.jpg": "truncated",
+        "zero.jpg": "not an image|empty",
+        "text.JPEG": "not an image",
+        "bomb.png": "decompression bomb",
+    }
+
+
+def test_broken_images_are_refused(tmp_path):
+    for name, reason in broken_images(tmp_path).items():
+        with pytest.raises(UserError, match=reason) as caught:
+            load_rgb(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such image"):
+        load_rgb(os.path.join(tmp_path, "none.jpg"))
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("fifo.png", "device.png", "folder.png"):
+        with pytest.raises(UserError, match="not a regular file") as caught:
+            load_rgb(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_libtiff_prints_nothing_about_a_damaged_tiff(tmp_path, capfd):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    file = saved(tmp_path, noise, "damaged.tif", compression="tiff_lzw")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.tif: cannot be decoded"):
+        load_rgb(file)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_lack_of_memory_is_returned_as_a_user_error(tmp_path, error):
+    def transform(image, sample_key):
+        raise error
+
+    saved(tmp_path, Image.new("RGB", (4, 4)))
+    dataset = ListFileDataset(ListIndex.from_bytes("list", b"image.png 0"), tmp_path, transform)
+    returned = dataset.__getitems__([(0, 0, 0)])
+    assert isinstance(returned, UserError)
+    assert all(flag in str(returned) for flag in ("--workers", "--batch-size", "--image-size"))
+    error = RuntimeError("a mistake in the transform")
+    with pytest.raises(RuntimeError, match="a mistake"):
+        dataset.__getitems__([(0, 0, 0)])

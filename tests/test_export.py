@@ -1,0 +1,183 @@
+"""python -m utils.export: what other programs read computes what the network computes."""
+
+import json
+import pickletools
+import sys
+
+import pytest
+import torch
+import torchvision
+
+import models
+from tests.helpers import LAST, STAGES
+from tests.test_load import BUILD
+from tests.test_published_checkpoints import PublishedRun
+from utils import export
+
+SIZE = 32
+CLASSIFIERS = [("i", "hard"), ("ii", "hard"), ("iii", "hard"), ("iii", "soft")]
+
+
+@pytest.fixture
+def run(capsys):
+    """run(word, ...) -> (status, stdout, stderr) of the command."""
+
+    def call(*words):
+        status = export.main(list(map(str, words)))
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def assert_mistake(outcome, *words):
+    status, out, err = outcome
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+    for word in map(str, words):
+        assert word in err, (word, err)
+
+
+def network(stage, arch):
+    """A network of a stage with weights, statistics and scales that are not those of a start."""
+    torch.manual_seed(5)
+    model = BUILD[stage](arch).eval()
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if "running" in name:
+                value.uniform_(0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("scales", "bn1.weight", "bn1.bias")):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def write(stage, arch, file, **entries):
+    """A checkpoint of such a network; returns the network."""
+    model = network(stage, arch)
+    state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state_dict, "args": {"image_size": SIZE}, **entries}, file)
+    return model
+
+
+def logits(model, classifier, images):
+    with torch.no_grad():
+        found = model(images)
+    return found[classifier == "soft"] if isinstance(found, tuple) else found
+
+
+def choice(classifier):
+    return ["--classifier", classifier] if classifier == "soft" else []
+
+
+@pytest.mark.parametrize(
+    ("stage", "classifier", "arch"),
+    [*((*of, "resnet18") for of in CLASSIFIERS), ("ii", "hard", "resnext50_32x4d"), ("iii", "soft", "resnext50_32x4d")],
+)
+def test_torchvision_computes_the_same(tmp_path, run, stage, classifier, arch):
+    model = write(stage, arch, tmp_path / "checkpoint")
+    status, out, err = run(tmp_path / "checkpoint", tmp_path / "out.pth", *choice(classifier))
+    assert (status, err) == (0, "") and arch in out and "5 classes" in out
+    plain = torchvision.models.get_model(arch, num_classes=5).eval()
+    plain.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
+    images = torch.randn(3, 3, SIZE, SIZE)
+    expected = logits(model, classifier, images)
+    torch.testing.assert_close(logits(plain, classifier, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "classifier", "arch"),
+    [*((stage, classifier, "resnet8") for stage, classifier in CLASSIFIERS), ("ii", "hard", "resnet18")],
+)
+def test_onnx_computes_the_same_for_any_batch(tmp_path, run, stage, classifier, arch):
+    pytest.importorskip("onnxscript", reason="the optional package onnxscript is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
+    names = ["a", "b", "c", "d", "ä"]
+    model = write(stage, arch, tmp_path / "checkpoint", classes=names)
+    out = tmp_path / "out.onnx"
+    status, _, err = run(tmp_path / "checkpoint", out, "--format", "onnx", *choice(classifier))
+    assert (status, err) == (0, "") and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out.onnx"]
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    for size in (1, 2, 5):
+        images = torch.randn(size, 3, SIZE, SIZE)
+        (found,) = session.run(None, {"images": images.numpy()})
+        expected = logits(model, classifier, images)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    metadata = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["classes"] == names and metadata["image_size"] == SIZE and metadata["mean"][0] == 0.485
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_published_scripts_resume_the_published_format(trained, tmp_path, run, stage):
+    file = tmp_path / "published.pth.tar"
+    assert run(trained[stage] / LAST, file, "--format", "published")[0] == 0
+    content = torch.load(file, weights_only=True)
+    assert set(content) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer"}
+    assert content["arch"] == "resnet8"
+    ours = torch.load(trained[stage] / LAST, weights_only=True)["state_dict"]
+    assert list(content["state_dict"]) == list(ours)
+    for name, value in content["state_dict"].items():
+        assert torch.equal(value, ours[name].float() if name == "module.label_queue" else ours[name])
+        assert name != "module.label_queue" or value.dtype == torch.float32
+    theirs = PublishedRun(stage)
+    assert theirs.resume(file)[0] == 2
+    theirs.step()
+    again = models.load(file)  # and so does this code
+    assert all(torch.equal(v, ours[f"module.{k}"]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_published_format_needs_nothing_newer_than_pytorch_1_4(trained, tmp_path, run, stage):
+    """It is no zip file, and names only what that version has."""
+    file = tmp_path / "published.pth.tar"
+    assert run(trained[stage] / LAST, file, "--format", "published")[0] == 0
+    known = {
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long")),
+    }
+    with file.open("rb") as opened:
+        assert opened.read(2) == b"\x80\x02"  # a pickle of protocol 2
+        opened.seek(0)
+        for _ in range(4):  # magic number, protocol version, system, content
+            operations = list(pickletools.genops(opened))
+            assert {argument for code, argument, _ in operations if code.name == "GLOBAL"} <= known
+            assert all(code.proto <= 2 for code, _, _ in operations)
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path, run):
+    write("ii", "resnet18", tmp_path / "checkpoint")
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"precious")
+    assert_mistake(run(tmp_path / "checkpoint", out), out, "--overwrite")
+    assert out.read_bytes() == b"precious"
+    assert run(tmp_path / "checkpoint", out, "--overwrite")[0] == 0
+    assert "fc.weight" in torch.load(out, weights_only=True)
+    before = (tmp_path / "checkpoint").read_bytes()
+    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "checkpoint", "--overwrite"), "the checkpoint itself")
+    assert (tmp_path / "checkpoint").read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
+    write("ii", "resnet18", tmp_path / "checkpoint")
+    (tmp_path / "out").mkdir()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
+    of_i, out = trained["i"] / LAST, tmp_path / "out"
+    torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, tmp_path / "bare")
+    assert_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
+    assert_mistake(run(of_i, out, "--classifier", "soft", "--format", "onnx"), "--classifier soft", "stage I")
+    assert_mistake(run(trained["iii"] / LAST, out, "--classifier", "soft", "--format", "published"), "--classifier")
+    assert_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
+    assert_mistake(run(of_i, tmp_path / "no" / "out", "--format", "published"), "no folder")
+    assert_mistake(run(of_i, tmp_path, "--format", "published"), "is a folder")
+    assert_mistake(run(tmp_path / "bare", out, "--format", "published"), tmp_path / "bare", "no optimizer")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert_mistake(run(of_i, out, "--format", "onnx"), "--format onnx", "pip install")
+    assert not out.exists()

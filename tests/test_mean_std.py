@@ -1,0 +1,70 @@
+"""--mean and --std reach training, evaluation and what a checkpoint brings."""
+
+import pytest
+import torch
+
+import models
+import ssd_stage_i
+from datasets.loaders import to_device
+from models.preprocess import MEAN, STD, normalize
+from tests.helpers import LAST, call, log_of, results_of, run_stage, train
+from tests.robustness.test_mistakes import assert_mistake
+
+FLAGS = ["--mean", "0.5", "0.4", "0.3", "--std", "0.3", "0.2", "0.1"]
+
+
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_normalize_by_hand(as_floats):
+    images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    mean, std = [0.5, 0.25, 0.0], (0.5, 0.1, 2)
+    given = images.float() / 255 if as_floats else images
+    found = to_device(given, torch.device("cpu"), mean=mean, std=std)
+    for channel in range(3):
+        expected = (images[:, channel].double() / 255 - mean[channel]) / std[channel]
+        torch.testing.assert_close(found[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(normalize(images), normalize(images, list(MEAN), list(STD)))
+    assert torch.equal(normalize(images)[0], normalize(images[0]))
+
+
+def test_they_reach_training_and_evaluation(plain_tree, tmp_path):
+    default = train("iii", plain_tree, tmp_path / "default", "--kd-weight", 0)
+    same = train("iii", plain_tree, tmp_path / "same", "--kd-weight", 0, "--mean", *MEAN, "--std", *STD)
+    other = train("iii", plain_tree, tmp_path / "other", "--kd-weight", 0, *FLAGS)
+    assert log_of(default, timed=False) == log_of(same, timed=False) != log_of(other, timed=False)
+    assert models.load(other / LAST).transform.std == (0.3, 0.2, 0.1)
+    resumed = ["--resume", other / LAST, "--evaluate", "-j", 0, "--device", "cpu", plain_tree]
+    outcome = call("iii", ["--output_dir", tmp_path / "as saved", *resumed])
+    assert outcome.status == 0 and "--mean 0.5 0.4 0.3" in outcome.out
+    outcome = call("iii", ["--output_dir", tmp_path / "given", "--mean", 0, 0, 0, "--std", 1, 1, 1, *resumed])
+    assert outcome.status == 0 and "warning: --mean 0.0 0.0 0.0" in outcome.out
+    assert results_of(tmp_path / "as saved") == results_of(other) != results_of(tmp_path / "given")
+
+
+def test_the_next_stage_takes_them_from_its_checkpoint(plain_tree, tmp_path):
+    train("i", plain_tree, tmp_path / "i", *FLAGS)
+    train("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", tmp_path / "i" / LAST)
+    assert models.load(tmp_path / "ii" / LAST).transform.mean == (0.5, 0.4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--mean 0.5 0.5 1.5", ["--mean 1.5", "at most 1"]),
+        ("--mean 0.5 0.5 -0.1", ["--mean", "-0.1"]),
+        ("--mean 0.5 0.5 nan", ["--mean nan"]),
+        ("--std 0.5 0.5 0", ["--std 0", "above 0"]),
+        ("--std 0.5 0.5 1e-9", ["--std 1e-9"]),
+        ("--std 0.5 0.5 inf", ["--std inf"]),
+        ("--mean 0.5", ["--mean"]),
+        ("--std 0.5 0.5", ["--std"]),
+    ],
+)
+def test_values_that_make_no_sense(plain_tree, tmp_path, flags, words):
+    assert_mistake(run_stage("i", plain_tree, tmp_path, *flags.split()), *words)
+
+
+def test_they_are_lists_of_numbers(tmp_path):
+    parse = ssd_stage_i.get_parser().parse_args
+    assert (parse([str(tmp_path)]).mean, parse([str(tmp_path)]).std) == (list(MEAN), list(STD))
+    args = parse([*FLAGS, str(tmp_path)])
+    assert (args.mean, args.std, args.data) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1], str(tmp_path))

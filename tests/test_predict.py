@@ -1,0 +1,235 @@
+"""python -m utils.predict, and the transform and class names that models.load carries."""
+
+import copy
+import csv
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from datasets.dataset import load_rgb
+from models.preprocess import MEAN, STD, EvalTransform
+from tests.helpers import CLASSES, COUNTS, LAST, ROOT, results_of
+from utils import predict
+
+NAMES = ["ant", "bee", "cat", "dog, brown", "eel", "fox"]
+SIZE = 32
+
+
+@pytest.fixture
+def rewritten(trained, tmp_path):
+    """rewritten(stage, name=value, ...): a file with a trained stage's checkpoint and these entries changed."""
+
+    def write(stage="iii", **entries):
+        file = tmp_path / "checkpoint.pth.tar"
+        torch.save(torch.load(trained[stage] / LAST, weights_only=True) | entries, file)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def run(capfd):
+    """run(word, ...) -> (status, stdout, stderr) of the command."""
+
+    def call(*words):
+        capfd.readouterr()
+        status = predict.main(list(map(str, words)))
+        return (status, *capfd.readouterr())
+
+    return call
+
+
+def assert_mistake(outcome, *words):
+    status, out, err = outcome
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+    for word in map(str, words):
+        assert word in err, (word, err)
+
+
+# ---- transform and classes
+
+
+def test_the_transform_is_evaluations(plain_tree):
+    file = next((plain_tree / "train").rglob("*.png"))
+    transform = EvalTransform(SIZE)
+    pixels = np.asarray(Image.open(file).convert("RGB")) / 255
+    expected = torch.tensor((pixels - np.array(MEAN)) / np.array(STD), dtype=torch.float32).permute(2, 0, 1)
+    with Image.open(file) as image:
+        torch.testing.assert_close(transform(image), expected)
+    for mode in ("L", "P", "CMYK", "RGBA", "1", "I;16"):
+        image = Image.new("RGB", (90, 50), (200, 30, 60)).convert("L" if mode == "I;16" else mode)
+        assert transform(image.convert(mode) if mode == "I;16" else image).shape == (3, SIZE, SIZE)
+
+
+def test_sixteen_bits_are_scaled_as_in_training(tmp_path):
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    transform = EvalTransform(64)
+    assert torch.equal(transform(Image.open(tmp_path / "deep.png")), transform(load_rgb(tmp_path / "deep.png")))
+
+
+@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
+def test_a_network_carries_the_size_it_was_trained_at(trained, stage):
+    model = models.load(trained[stage] / LAST)
+    assert (model.transform.size, model.transform.mean, model.transform.std) == (SIZE, MEAN, STD)
+    assert models.SLG("resnet8", 2).transform is None and models.SLG("resnet8", 2).classes is None
+
+
+def test_size_statistics_and_names_are_the_checkpoints(rewritten):
+    args = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    model = models.load(rewritten(args=args, run={"image_size": 40}, classes=NAMES))
+    assert model.classes == NAMES
+    pixels = model.transform(Image.new("RGB", (40, 40), (255, 0, 51)))
+    assert pixels.shape == (3, 40, 40)
+    torch.testing.assert_close(pixels[:, 7, 7], torch.tensor([0.5 / 0.2, -0.4 / 0.2, (0.2 - 0.3) / 0.1]))
+
+
+def test_without_any_record_the_size_is_224(trained, tmp_path):
+    content = torch.load(trained["ii"] / LAST, weights_only=True)
+    torch.save({"state_dict": content["state_dict"]}, tmp_path / "bare")
+    model = models.load(tmp_path / "bare")
+    assert model.transform.size == 224 and model.classes is None
+    assert model.transform(Image.new("L", (300, 200))).shape == (3, 224, 224)
+
+
+def test_copies_and_pickles_keep_them(rewritten):
+    model = models.load(rewritten(classes=NAMES))
+    image = Image.new("RGB", (50, 40), (9, 99, 199))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.classes == NAMES and torch.equal(other.transform(image), model.transform(image))
+        assert other.state_dict().keys() == model.state_dict().keys()
+    assert not [name for name in model.state_dict() if "transform" in name or "classes" in name]
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"run": {"image_size": 10**9}}, "image_size"),
+        ({"run": {}, "args": {"image_size": "large"}}, "image_size"),
+        ({"args": {"mean": [0.5, 0.5]}}, "mean"),
+        ({"args": {"mean": [0.5, 0.5, float("nan")]}}, "mean"),
+        ({"args": {"std": [0.2, 0.2, 0.0]}}, "std"),
+        ({"args": {"std": 3}}, "std"),
+        ({"args": [1]}, "args"),
+        ({"classes": ["one"]}, "names 1 classes"),
+        ({"classes": [1] * CLASSES}, "classes"),
+    ],
+)
+def test_records_that_make_no_sense_are_named(rewritten, entries, told):
+    file = rewritten(**entries)
+    with pytest.raises(ValueError, match=told) as caught:
+        models.load(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_three_lines_predict(trained, plain_tree):
+    file = next((plain_tree / "train" / "class0").glob("*.png"))
+    model = models.load(trained["i"] / LAST)
+    with torch.no_grad():
+        logits = model(model.transform(Image.open(file))[None])
+    assert logits.shape == (1, CLASSES)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("stage", "classifier", "flags"),
+    [
+        ("i", "linear", []),
+        ("ii", "lws", []),
+        ("iii", "hard", []),
+        ("iii", "soft", ["--classifier", "soft"]),
+        ("tuned", "lws", []),
+    ],
+)
+def test_predictions_are_those_of_the_evaluation(trained, plain_tree, run, stage, classifier, flags):
+    lines = [line.rsplit(" ", 1) for line in (plain_tree / "test.txt").read_text().splitlines()]
+    labels = {str(plain_tree / path): int(label) for path, label in lines}
+    status, out, err = run(trained[stage] / LAST, *labels, "--csv", "--batch-size", 16, "--device", "cpu", *flags)
+    assert (status, err) == (0, "")
+    right = [0] * CLASSES
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["path"] for row in rows] == list(labels)
+    for row in rows:
+        right[labels[row["path"]]] += int(row["label_1"]) == labels[row["path"]]
+    (record,) = [record for record in results_of(trained[stage]) if record["classifier"] == classifier]
+    assert right == [round(a * n) for a, n in zip(record["per_class"], COUNTS["test"], strict=True)]
+    assert sum(right) == round(record["overall"] * record["count"])
+
+
+def test_names_and_probabilities_are_printed(rewritten, plain_tree, run):
+    image = next((plain_tree / "train" / "class3").glob("*.png"))
+    file = rewritten(classes=NAMES)
+    status, out, err = run(file, image, "--topk", 99)
+    assert (status, err) == (0, "") and out.count("\n") == 1
+    assert out.startswith(f"{image}: ") and all(name in out for name in NAMES)
+    status, out, _ = run(file, image, "--topk", 2, "--csv")
+    (row,) = csv.DictReader(out.splitlines())
+    assert row["name_1"] == NAMES[int(row["label_1"])] and "label_3" not in row
+    model = models.load(file)
+    with torch.no_grad():
+        probabilities = model(model.transform(Image.open(image))[None])[0].softmax(1)[0]
+    assert float(row["probability_1"]) == pytest.approx(probabilities.max().item(), abs=1e-5)
+
+
+def test_the_checkpoints_statistics_are_used(rewritten, plain_tree, run):
+    image = next((plain_tree / "train" / "class1").glob("*.png"))
+    rows = [run(rewritten(args={"mean": [mean] * 3}), image, "--csv")[1] for mean in (0.485, 0.1, 0.485)]
+    assert rows[0] == rows[2] != rows[1]
+
+
+def test_folders_are_walked_in_order(trained, plain_tree, tmp_path, run):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.png", "a/y.PNG", "a/b/x.jpg"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    status, out, _ = run(trained["iii"] / LAST, tmp_path, "--topk", 1)
+    assert status == 0
+    assert [line.split(": ")[0] for line in out.splitlines()] == [
+        str(tmp_path / name) for name in ("a/b/x.jpg", "a/y.PNG", "z.png")
+    ]
+
+
+def test_an_unreadable_image_is_named_and_passed_over(trained, tmp_path, run):
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "d\n.png").write_bytes(b"")
+    status, out, err = run(trained["i"] / LAST, tmp_path, "--batch-size", 1, "-j", 1)
+    assert status == 1 and out.count("\n") == 2
+    first, second, last = err.splitlines()
+    assert str(tmp_path / "b.png") in first and "d\\n.png" in second
+    assert last == "2 of 4 images could not be read"
+
+
+def test_mistakes_end_in_one_line(trained, rewritten, plain_tree, tmp_path, run):
+    image = next((plain_tree / "train").rglob("*.png"))
+    of_i = trained["i"] / LAST
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("no checkpoint")
+    assert_mistake(run(tmp_path / "none", image), tmp_path / "none", "cannot be opened")
+    assert_mistake(run(tmp_path / "text", image), tmp_path / "text", "damaged")
+    assert_mistake(run(of_i, tmp_path / "none.png"), tmp_path / "none.png", "no such file")
+    assert_mistake(run(of_i, tmp_path / "empty"), tmp_path / "empty", "no images")
+    assert_mistake(run(of_i, image, "--classifier", "soft"), "--classifier soft", "stage I")
+    assert_mistake(run(rewritten(args={"kd_weight": 0.0}), image, "--classifier", "soft"), "--kd-weight 0")
+    assert_mistake(run(of_i, image, "--topk", 0), "--topk 0")
+    assert_mistake(run(of_i, image, "--batch-size", 0), "--batch-size 0")
+    assert_mistake(run(of_i), "IMAGE_OR_DIR")
+    if not torch.cuda.is_available():
+        assert_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(trained, plain_tree):
+    command = [sys.executable, "-m", "utils.predict", trained["i"] / LAST, *[plain_tree / "train"] * 40, "-j", "1"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141

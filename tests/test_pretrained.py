@@ -1,0 +1,212 @@
+"""--pretrained: where stage I's backbone starts from. Nothing here reaches a network."""
+
+import shutil
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import models
+import ssd_stage_i
+from tests.helpers import LAST, QUEUE, STAGES, call, checkpoint, run_stage
+from tests.robustness.test_mistakes import assert_mistake
+from utils import pretrained
+from utils.pretrained import read_backbone
+
+START = [
+    "--epochs",
+    1,
+    "--lr",
+    0,
+    "--wd",
+    0,
+    "--moco-m",
+    1,
+]  # trains nothing: the start's weights are in the checkpoint
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """torch's cache in a folder of the test, and a download that fails; returns the folder of the files."""
+
+    def fail(url, *args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def torchvision_state(arch="resnet18", seed=7):
+    torch.manual_seed(seed)
+    return torchvision.models.get_model(arch, weights=None).state_dict()
+
+
+def assert_starts_from(folder, state_dict):
+    """Whether both encoders of a checkpoint have these parameters; the statistics moved in the epoch."""
+    content = checkpoint(folder)["state_dict"]
+    names = [n for n in state_dict if "running" not in n and "num_batches" not in n and not n.startswith("fc.")]
+    assert len(names) > 10
+    for encoder in ("encoder_q", "encoder_k"):
+        for name in names:
+            assert torch.equal(content[f"module.{encoder}.{name}"], state_dict[name]), name
+
+
+def stage_i(data, out, *flags):
+    return call(
+        "i",
+        f"--image-size 32 -b 64 -j 0 --seed 3 --device cpu {QUEUE} --moco-k 64 --output_dir {out}".split()
+        + [*START, *flags],
+    )
+
+
+# ---- which words are its value
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["DIR"], None),
+        (["--pretrained", "DIR"], "torchvision"),
+        (["DIR", "--pretrained"], "torchvision"),
+        (["--pretrained", "--cos", "DIR"], "torchvision"),
+        (["--pretrained", "torchvision", "DIR"], "torchvision"),
+        (["--pretrained=torchvision", "DIR"], "torchvision"),
+        (["--pretrained", "weights.pth", "DIR"], "weights.pth"),
+        (["--pretrained=weights.pth", "DIR"], "weights.pth"),
+        (["DIR", "--pretrained", "weights.pth"], "weights.pth"),
+    ],
+)
+def test_dir_is_never_taken_for_the_weights(tmp_path, words, expected):
+    args = ssd_stage_i.get_parser().parse_args([word.replace("DIR", str(tmp_path)) for word in words])
+    assert (args.pretrained, args.data) == (expected, str(tmp_path))
+
+
+# ---- what it starts from
+
+
+def test_torchvisions_weights_from_a_file(plain_tree, tmp_path):
+    state_dict = torchvision_state()
+    torch.save(state_dict, tmp_path / "weights.pth")
+    outcome = stage_i(
+        plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", tmp_path / "weights.pth", plain_tree
+    )
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"the backbone starts from {tmp_path / 'weights.pth'}" in outcome.out
+    assert_starts_from(tmp_path / "run", state_dict)
+
+
+def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_network, monkeypatch):
+    state_dict, asked = torchvision_state(), []
+
+    def download(url, file, hash_prefix, progress):
+        asked.append(url)
+        assert hash_prefix and hash_prefix in url
+        torch.save(state_dict, file)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for run in ("one", "two"):
+        outcome = stage_i(plain_tree, tmp_path / run, "--arch", "resnet18", "--pretrained", plain_tree)
+        assert (outcome.status, outcome.err) == (0, "")
+        assert_starts_from(tmp_path / run, state_dict)
+    assert asked == [torchvision.models.get_model_weights("resnet18").DEFAULT.url]
+    assert [file.name for file in no_network.iterdir()] == [Path(asked[0]).name]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_any_stage(trained, plain_tree, tmp_path, stage):
+    outcome = run_stage("i", plain_tree, tmp_path, *START, "--pretrained", trained[stage] / LAST)
+    assert (outcome.status, outcome.err) == (0, "")
+    prefix = f"module.encoder{'' if stage == 'ii' else '_q'}."
+    content = checkpoint(trained[stage])["state_dict"]
+    assert_starts_from(tmp_path, models.ssd.strip_prefix(content, prefix))
+
+
+def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):
+    state_dict = torchvision_state()
+    state_dict["bn1.running_mean"].fill_(0.5)
+    old = {name: value for name, value in state_dict.items() if not name.endswith("num_batches_tracked")}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in old.items()}}, tmp_path / "old.pth")
+    model = models.SSFL("resnet18", 3, dim=8, queue_size=8)
+    model.load_backbone(read_backbone(tmp_path / "old.pth", "resnet18"))
+    for encoder in (model.encoder_q, model.encoder_k):
+        assert (encoder.bn1.running_mean == 0.5).all() and encoder.bn1.num_batches_tracked == 0
+        assert torch.equal(encoder.layer4[1].conv2.weight, state_dict["layer4.1.conv2.weight"])
+
+
+def test_a_resumed_run_needs_no_weights(trained, plain_tree, tmp_path, no_network):
+    shutil.copytree(trained["i"], tmp_path / "run")
+    words = ["--epochs", 3, "--resume", "auto", "--pretrained", tmp_path / "gone.pth"]
+    outcome = run_stage("i", plain_tree, tmp_path / "run", *words)
+    assert outcome.status == 0 and "gone.pth" not in outcome.out + outcome.err
+
+
+def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path, "--epochs", 1)
+    assert outcome.status == 0 and "backbone starts" not in outcome.out
+
+
+# ---- mistakes
+
+
+def test_a_download_that_fails(plain_tree, tmp_path, no_network):
+    outcome = stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", plain_tree)
+    assert_mistake(outcome, "--pretrained", "resnet18-", "Name or service not known", no_network)
+
+
+def test_a_download_of_another_content(plain_tree, tmp_path, no_network, monkeypatch):
+    def download(*args, **kwargs):
+        raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    outcome = stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", plain_tree)
+    assert_mistake(outcome, "--pretrained", "invalid hash value")
+
+
+def test_small_networks_have_no_weights_of_torchvision(plain_tree, tmp_path, no_network):
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained"), "--pretrained", "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conv1.weight": None}, ["conv1.weight is missing"]),
+        ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, ["conv1.weight has the shape (64, 1, 7, 7), not (64, 3, 7, 7)"]),
+        ({"extra": torch.zeros(1)}, ["extra is unknown"]),
+        ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, ["conv1.weight", "not finite"]),
+        ({"conv1.weight": 3}, ["no state dict"]),
+    ],
+)
+def test_a_state_dict_that_does_not_fit(plain_tree, tmp_path, change, words):
+    state_dict = {name: value for name, value in (torchvision_state() | change).items() if value is not None}
+    torch.save(state_dict, tmp_path / "weights.pth")
+    words = [tmp_path / "weights.pth", "--pretrained", *words]
+    assert_mistake(
+        stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", words[0], plain_tree), *words
+    )
+
+
+def test_weights_of_another_backbone(trained, plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--arch", "resnet20", "--pretrained", trained["ii"] / LAST)
+    assert_mistake(outcome, trained["ii"] / LAST, "resnet8, not resnet20", "--arch")
+
+
+def test_files_that_are_no_weights(plain_tree, tmp_path):
+    (tmp_path / "text").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list")
+    for name, told in (("none", "cannot be opened"), ("text", "damaged"), ("list", "not a checkpoint")):
+        outcome = run_stage("i", plain_tree, tmp_path / "run", "--pretrained", tmp_path / name)
+        assert_mistake(outcome, tmp_path / name, told, "--pretrained")
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained="), "--pretrained", "empty")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.tar"))
+
+
+def test_other_stages_have_no_such_flag(plain_tree, tmp_path):
+    assert_mistake(run_stage("iii", plain_tree, tmp_path, "--pretrained"), "--pretrained")
+
+
+def test_names_of_torchvisions_weights_exist_for_every_arch():
+    for arch in models.backbones.TORCHVISION:
+        assert pretrained.download(arch, wanted=False).endswith(".pth")

@@ -1,0 +1,223 @@
+"""What --resume, --evaluate and the next stage take from a checkpoint if a flag was not given, and what is said."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers import (
+    IMAGES,
+    LAST,
+    call,
+    checkpoint,
+    log_of,
+    results_of,
+    run_shell,
+    run_stage,
+    same,
+    stage_flags,
+    train,
+)
+
+PREVIOUS = "previous_checkpoint.pth.tar"
+TWO = ["--multiprocessing-distributed", "--nproc", 2]
+
+
+def evaluate(stage, trained, data, *flags):
+    return call(stage, ["--resume", trained[stage] / LAST, "--evaluate", "-j", 0, "--device", "cpu", *flags, data])
+
+
+def bare(data, out, *flags):
+    """A command line that leaves open all that a checkpoint keeps."""
+    return call("i", ["-j", 0, "--device", "cpu", "-p", 1000, "--output_dir", out, *flags, data])
+
+
+def args_of(folder):
+    return json.loads((folder / "args.json").read_text())
+
+
+# ---- taken from the checkpoint
+
+
+def test_an_evaluation_takes_backbone_size_and_queue(trained, plain_tree, tmp_path):
+    outcome = evaluate("i", trained, plain_tree, "--output_dir", tmp_path)
+    assert (outcome.status, outcome.err) == (0, "")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("as saved: ")]
+    for flag in ("--arch resnet8", "--image-size 32", "--moco-k 50", "--moco-dim 16"):
+        assert flag in line
+    assert "--lr" not in line
+    assert results_of(tmp_path) == results_of(trained["i"])
+
+
+def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
+    run = train("i", plain_tree, tmp_path / "run", "--cos", "--lr", 0.05, "--momentum", 0.8, "--wd", 1e-3,
+                "--moco-t", 0.3, "--con-weight", 0.5, "--augment", "device")  # fmt: skip
+    outcome = bare(plain_tree, tmp_path / "again", "--resume", run / PREVIOUS)
+    assert (outcome.status, outcome.err) == (0, "")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("as saved: ")]
+    for flag in ("--cos", "--lr 0.05", "--momentum 0.8", "--wd 0.001", "--moco-t 0.3", "--con-weight 0.5", "--seed 3",
+                 "--augment device", "--epochs 2", "--batch-size 16"):  # fmt: skip
+        assert flag in line
+    assert same(checkpoint(tmp_path / "again"), checkpoint(run))
+    ours, theirs = args_of(tmp_path / "again"), args_of(run)
+    local = ("resume", "output_dir", "print_freq", "workers", "environment", "program")
+    assert {n: v for n, v in ours.items() if n not in local} == {n: v for n, v in theirs.items() if n not in local}
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "value"),
+    [("ii", "--freeze-bn", True), ("iii", "--kd_t", 4.0), ("iii", "--kd-weight", 0.5), ("ii", "--num_samples_cls", 4)],
+)
+def test_flags_of_the_later_stages_are_kept(trained, plain_tree, tmp_path, stage, flag, value):
+    source = {"ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
+    words = [flag] if value is True else [flag, value]
+    run = train(stage, plain_tree, tmp_path / "run", *words, *source, "--epochs", 1)
+    outcome = run_stage(stage, plain_tree, tmp_path / "again", "--resume", run / LAST)
+    assert outcome.status == 0 and " ".join(map(str, words)) in outcome.out
+    assert args_of(tmp_path / "again")[flag.strip("-").replace("-", "_")] == value
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "flag"), [("ii", "i", "--last_stage_ckpt"), ("iii", "ii", "--teacher_ckpt")]
+)
+def test_a_stage_takes_backbone_and_image_size_from_the_one_before(trained, plain_tree, tmp_path, stage, before, flag):
+    file = trained[before] / LAST
+    words = [flag, file, "-j", 0, "--device", "cpu", "-b", 16, "--epochs", 1, "--output_dir", tmp_path, plain_tree]
+    outcome = call(stage, words)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "as saved: --arch resnet8 --image-size 32" in outcome.out
+    assert (args_of(tmp_path)["arch"], args_of(tmp_path)["image_size"]) == ("resnet8", 32)
+
+
+def test_an_off_switch_wins_over_what_was_saved(trained, plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path, "--no-cos", "--resume", trained["i"] / PREVIOUS)
+    assert "warning: --no-cos is given" in outcome.out and "saved with --cos" in outcome.out
+    assert log_of(tmp_path)[-1]["lr"] == 0.1
+
+
+# ---- given, and other than saved
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr 0.07", "--wd 0.01", "--momentum 0.5", "--epochs 3", "--moco-m 0.5", "--moco-t 0.5",
+             "--con-weight 2.0", "--augment device", "--batch-size 12", "--seed 4", "--schedule 1 2"],
+)  # fmt: skip
+def test_every_given_flag_that_differs_is_one_warning(trained, plain_tree, tmp_path, flag):
+    outcome = run_stage("i", plain_tree, tmp_path, *flag.split(), "--cos", "--resume", trained["i"] / PREVIOUS)
+    assert outcome.status == 0, outcome
+    warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: ")]
+    assert [line.startswith(f"warning: {flag} is given") for line in warnings] == [True]
+    assert str(trained["i"] / PREVIOUS) in warnings[0] and f"saved with {flag.split()[0]}" in warnings[0]
+
+
+def test_nothing_is_said_if_nothing_differs(trained, plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path, "--cos", "--resume", trained["i"] / PREVIOUS)
+    assert "warning" not in outcome.out and "as saved" not in outcome.out
+
+
+def test_another_backbone_is_refused(trained, plain_tree):
+    outcome = evaluate("iii", trained, plain_tree, "--arch", "resnet20")
+    assert outcome.status == 2 and "resnet8" in outcome.err and "--arch" in outcome.err
+
+
+def test_another_image_size_is_said(trained, plain_tree, tmp_path):
+    size = "--image-size 24"
+    assert f"warning: {size}" in evaluate("iii", trained, plain_tree, *size.split()).out
+    outcome = run_stage("ii", plain_tree, tmp_path, *size.split(), "--last_stage_ckpt", trained["i"] / LAST)
+    assert outcome.status == 0 and f"warning: {size}" in outcome.out
+
+
+def test_a_schedule_beside_cos_is_said(plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path, "--cos", "--schedule", 1, "--epochs", 1, "--con-weight", 0)
+    assert "--schedule is not used" in outcome.out
+
+
+# ---- within an epoch, with another number of images per step or of processes
+
+
+def seen(folder):
+    """Every training image that a run's checkpoint counts, and the steps it made."""
+    content = checkpoint(folder, PREVIOUS)
+    return content["images"], content["step"]
+
+
+@pytest.mark.parametrize("stage", ["i", "iii"])
+@pytest.mark.parametrize("flags", [["-b", 24], ["-b", 10], TWO], ids=str)
+def test_stages_i_and_iii_go_on_after_the_images_seen(trained, plain_tree, tmp_path, stage, flags):
+    source = {"i": [], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
+    run = train(stage, plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
+    assert seen(run) == (80, 5)
+    words = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, *flags]
+    shown = run_shell(stage, plain_tree, tmp_path / "again", *words)
+    assert shown.status == 0, shown
+    batch = 16 if flags == TWO else flags[1]
+    assert "warning: epoch 1 goes on after its first 80 images" in shown.out
+    steps = [line.split()[2] for line in shown.out.splitlines() if line.startswith("epoch 1/1 [")]
+    more = (IMAGES - 80) // batch
+    assert steps == [f"[{step}/{5 + more}]" for step in range(6, 6 + more)]
+    content = checkpoint(tmp_path / "again")
+    assert (content["epoch"], content["step"], content["images"]) == (1, 0, 0)
+    if stage == "i":
+        pointer = (80 + more * batch) % 50
+        assert content["state_dict"]["module.queue_ptr"].tolist() == [pointer]
+
+
+@pytest.mark.parametrize("flags", [["-b", 24], TWO], ids=str)
+def test_stage_ii_starts_its_epoch_anew(trained, plain_tree, tmp_path, flags):
+    source = ["--last_stage_ckpt", trained["i"] / LAST]
+    run = train("ii", plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
+    words = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, *flags]
+    outcome = run_shell("ii", plain_tree, tmp_path / "again", *words)
+    assert outcome.status == 0 and "warning: epoch 1 starts anew" in outcome.out
+    steps = [line for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
+    assert len(steps) == IMAGES // (16 if flags == TWO else 24) and steps[0].startswith("epoch 1/1 [1/")
+
+
+def test_the_images_of_two_halves_of_an_epoch_are_those_of_the_whole():
+    from datasets.samplers import BatchSampler, ShuffledSampler
+
+    def images(batch, position, rank=0, world_size=1):
+        sampler = BatchSampler(ShuffledSampler(range(96), 3, rank, world_size), batch)
+        sampler.start_at(2, position)
+        return [index for items in sampler for _, _, index in items]
+
+    whole = images(16, 0)
+    first = whole[:48]
+    later = [image for rank in range(3) for image in images(4, 48 // 3, rank, 3)]
+    assert sorted(first + later) == sorted(whole) == list(range(96))
+
+
+# ---- the rest
+
+
+def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
+    args = checkpoint(trained["iii"])["args"]
+    assert args["cos"] is True and args["lr"] == 0.1 and args["schedule"] == [120, 160]
+    assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
+
+
+def test_arguments_of_other_versions_are_passed_over(trained, plain_tree, tmp_path):
+    content = checkpoint(trained["i"], PREVIOUS)
+    content["args"] = content["args"] | {"a_flag_to_come": 5}
+    torch.save(content, tmp_path / "later.tar")
+    train("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "later.tar")
+    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
+
+
+def test_the_saved_seed_is_taken(trained, plain_tree, tmp_path):
+    flags = stage_flags("i", plain_tree, tmp_path / "run", ["--cos", "--resume", trained["i"] / PREVIOUS])
+    at = flags.index("--seed")
+    outcome = call("i", flags[:at] + flags[at + 2 :])
+    assert outcome.status == 0 and "as saved: --seed 3" in outcome.out
+    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
+
+
+def test_a_wrong_flag_is_named_and_the_right_one_suggested(plain_tree):
+    outcome = call("i", ["--moco-kk", "24", plain_tree])
+    assert outcome.status == 2
+    assert "--moco-kk; did you mean --moco-k?" in outcome.err and str(plain_tree) not in outcome.err
+
+
+def test_processes_that_nothing_would_start_are_refused(plain_tree):
+    outcome = call("i", ["--nproc", 2, plain_tree])
+    assert outcome.status == 2 and "--multiprocessing-distributed" in outcome.err

@@ -1,0 +1,137 @@
+"""What a run shows: its settings first, a bar that fits a narrow terminal, its files and the next command last."""
+
+import fcntl
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+
+from tests.helpers import LAST, ROOT, call, run_stage, stage_flags
+from tests.helpers_processes import wait_until
+
+
+class Terminal:
+    """A run of stage I under a pseudo-terminal of 80 columns; `screen` is all that it has written there."""
+
+    def __init__(self, data, out, *flags):
+        self.main, other = pty.openpty()
+        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        os.set_blocking(self.main, False)
+        command = [sys.executable, str(ROOT / "ssd_stage_i.py"), *stage_flags("i", data, out, flags)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+        )
+        os.close(other)
+        self.screen = ""
+
+    def read(self) -> bool:
+        """Takes what has been written; whether the run has ended."""
+        ended = self.process.poll() is not None
+        try:
+            while block := os.read(self.main, 65536):
+                self.screen += block.decode()
+        except OSError:  # nothing to read now, or nobody to write any more
+            pass
+        return ended
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.main)
+
+
+def shown_lines(screen) -> list[str]:
+    """What stood on a line at any moment, without the commands that move the cursor."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen))
+
+
+def test_the_bar_fits_eighty_columns_and_is_gone_before_the_table(plain_tree, tmp_path):
+    with Terminal(plain_tree, tmp_path / "run", "-p", 1) as terminal:
+        wait_until(terminal.read, "the run to end")
+        assert terminal.process.returncode == 0, terminal.screen
+    bars = [line for line in shown_lines(terminal.screen) if re.match(r"epoch \d/2 \|", line)]
+    assert bars and max(map(len, bars)) <= 80
+    later = [line for line in bars if "loss" in line]
+    assert any(re.search(r"loss [\d.e+-]+, lr 0\.1, \d+ img/s, \w+ left", line) for line in later), later
+    assert any("best" in line for line in bars if line.startswith("epoch 2/2"))
+    table = terminal.screen[terminal.screen.index("Class mean |") :]
+    assert "img/s" not in table
+
+
+def test_control_c_is_acknowledged_at_once(plain_tree, tmp_path):
+    with Terminal(plain_tree, tmp_path / "run", "--epochs", 1000, "-p", 1) as terminal:
+        wait_until(lambda: terminal.read() or "img/s" in terminal.screen, "the first steps")
+        os.killpg(terminal.process.pid, 2)
+        wait_until(terminal.read, "the run to end")
+        assert terminal.process.returncode == 75, terminal.screen
+    acknowledged, stopped = (
+        terminal.screen.index("stopping after this step"),
+        terminal.screen.index("stopped on request"),
+    )
+    assert acknowledged < stopped
+    last = [line for line in shown_lines(terminal.screen) if line.strip()][-1]
+    assert last.startswith("ssd_stage_i.py: stopped on request")  # the bar is not on that line
+
+
+def test_a_run_says_first_what_it_is(plain_tree, tmp_path):
+    out = run_stage("i", plain_tree, tmp_path / "run", "--cos", "--epochs", 1).out
+    block = out[: out.index("epoch 1/1")]
+    for text in (
+        "stage I", "154 training, 30 test, 24 validation images", "6 (1 many, 1 medium, 4 few-shot)",
+        "resnet8 at 32 pixels", "parameters train", "float32, 1 process", "epochs 1 to 1, 9 steps of 16 images",
+        "0.1, cosine", str(tmp_path / "run"),
+    ):  # fmt: skip
+        assert text in block, text
+
+
+def test_the_line_of_a_step_has_data_time_and_accuracies_in_per_cent(plain_tree, tmp_path):
+    out = run_stage("i", plain_tree, tmp_path / "run", "--epochs", 1, "-p", 4).out
+    lines = [line for line in out.splitlines() if line.startswith("epoch 1/1 [")]
+    assert len(lines) == 3
+    pattern = r"loss [\d.e+-]+, .*top1_linear [\d.]+ %, .*\d+ images/s, data [\d.]+ of [\d.]+ s per step$"
+    assert all(re.search(pattern, line) for line in lines), lines
+
+
+def test_the_commands_at_the_end_run(plain_tree, tmp_path):
+    """From stage I on, each run's last lines lead to the next."""
+    stages = []
+    words = stage_flags("i", plain_tree, tmp_path / "stage_i", ["--epochs", 1])
+    stage = "i"
+    while stage:
+        outcome = call(stage, words)
+        assert outcome.status == 0, outcome
+        stages.append(stage)
+        following = re.search(r"^next:\n  python (\S+) (.*)$", outcome.out, re.M)
+        stage = (re.fullmatch(r"ssd_stage_(i+)\.py", following[1]) or [None, None])[1]
+        given = shlex.split(following[2])
+        out = [] if "--output_dir" in given else ["--output_dir", str(tmp_path / f"stage_{stage}")]
+        words = ["--epochs", "1", "-b", "16", *out, *given]
+    assert stages == ["i", "ii", "iii", "ii"]
+    assert following[1] == "-m" and following[2].startswith("utils.report ")
+    assert (tmp_path / "stage_iii_tuned" / LAST).exists()
+
+
+def test_the_flag_that_another_stage_has_is_suggested(plain_tree, tmp_path):
+    outcome = run_stage("iii", plain_tree, tmp_path, "--last_stage_ckpt", "x")
+    assert outcome.status == 2 and "did you mean --teacher_ckpt?" in outcome.err
+    outcome = run_stage("ii", plain_tree, tmp_path, "--teacher-ckpt", "x")
+    assert outcome.status == 2 and "did you mean --last_stage_ckpt?" in outcome.err
+
+
+def test_a_rank_beyond_a_single_node_is_refused(plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path, "--world-size", 1, "--rank", 1)
+    assert outcome.status == 2 and "--rank 1" in outcome.err
+
+
+def test_a_queue_far_larger_than_the_data_is_said_with_the_number_to_take(plain_tree, tmp_path):
+    out = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 5000, "--epochs", 1).out
+    assert [line for line in out.splitlines() if line.startswith("--moco-k 5000: ") and line.endswith("take about 154")]
+    assert "take about" not in run_stage("i", plain_tree, tmp_path / "other", "--epochs", 1).out

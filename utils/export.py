@@ -1,0 +1,171 @@
+r"""A checkpoint of any stage in a form that other programs read.
+
+    python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.pth --classifier soft
+    python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.onnx --format onnx
+    python -m utils.export weights/stage_i/last_checkpoint.pth.tar old.pth.tar --format published
+
+torchvision: a plain state dict, which torchvision's network of the same arch loads with strict=True. Stage II's scales
+are folded into its classifier. onnx: the same network, images (N, 3, S, S) to logits (N, classes), for any N; needs
+the packages onnx and onnxscript. published: all of the stage, as the published scripts resume it, in the file format
+before PyTorch 1.6.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import SLG, build_backbone
+from models.backbones import CIFAR
+from models.heads import LWS
+from models.ssd import strip_module
+
+from .checkpoint import system_error
+from .command_line import ArgumentParser, run_command
+from .errors import UserError
+from .files import atomic_write
+from .networks import load_network
+
+
+def get_parser():
+    parser = ArgumentParser(__doc__, prog="python -m utils.export")
+    # fmt: off
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
+    parser.add_argument("--classifier", default="hard", choices=("hard", "soft"),
+        help="which classifier of a stage III checkpoint (default: %(default)s); published: both, always")
+    parser.add_argument("--format", default="torchvision", choices=("torchvision", "onnx", "published"),
+        help="see above (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    # fmt: on
+    return parser
+
+
+def plain_network(model, arch: str, classifier: str = "hard") -> nn.Module:
+    """Backbone and linear classifier `fc` of a network of any stage, one module from images to logits, in eval mode.
+
+    For torchvision's archs it is torchvision's network. The scales s of stage II are folded in:
+    (W h + b) * s = (s W) h + s b.
+    """
+    head = model.classifier_kd if classifier == "soft" else model.classifier
+    linear, scales = (head.fc, head.scales) if isinstance(head, LWS) else (head, torch.ones_like(head.bias))
+    fc = nn.Linear(linear.in_features, linear.out_features)
+    with torch.no_grad():
+        fc.weight.copy_(linear.weight * scales[:, None])
+        fc.bias.copy_(linear.bias * scales)
+    backbone = build_backbone(arch)
+    backbone.load_state_dict((model.encoder if isinstance(model, SLG) else model.encoder_q).state_dict())
+    if arch in CIFAR:
+        network = nn.Sequential(OrderedDict(backbone=backbone, fc=fc))
+    else:
+        network = backbone
+        network.fc = fc
+    return network.requires_grad_(False).eval()
+
+
+def onnx_model(network: nn.Module, transform, classes) -> bytes:
+    """An ONNX file of a network with the input `images` and the output `logits`, whose first dimension may be any.
+
+    transform, classes: models.load's; they stand in its metadata as JSON (image_size, mean, std, classes). Raises
+    UserError if a package is missing.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format onnx: the package {error.name} is missing; pip install onnx onnxscript") from None
+    example = torch.zeros(2, 3, transform.size, transform.size)  # a batch of one would be taken as fixed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about PyTorch's own code
+        program = torch.onnx.export(
+            network, (example,), dynamo=True, input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+        )  # fmt: skip
+    proto = program.model_proto
+    values = {"image_size": transform.size, "mean": transform.mean, "std": transform.std, "classes": classes}
+    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in values.items()})
+    return proto.SerializeToString()
+
+
+def published_content(path, content: dict, arch: str) -> dict:
+    """The five entries of the published scripts' checkpoints; their label queue is float32.
+
+    path: of the checkpoint, for messages. Raises UserError if the checkpoint has no optimizer.
+    """
+    if not isinstance(content.get("optimizer"), dict):
+        raise UserError(f"{path}: has no optimizer, which --format published needs; use another checkpoint")
+    state_dict = {f"module.{name}": value for name, value in strip_module(content["state_dict"]).items()}
+    if "module.label_queue" in state_dict:
+        state_dict["module.label_queue"] = state_dict["module.label_queue"].float()
+    return {
+        "epoch": int(content.get("epoch", 0)),
+        "arch": arch,
+        "state_dict": state_dict,
+        "best_acc1": torch.tensor(float(content.get("best_acc1", 0.0))),
+        "optimizer": content["optimizer"],
+    }
+
+
+def check_out(args):
+    """Raises UserError if OUT cannot be written, or exists and may not be replaced."""
+    out = args.out
+    if out.is_dir() or not out.parent.is_dir():
+        problem = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise UserError(f"{out}: {problem}; name a file in a folder that exists")
+    if os.path.lexists(out) and not args.overwrite:
+        raise UserError(f"{out}: exists already; name another file, or replace it with --overwrite")
+    if out.exists() and os.path.samefile(out, args.checkpoint):
+        raise UserError(f"{out}: is the checkpoint itself; name another file")
+
+
+def write(out, content, **options):
+    """Writes bytes, or an object with torch.save and its options. Raises UserError if that fails."""
+    try:
+        with atomic_write(out) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file, **options)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
+        raise UserError(f"{out}: cannot be written ({system_error(error)}); nothing was changed") from None
+
+
+def run(args):
+    """Writes the file, and says what its network takes."""
+    if args.format == "published" and "classifier" in args.given:
+        raise UserError("--classifier: --format published keeps the whole network; leave it out")
+    model, found, content = load_network(args.checkpoint, args.classifier)
+    arch = found["arch"]
+    if args.format == "torchvision" and arch in CIFAR:
+        raise UserError(
+            f"--format torchvision: torchvision has no {arch}, which is a network for small images; use --format onnx"
+        )
+    check_out(args)
+    if args.format == "published":
+        write(args.out, published_content(args.checkpoint, content, arch), _use_new_zipfile_serialization=False)
+    else:
+        network = plain_network(model, arch, args.classifier)
+        onnx = args.format == "onnx"
+        write(args.out, onnx_model(network, model.transform, model.classes) if onnx else dict(network.state_dict()))
+    view, classes = model.transform, found["num_classes"]
+    print(f"{args.out}: {arch}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
+    if args.format == "torchvision":
+        print(
+            f'torchvision.models.get_model("{arch}", num_classes={classes}).load_state_dict(torch.load("{args.out}"))'
+        )
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, or 2 after a mistake that one line on stderr names."""
+    return run_command(run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Trained networks for the command lines that take them away: predict and export."""
+
+from torch import nn
+
+import models
+from models.load import network_of
+
+from . import checkpoint
+from .errors import UserError
+
+
+def load_network(path, classifier: str) -> tuple[nn.Module, dict, dict]:
+    """(network, what infer_stage_and_arch found, content) of a checkpoint of any stage, on the CPU, in eval mode.
+
+    classifier: "hard" or "soft", which has to be there. Raises UserError, in one line, if it is not, or if the
+    checkpoint cannot be read.
+    """
+    content = checkpoint.read(path, "CKPT")
+    try:
+        model = network_of(path, content)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    found = models.infer_stage_and_arch(model.state_dict())
+    if classifier == "soft":
+        if found["stage"] != "iii":
+            stage = found["stage"].upper()
+            raise UserError(f"--classifier soft: {path} is of stage {stage}, which has one classifier; leave it out")
+        if (content.get("args") or {}).get("kd_weight") == 0:
+            raise UserError(f"--classifier soft: {path} was trained with --kd-weight 0, which leaves it untrained")
+    return model, found, content
+
+
+def logits_of(model: nn.Module, images, classifier: str):
+    """The logits (N, C) of a network in eval mode; classifier: which of stage III's two."""
+    logits = model(images)
+    return logits[("hard", "soft").index(classifier)] if isinstance(logits, tuple) else logits

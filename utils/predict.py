@@ -1,0 +1,174 @@
+r"""Classes of images, predicted by a checkpoint of any stage.
+
+    python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar photo.jpg
+    python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar --classifier soft --csv photos/ > classes.csv
+
+Folders are searched for image files, in sorted order. The checkpoint brings image size, mean, standard deviation and
+the names of the classes; without names their numbers are printed. An image that cannot be read is named on stderr and
+passed over; the exit status is then 1.
+"""
+
+import csv
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from datasets.dataset import load_rgb
+from datasets.loaders import to_device
+
+from .arguments import MAX_PROCESSES, num_cores
+from .command_line import ArgumentParser, run_command, whole_number
+from .errors import UserError, printable
+from .networks import load_network, logits_of
+
+
+def get_parser():
+    parser = ArgumentParser(__doc__, intermixed=True, prog="python -m utils.predict")
+    # fmt: off
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR", help="image files, and folders of them")
+    parser.add_argument("--classifier", default="hard", choices=("hard", "soft"),
+        help="which classifier of a stage III checkpoint (default: %(default)s)")
+    parser.add_argument("--topk", default=5, type=whole_number(1), metavar="K",
+        help="classes per image, the most probable first (default: %(default)s)")
+    parser.add_argument("--csv", action="store_true",
+        help="comma-separated values with a header: path, then label, name and probability of each class")
+    parser.add_argument("--batch-size", "-b", default=32, type=whole_number(1), metavar="N",
+        help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: auto, a GPU if there is one)")
+    parser.add_argument("-j", "--workers", default=num_cores(), type=whole_number(1, MAX_PROCESSES), metavar="N",
+        help="threads that read images (default: one per core)")
+    # fmt: on
+    return parser
+
+
+def find_images(paths) -> list[str]:
+    """The files among the paths, and the image files in the folders among them and below.
+
+    Raises UserError for a path that does not exist and for a folder without images.
+    """
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+            found = sorted(file for file in below if file.lower().endswith(IMG_EXTENSIONS))
+            if not found:
+                raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
+            files += found
+        elif os.path.exists(path):
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder; correct the path")
+    return files
+
+
+def read_batches(files: list[str], view, batch_size: int, workers: int):
+    """Yields, batch by batch, (file, uint8 image (3, S, S), or a UserError if it cannot be read) of each file.
+
+    view: what is done to the PIL image. The next batch is read while one is used.
+    """
+
+    def read(file):
+        try:
+            return file, TF.pil_to_tensor(view(load_rgb(file)))
+        except UserError as error:
+            return file, error
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        following = []
+        for start in range(0, len(files) + batch_size, batch_size):
+            current, following = following, [pool.submit(read, file) for file in files[start : start + batch_size]]
+            if current:
+                yield [future.result() for future in current]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@torch.no_grad()
+def predict(model, images, classifier: str, topk: int, device) -> list[tuple[list[int], list[float]]]:
+    """(labels, probabilities) of each image's topk most probable classes; images: uint8 (N, 3, S, S)."""
+    images = to_device(images, device, mean=model.transform.mean, std=model.transform.std)
+    probabilities = logits_of(model, images, classifier).softmax(dim=1)
+    values, labels = probabilities.topk(topk, dim=1)
+    return list(zip(labels.tolist(), values.tolist(), strict=True))
+
+
+def predictions(model, files: list[str], args, topk: int, device):
+    """Yields (file, (labels, probabilities), or a UserError if it cannot be read) of each file, in order."""
+    try:
+        for batch in read_batches(files, model.transform.view, args.batch_size, args.workers):
+            images = [image for _, image in batch if not isinstance(image, UserError)]
+            found = iter(predict(model, torch.stack(images), args.classifier, topk, device) if images else [])
+            for file, image in batch:
+                yield file, image if isinstance(image, UserError) else next(found)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"--batch-size {args.batch_size}: out of memory; lower it, or --workers") from None
+        raise
+
+
+class TextWriter:
+    """Prints one line per image for people to read: `path: name probability %, ...`."""
+
+    def __init__(self, classes: list[str] | None, topk: int):
+        self.classes = classes
+
+    def write(self, file: str, labels, probabilities):
+        names = [self.classes[label] if self.classes else str(label) for label in labels]
+        ranked = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(names, probabilities, strict=True))
+        print(printable(f"{file}: {ranked}"))
+
+
+class CsvWriter:
+    """Prints comma-separated values: path, then label, name (if there are names) and probability of each class."""
+
+    def __init__(self, classes: list[str] | None, topk: int):
+        self.classes, self.writer = classes, csv.writer(sys.stdout, lineterminator="\n")
+        columns = ("label", "name", "probability")
+        self.writer.writerow(["path", *(f"{column}_{k}" for k in range(1, topk + 1) for column in columns)])
+
+    def write(self, file: str, labels, probabilities):
+        row = [printable(file)]
+        for label, p in zip(labels, probabilities, strict=True):
+            row += [label, printable(self.classes[label]) if self.classes else "", f"{p:.6f}"]
+        self.writer.writerow(row)
+
+
+def run(args) -> int:
+    """Prints the classes of all images; returns the exit status, 1 if one of them could not be read."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as in evaluation
+    model, found, _ = load_network(args.checkpoint, args.classifier)
+    files, topk, unreadable = find_images(args.images), min(args.topk, found["num_classes"]), 0
+    model.to(device)
+    writer = (CsvWriter if args.csv else TextWriter)(model.classes, topk)
+    with tqdm(total=len(files), desc="predicting", unit="img", leave=False, dynamic_ncols=True, disable=None) as bar:
+        for file, result in predictions(model, files, args, topk, device):
+            with bar.external_write_mode(sys.stdout):  # the bar makes way for the line
+                if isinstance(result, UserError):
+                    print(f"passed over {result}", file=sys.stderr)
+                    unreadable += 1
+                else:
+                    writer.write(file, *result)
+            bar.update()
+    if unreadable:
+        print(f"{unreadable} of {len(files)} images could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0, 1 if an image could not be read, 2 after a mistake that one line on stderr names."""
+    return run_command(run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

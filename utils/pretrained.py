@@ -1,0 +1,111 @@
+"""--pretrained: the weights that stage I's backbone starts from."""
+
+import os
+from http.client import HTTPException
+
+import torch
+import torchvision
+
+import models
+from models.backbones import CIFAR, backbone_shapes, infer_arch
+from models.load import is_dense, read_checkpoint
+from models.ssd import strip_module, strip_prefix
+
+from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
+from .errors import UserError, one_line
+
+TORCHVISION = "torchvision"  # the value that stands for torchvision's default weights
+
+
+def load_backbone(args) -> dict | None:
+    """The state dict of a backbone of args.arch that --pretrained names, without its classifier; None without the flag.
+
+    On every node the first process downloads torchvision's weights, if they are not in its cache yet. Raises UserError,
+    on all ranks, if they cannot be had or do not fit.
+    """
+    if args.pretrained is None:
+        return None
+    file = args.pretrained
+    with raise_on_all_ranks():
+        if args.pretrained == TORCHVISION:
+            file = download(args.arch, wanted=get_dist_info().local_rank == 0)
+    with raise_on_all_ranks():
+        state_dict = read_backbone(file, args.arch)
+        print_main(f"the backbone starts from {file}")
+        return state_dict
+
+
+def download(arch: str, wanted: bool = True) -> str:
+    """The file of torchvision's default weights in torch's cache, downloaded if it is not there and wanted.
+
+    Raises UserError if there are none for arch, or if the download fails.
+    """
+    if arch in CIFAR:
+        raise UserError(
+            f"--pretrained: torchvision has no weights for {arch}; name a file (--pretrained PATH), or choose another "
+            "--arch"
+        )
+    url = torchvision.models.get_model_weights(arch).DEFAULT.url
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")  # where torchvision's get_model looks too
+    file = os.path.join(folder, os.path.basename(url))
+    if wanted and not os.path.exists(file):
+        print_main(f"downloading {url} to {file}")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            checksum = torch.hub.HASH_REGEX.search(os.path.basename(url))
+            torch.hub.download_url_to_file(url, file, checksum and checksum[1], progress=is_main_process())
+        except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; another checksum
+            reason = one_line(getattr(error, "reason", None) or error)
+            raise UserError(
+                f"--pretrained: {url} cannot be downloaded ({reason}); bring it to {file}, or name a file "
+                "(--pretrained PATH)"
+            ) from None
+    return file
+
+
+def read_backbone(file, arch: str) -> dict:
+    """The weights of a backbone in a file: a torchvision state dict, or a checkpoint of any stage.
+
+    Raises UserError, in one line, if the file cannot be read or its weights are not those of arch.
+    """
+    try:
+        content = read_checkpoint(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be opened ({one_line(error)}); correct --pretrained") from None
+    except ValueError as error:
+        raise UserError(f"{error} (--pretrained)") from None
+    state_dict = content.get("state_dict", content)
+    named = isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict)
+    if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
+        raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
+    entries, prefix = backbone_entries(state_dict)
+    found, expected = infer_arch(entries), backbone_shapes(arch)
+    if found not in (arch, None):
+        raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
+    for name, shape in expected.items():  # files from before PyTorch 0.4.1 have no counters
+        if name.endswith("num_batches_tracked"):
+            entries.setdefault(name, torch.zeros(shape, dtype=torch.long))
+    shapes = {name: tuple(value.shape) for name, value in entries.items()}
+    for name in [*expected, *shapes]:
+        if shapes.get(name) != expected.get(name):
+            problem = (
+                "is missing" if name not in shapes
+                else "is unknown" if name not in expected
+                else f"has the shape {shapes[name]}, not {expected[name]}"
+            )  # fmt: skip
+            raise UserError(f"{file}: does not fit {arch}: {prefix}{name} {problem}; correct --arch or --pretrained")
+    try:
+        models.check_weights(entries)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; correct --pretrained") from None
+    return entries
+
+
+def backbone_entries(state_dict: dict) -> tuple[dict, str]:
+    """The backbone's entries in a state dict, without classifier, and the prefix that they had."""
+    state_dict = strip_module(state_dict)
+    found = models.infer_stage_and_arch(state_dict)
+    if found is None:
+        return {name: value for name, value in state_dict.items() if not name.startswith("fc.")}, ""
+    prefix = "encoder." if found["stage"] == "ii" else "encoder_q."
+    return strip_prefix(state_dict, prefix), prefix

@@ -1,0 +1,75 @@
+"""What a run prints at its start, its settings, and at its end, its files and the next command."""
+
+import shlex
+
+import torch
+
+from .distributed import get_world_size
+from .metrics import GROUPS, shot_groups
+
+STAGE_TITLES = {
+    "i": "stage I, self-supervised guided feature learning",
+    "ii": "stage II, soft label generation",
+    "iii": "stage III, joint training with self-distillation",
+}
+
+
+def run_summary(state, data) -> str:
+    """The settings of a training or evaluation, one line each; state: its TrainState, data: its Data."""
+    args = state.args
+    groups = torch.bincount(shot_groups(data.train_counts), minlength=len(GROUPS)).tolist()
+    shots = ", ".join(f"{count} {name}" for count, name in zip(groups, GROUPS, strict=True))
+    images = {"training": int(data.train_counts.sum()), "test": len(data.test.dataset)}
+    if data.val is not None:
+        images["validation"] = len(data.val.dataset)
+    total = sum(parameter.numel() for parameter in state.model.parameters())
+    trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+    precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
+    rows = {
+        STAGE_TITLES[state.stage]: "",
+        "data": f"{args.data}: {', '.join(f'{count:,} {name}' for name, count in images.items())} images",
+        "classes": f"{data.num_classes:,} ({shots}-shot)",
+        "network": f"{args.arch} at {args.image_size} pixels, {trained:,} of {total:,} parameters train",
+        "device": f"{device_name(state.device)}, {precision}, {get_world_size()} {plural(get_world_size(), 'process')}",
+    }
+    if args.evaluate:
+        rows["checkpoint"] = args.resume
+    else:
+        per_step = data.train.images_per_step * get_world_size()
+        rows["training"] = f"epochs {state.epoch + 1} to {args.epochs}, {data.train.steps} steps of {per_step} images"
+        decay = "cosine" if args.cos else f"a tenth at epochs {', '.join(map(str, args.schedule)) or 'none'}"
+        rows["learning rate"] = f"{args.lr:g}, {decay}; momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
+        rows["output"] = args.output_dir
+    width = max(len(name) for name, value in rows.items() if value)
+    return "\n".join(f"  {name:{width}}  {value}" if value else name for name, value in rows.items())
+
+
+def plural(count: int, word: str) -> str:
+    """The word, with an ending if there are several."""
+    return word if count == 1 else word + ("es" if word.endswith("s") else "s")
+
+
+def device_name(device) -> str:
+    """What a device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
+
+
+def next_commands(state, source: str | None) -> list[str]:
+    """The command lines that come after a training, with the flags of this run that the next stage has as well.
+
+    source: the stage whose checkpoint the run started from, if any.
+    """
+    args, last = state.args, f"{state.folder.path}/last_checkpoint.pth.tar"
+    shared = [*args.shared_words, shlex.quote(args.data)]
+    if state.stage == "i":
+        return [" ".join(["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last), *shared])]
+    report = f"python -m utils.report {shlex.quote(str(state.folder.path.parent))}"
+    if state.stage == "ii" and source == "iii":
+        return [report]
+    if state.stage == "ii":
+        return [" ".join(["python ssd_stage_iii.py --teacher_ckpt", shlex.quote(last), *shared])]
+    tuned = shlex.quote(f"{state.folder.path}_tuned")
+    start = ["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last)]
+    return [" ".join([*start, "--classifier soft --output_dir", tuned, *shared]), report]
