@@ -15,7 +15,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from datasets.prepare import cli, verify
 from tests.helpers import ROOT
-from utils import report
+from utils import export, predict, report
 from weights import download
 
 PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
