@@ -27,6 +27,7 @@ from utils.command_line import filled, number, run_only, whole_number
 from utils.distributed import distribute, get_world_size
 from utils.evaluation import evaluate
 from utils.launch import launch
+from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.pretrained import TORCHVISION, load_backbone
 from utils.restore import restore
@@ -88,6 +89,7 @@ def main_worker(args, device):
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
+        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
         # As published, the optimizer holds the key encoder too, which takes no gradient: its states are exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,

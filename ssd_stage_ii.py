@@ -28,6 +28,7 @@ from utils.command_line import run_only, whole_number
 from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
+from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.restore import restore
 from utils.run_folder import RunFolder
@@ -80,6 +81,7 @@ def main_worker(args, device):
         if pretrained is not None:
             model.load_pretrained(pretrained.state_dict, args.classifier)
         model = prepare_model(model, device, args)  # device, channels_last, compile
+        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert len(scales) == 1, "one scale per class trains, and nothing else"
         optimizer = torch.optim.SGD(

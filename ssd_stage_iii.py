@@ -25,6 +25,7 @@ from utils.command_line import number, run_only
 from utils.distributed import distribute
 from utils.evaluation import evaluate
 from utils.launch import launch
+from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.restore import restore
 from utils.run_folder import RunFolder
@@ -80,6 +81,7 @@ def main_worker(args, device):
         if teacher is not None:
             model.load_teacher(teacher.state_dict)
         model = prepare_model(model, device, args)  # device, channels_last, compile
+        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
             student, args.lr, args.momentum, weight_decay=args.weight_decay,

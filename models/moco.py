@@ -1,5 +1,7 @@
 """What stage I takes from momentum contrast (He et al., 2020): momentum encoder, queue, shuffling BN."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,8 +43,22 @@ def dequeue_and_enqueue(queue, label_queue, queue_ptr, keys, labels):
     queue_ptr.add_(count).remainder_(size)
 
 
+_exchange = True
+
+
+@contextlib.contextmanager
+def without_exchange():
+    """Within the block this process computes as if it were the only one: a trial that the other ranks do not take."""
+    global _exchange
+    before, _exchange = _exchange, False
+    try:
+        yield
+    finally:
+        _exchange = before
+
+
 def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _exchange and dist.is_available() and dist.is_initialized() else 1
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def test_names_in_another_order_are_one_line(named_tree, plain_tree, tmp_path):
     other = with_names(plain_tree, tmp_path / "other", ["ant", "crane", "bee", *NAMES[3:]])
     for flags in (["--resume", i / LAST, "--epochs", 2], ["--resume", i / LAST, "--evaluate"]):
         outcome = run_stage("i", other, tmp_path / f"{len(flags)}", *flags)
-        (line,) = [line for line in outcome.out.splitlines() if "warning" in line]
+        (line,) = [line for line in outcome.out.splitlines() if line.startswith("warning: class")]
         assert outcome.status == 0 and f"class 1 is 'bee' in {i / LAST}, and 'crane' in the data" in line
     assert "warning" not in run_stage("i", named_tree, tmp_path / "same", "--resume", i / LAST, "--evaluate").out
 
@@ -76,7 +76,7 @@ def test_names_in_another_order_are_one_line(named_tree, plain_tree, tmp_path):
 def test_a_wrong_number_of_names_is_said_and_they_are_left_out(plain_tree, tmp_path):
     short = with_names(plain_tree, tmp_path / "short", NAMES[:5])
     outcome = run_stage("i", short, tmp_path / "run", "--epochs", 1)
-    (line,) = [line for line in outcome.out.splitlines() if "warning" in line]
+    (line,) = [line for line in outcome.out.splitlines() if "names for" in line]
     assert outcome.status == 0 and f"{short / 'classes.txt'}: 5 names for 6 classes" in line
     assert results_of(tmp_path / "run")[0]["classes"] is None and checkpoint(tmp_path / "run")["classes"] is None
 

@@ -1,10 +1,13 @@
 """What only a CUDA device shows; run by hand where there is one: pytest -m gpu."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models import SSFL, contrastive_loss
 from tests.helpers import LAST, call, stage_flags
+from utils.memory import available_memory, step_loss, step_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -48,6 +51,23 @@ def test_contrastive_loss_equals_the_cpu_s():
     expected = contrastive_loss(*arguments, 0.2)
     actual = contrastive_loss(*(value.cuda() for value in arguments), 0.2)
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_step_takes_what_the_memory_check_counts_or_more(amp):
+    device, args = torch.device("cuda", 0), SimpleNamespace(amp=amp, image_size=64, momentum=0.9)
+    before = torch.cuda.memory_allocated()
+    model = SSFL("resnet18", 5, dim=16, queue_size=640).to(device).train()
+    bound = step_memory(model, 64, args, device).total()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        images, labels = torch.randn(2, 64, 3, 64, 64, device=device), torch.randint(0, 5, (64,), device=device)
+        optimizer.zero_grad()
+        step_loss(model, list(images), labels, args).backward()
+        optimizer.step()
+    assert bound <= torch.cuda.max_memory_allocated() - before < 3 * bound
+    assert available_memory(device)[0] > 0
 
 
 def test_a_step_never_waits_for_the_device():

@@ -95,6 +95,8 @@ def test_every_flag_of_the_documents_exists():
         verify.build_parser(),
         download.build_parser(),
         report.get_parser(),
+        predict.get_parser(),
+        export.get_parser(),
     ]
     parsers += parsers[3]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}

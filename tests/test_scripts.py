@@ -39,7 +39,7 @@ def test_the_contrastive_loss_is_at_most_seven_frames_below_the_shell(plain_tree
     monkeypatch.setattr(models.ssd, "contrastive_loss", contrastive_loss)
     train("i", plain_tree, tmp_path / "run", "--epochs", 1)
     # The shell adds <module> before main; contrastive_loss itself comes after forward.
-    assert stacks[0] == ["main", "launch", "main_worker", "train_one_epoch", "forward"]
+    assert stacks[-1] == ["main", "launch", "main_worker", "train_one_epoch", "forward"]
 
 
 def test_every_flag_has_a_help_text():
