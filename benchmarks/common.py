@@ -68,32 +68,32 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def seconds(function, device="cpu") -> float:
+def seconds(function, device="cpu", clock=time.perf_counter) -> float:
     """Time of one call, until the device has done the work that the call started."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def alternate(functions: dict, repeats: int, device="cpu", warm_up: int = 1) -> dict[str, list[float]]:
+def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, list[float]]:
     """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
 
-    The calls of the first warm_up turns are left out.
+    A first turn, to warm up, is left out.
     """
     taken = {name: [] for name in functions}
-    for turn in range(warm_up + repeats):
+    for turn in range(1 + repeats):
         for name, function in functions.items():
-            duration = seconds(function, device)
-            if turn >= warm_up:
+            duration = seconds(function, device, clock)
+            if turn > 0:
                 taken[name].append(duration)
     return taken
 
 
-def medians(functions: dict, repeats: int, device="cpu", warm_up: int = 1) -> dict[str, float]:
+def medians(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, float]:
     """The medians of what alternate returns."""
-    return {name: median(taken) for name, taken in alternate(functions, repeats, device, warm_up).items()}
+    return {name: median(taken) for name, taken in alternate(functions, repeats, device, clock).items()}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Memory is the peak in addition to the inputs: queries, keys, labels and queue.
 """
 
 import sys
+import time
 
 import torch
 
@@ -61,7 +62,9 @@ def table_rows(batch, queue, args, argv) -> list[tuple[str, ...]]:
     given = inputs(batch, queue, args)
     gradients = {name: gradient(loss, given) for name, loss in LOSSES.items()}
     scale = gradients["baseline"].norm()
-    taken = common.medians({name: call(loss, given) for name, loss in LOSSES.items()}, args.repeats, args.device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    functions = {name: call(loss, given) for name, loss in LOSSES.items()}
+    taken = common.medians(functions, args.repeats, args.device, clock)
     options = [*argv, "--batch", str(batch), "--queue", str(queue)]
     peaks = {n: None if args.no_memory else common.in_fresh_process("benchmarks.loss", options, n) for n in LOSSES}
     return [
@@ -100,6 +103,11 @@ def tables(args, argv) -> list[common.Table]:
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loss", repeats=7)
     size = whole_number(1)
+    # fmt: off
+    parser.add_argument("--cpu-time", action="store_true",
+        help="measure processor time, not wall-clock time: for a busy machine; set OMP_NUM_THREADS=1, since the time "
+        "of all threads is added up")
+    # fmt: on
     parser.add_argument("--batch", type=size, default=256, metavar="N")
     parser.add_argument("--queue", type=size, default=115712, metavar="K")
     parser.add_argument("--dim", type=size, default=128, metavar="D")

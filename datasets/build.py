@@ -1,5 +1,6 @@
 """The data of a run: which lists, checked before anything is trained, and a loader for each."""
 
+import platform
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -112,8 +113,9 @@ def locate_splits(args, info) -> dict:
 
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=info.local_rank == 0)
-    looked = gather_objects({name: (split.layout, split.missing) for name, split in splits.items()})
-    found = looked[get_rank() - info.local_rank]
+    host, found = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
+    looked = gather_objects((host, info.local_rank, found))
+    found = next(found for node, local_rank, found in looked if node == host and local_rank == 0)
     return {name: s._replace(layout=found[name][0], missing=found[name][1]) for name, s in splits.items()}
 
 

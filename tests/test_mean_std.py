@@ -68,3 +68,11 @@ def test_mean_and_std_are_parsed_as_three_numbers(tmp_path):
     assert (parse([str(tmp_path)]).mean, parse([str(tmp_path)]).std) == (list(MEAN), list(STD))
     args = parse([*FLAGS, str(tmp_path)])
     assert (args.mean, args.std, args.data) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1], str(tmp_path))
+
+
+@pytest.mark.parametrize("mean", [[0.5, 0.5], [0.5] * 4, 0.5, [0.5, 0.5, 3.0], [0.5, 0.5, "x"]])
+def test_a_checkpoint_with_an_invalid_mean_is_refused(trained, plain_tree, tmp_path, mean):
+    content = torch.load(trained["ii"] / LAST, weights_only=True)
+    file = tmp_path / "file"
+    torch.save(content | {"args": content["args"] | {"mean": mean}}, file)
+    assert_mistake(run_stage("ii", plain_tree, tmp_path / "run", "--resume", file), file, "--mean")

@@ -133,9 +133,8 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="compile the backbones; costs minutes at the start"))
     model.add_argument("--tf32", action=ON_OFF, default=False,
         help="allow TF32 in float32 products, on GPUs that have it")
-
-    model.add_argument("--memory-check", action=argparse.BooleanOptionalAction, default=True,
-        help="before the first step, refuse a batch that cannot fit into memory (default: on)")
+    run_only(model.add_argument("--memory-check", action=ON_OFF, default=True,
+        help="before the first step, refuse a batch that cannot fit into memory (default: on)"))
 
     processes = parser.add_argument_group("processes")
     run_only(processes.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),

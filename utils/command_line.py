@@ -98,7 +98,7 @@ def check_value(action: argparse.Action, value):
     if value is None and action.default is None:
         return None
     several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
-    if several != isinstance(value, list):
+    if several != isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
         raise ValueError(f"{option_name(action)} has another number of values")
     try:
         values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
