@@ -1,17 +1,17 @@
 r"""Stage I of SSD-LT: self-supervised guided feature learning (paper, section 3.1).
 
-A backbone learns from cross entropy and, beside it, from momentum contrast against the keys of other classes.
+A backbone learns from cross entropy and from momentum contrast against the keys of other classes.
 
     python ssd_stage_i.py --cos --dist-url 'tcp://localhost:10712' --multiprocessing-distributed \
         --world-size 1 --rank 0 DIR                                 one node, one process per GPU
     torchrun --nproc-per-node 8 ssd_stage_i.py --cos DIR            the same under torchrun
     python ssd_stage_i.py --cos DIR                                 one GPU, or the CPU
     python ssd_stage_i.py --cos --con-weight 0 DIR                  the paper's baseline: cross entropy alone
-    python ssd_stage_i.py --cos --pretrained DIR                    a start from torchvision's ImageNet weights
+    python ssd_stage_i.py --cos --pretrained DIR                    starts from torchvision's ImageNet weights
     python ssd_stage_i.py --resume weights/stage_i/last_checkpoint.pth.tar --evaluate DIR
 
 Input: images and lists (data/README.md). Output: weights/stage_i/last_checkpoint.pth.tar, which stage II takes; its
-table has one row, of the linear classifier. No figure of stage I alone is published.
+table has one row, for the linear classifier. No accuracy of stage I alone is published.
 """
 
 import sys
@@ -60,7 +60,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for views, labels in state.batches(loader):  # on the device; goes on within an epoch after --resume
+    for views, labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
         with state.autocast():
             logits, contrastive_loss = model(*views, labels=labels)
             ce_loss = F.cross_entropy(logits, labels)
@@ -76,7 +76,7 @@ def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     classifiers = ("linear",)
     resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
-    contrast = args.con_weight > 0  # after --resume, which may bring it
+    contrast = args.con_weight > 0  # read after load_resume, which may set it
     backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     views = ("query", "key") if contrast else ("query",)

@@ -1,7 +1,7 @@
 r"""Stage II of SSD-LT: soft label generation (paper, section 3.2).
 
 Stage I's network is frozen; under class-aware sampling one scale per class is trained (learnable weight scaling), which
-balances the classifier that will teach stage III. The script runs once more, on stage III's checkpoint, for the
+balances the classifier that will teach stage III. The script can run once more, on stage III's checkpoint, for the
 paper's optional classifier fine-tuning.
 
     python ssd_stage_ii.py --cos --last_stage_ckpt 'weights/stage_i/last_checkpoint.pth.tar' \
@@ -11,7 +11,7 @@ paper's optional classifier fine-tuning.
     python ssd_stage_ii.py --resume weights/stage_ii/last_checkpoint.pth.tar --evaluate DIR
 
 Input: the checkpoint of stage I or III. Output: weights/stage_ii/last_checkpoint.pth.tar, stage III's teacher; the
-table has one row, of the scaled classifier (lws). No figure of stage II alone is published.
+table has one row, for the scaled classifier (lws). No accuracy of stage II alone is published.
 """
 
 import sys
@@ -41,7 +41,7 @@ def get_parser():
     group = parser.add_argument_group("stage II")
     run_only(group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III"))
     group.add_argument("--num_samples_cls", default=2, type=whole_number(1), metavar="N",
-        help="images of a class in its turn of class-aware sampling (default: %(default)s)")
+        help="images per class and turn of class-aware sampling (default: %(default)s)")
     group.add_argument("--classifier", default="hard", choices=("hard", "soft"),
         help="which classifier of a stage III checkpoint to scale (default: %(default)s, as published)")
     group.add_argument("--freeze-bn", action=ON_OFF, default=False,
@@ -53,7 +53,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; goes on within an epoch after --resume
+    for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
         with state.autocast():
             logits = model(images)
             loss = F.cross_entropy(logits, labels)

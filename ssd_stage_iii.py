@@ -1,6 +1,6 @@
 r"""Stage III of SSD-LT: joint training with self-distillation (paper, section 3.3).
 
-A new student with two classifiers: the hard one learns the labels, the soft one stage II's frozen network.
+A new student has two classifiers: the hard one learns from the labels, the soft one from stage II's frozen network.
 
     python ssd_stage_iii.py --cos --dist-url 'tcp://localhost:11712' --multiprocessing-distributed --world-size 1 \
         --teacher_ckpt 'weights/stage_ii/last_checkpoint.pth.tar' --rank 0 DIR
@@ -50,7 +50,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; goes on within an epoch after --resume
+    for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
         with state.autocast():
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)
@@ -65,7 +65,7 @@ def train_one_epoch(model, loader, state, args):
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
-    distill = args.kd_weight > 0  # after --resume, which may bring it
+    distill = args.kd_weight > 0  # read after load_resume, which may set it
     classifiers = ("hard", "soft") if distill else ("hard",)
     teacher = None
     if distill and resumed is None:

@@ -1,1 +1,1 @@
-"""Measurements of this code beside plain baselines; docs/benchmarks.md holds their results."""
+"""Measurements of this code, compared with plain baselines; the results are in docs/benchmarks.md."""

@@ -1,7 +1,7 @@
-"""All benchmarks, one after the other.
+"""Runs all benchmarks, one after the other.
 
 python -m benchmarks.all [--scaling] [--write docs/benchmarks.md]
-python -m benchmarks.all --quick                    tiny sizes: shows that the benchmarks run, measures nothing
+python -m benchmarks.all --quick                    tiny sizes: checks that the benchmarks run, measures nothing
 """
 
 import sys
@@ -29,7 +29,7 @@ MAINS = {
 
 
 def shared_flags(name: str, args) -> list[str]:
-    """The given flags that the benchmark `name` has, too."""
+    """The given flags that the benchmark `name` also has."""
     flags = ["--write", args.write] if args.write else []
     if name == "arithmetic":  # it measures nothing
         return flags
@@ -49,8 +49,8 @@ def work(args) -> int:
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "all", repeats=None)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the benchmarks run")
-    parser.add_argument("--only", nargs="+", default=list(MAINS), choices=MAINS, help="run these alone")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that the benchmarks run")
+    parser.add_argument("--only", nargs="+", default=list(MAINS), choices=MAINS, help="run only these")
     return run_command(work, parser, argv)
 
 

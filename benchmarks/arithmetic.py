@@ -1,10 +1,10 @@
-"""What training with the published settings needs of disk, processors and network: calculated, nothing is timed.
+"""What training with the published settings needs from disk, processors and network; calculated, not timed.
 
     python -m benchmarks.arithmetic [--gpus 1 8 64] [--batch 256] [--gpu-tflops 60] [--network-gbit 200]
 
 --batch counts the images per node, as in the training scripts; a node has 8 GPUs. Three figures are assumptions: the
 rate of a GPU in a training step, the rate of a node's network, and the mean size of an image file (ImageNet's). The
-time that a worker needs per image is measured by benchmarks.loader on the machine in question.
+time that a worker needs per image is measured by benchmarks.loader on a given machine.
 """
 
 import functools
@@ -22,7 +22,7 @@ STAGES = ("i", "ii", "iii")
 
 @functools.cache
 def counted(stage, arch, classes, queue, dim, size) -> dict[str, float]:
-    """The numbers of parameters, trained and frozen, and the floating point operations of a step per image."""
+    """The numbers of trained and frozen parameters, and the floating point operations per image of a step."""
     options = step.script_args(stage, "float32", arch, classes, size, queue)
     options.moco_dim = dim
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def counted(stage, arch, classes, queue, dim, size) -> dict[str, float]:
 
 
 def gathered(stage, batch, args) -> dict[str, int]:
-    """Bytes that a rank holds after the gathers of a step, by content; batch: images per step of all ranks."""
+    """Bytes that a rank holds after the gathers of a step, by content; batch: images per step on all ranks."""
     if stage != "i":
         return {}
     return {
@@ -51,7 +51,7 @@ def queue_bytes(args) -> int:
 
 
 def describe(number: float) -> str:
-    """Bytes in decimal units, as text."""
+    """A number of bytes as text, in decimal units."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -59,7 +59,7 @@ def describe(number: float) -> str:
 
 
 def network_rows(args) -> list[tuple[str, ...]]:
-    """What is counted from the network of each stage."""
+    """Rows of what is counted from the network of each stage."""
     rows = []
     for stage in STAGES:
         count = counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)
@@ -73,7 +73,7 @@ def network_rows(args) -> list[tuple[str, ...]]:
 
 
 def demand_rows(args) -> list[tuple[str, ...]]:
-    """What each stage needs on each number of GPUs, so that the GPUs compute all the time."""
+    """Rows of what each stage needs on each number of GPUs, so that the GPUs are always busy."""
     rows = []
     for stage in STAGES:
         count = counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)
@@ -84,7 +84,7 @@ def demand_rows(args) -> list[tuple[str, ...]]:
             rate = images_per_gpu * gpus
             batch = args.batch * nodes
             compute = batch / rate
-            # Round a ring, a node receives all that is gathered except its own share, and twice that of the gradients.
+            # In a ring, a node receives all that is gathered except its own share, and twice as much of the gradients.
             share = (nodes - 1) / nodes
             received = share * (sum(gathered(stage, batch, args).values()) + 2 * 4 * count["trained"])
             cores = [rate / nodes * ms / 1e3 for ms in (args.pil_ms[views - 1], args.device_ms[views - 1])]
@@ -97,7 +97,7 @@ def demand_rows(args) -> list[tuple[str, ...]]:
 
 
 def tables(args, argv) -> list[common.Table]:
-    """What is counted, and what follows from it and the assumptions."""
+    """Tables of what is counted, and of what follows from it and the assumptions."""
     title = common.command("benchmarks.arithmetic", argv)
     network = ("stage", "trained", "frozen", "operations per image", "all-reduced", "all-gathered", "queue per GPU")
     demand = (

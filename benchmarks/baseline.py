@@ -1,6 +1,6 @@
-"""Plain versions of the three stages, written as their published formulas read, to measure against.
+"""Plain versions of the three stages, written like their published formulas, to compare with.
 
-The backbones and heads are the same; float32, NCHW. Nothing is done to save memory or waits for the device.
+The backbones and heads are the same; float32, NCHW. Nothing is done to save memory or waiting for the device.
 """
 
 import torch
@@ -68,7 +68,7 @@ class StageI(nn.Module):
 
 
 class StageII(nn.Module):
-    """A frozen encoder with a classifier of learnable weight scaling."""
+    """A frozen encoder with learnable weight scaling of its classifier."""
 
     views = 1
 
@@ -132,7 +132,7 @@ def step(model, optimizer, images, labels) -> list[float]:
 
 @torch.no_grad()
 def evaluate(predict, batches, num_classes) -> dict[str, float]:
-    """Overall and per-class accuracy, from the logits of all images, which it keeps until the end."""
+    """Overall and per-class accuracy, from the logits of all images, kept until the end."""
     all_logits, all_labels = [], []
     for (images,), labels, _ in batches:
         all_logits.append(predict(images).float())

@@ -31,11 +31,11 @@ def argument_parser(doc, name: str, repeats: int | None) -> ArgumentParser:
     # fmt: off
     parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(default here: %(default)s)")
     parser.add_argument("--repeats", type=whole_number(1), default=repeats, metavar="N",
-        help=f"how often each version is timed; the tables show medians (default: {repeats or 'as each has it'})")
+        help=f"how often each version is timed; the tables show medians (default: {repeats or 'set by each'})")
     parser.add_argument("--scaling", action="store_true", help="also show how the cost grows")
     parser.add_argument("--no-memory", action="store_true",
         help="leave out peak memory, which is measured in fresh processes")
-    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # what a fresh process is to measure
+    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # what a fresh process should measure
     # fmt: on
     add_write_flag(parser)
     return parser
@@ -47,7 +47,7 @@ def add_write_flag(parser):
 
 
 def run(parser, argv, tables, measure=None) -> int:
-    """A benchmark's main: publishes tables(args, argv); in a fresh process it calls measure(name, args) instead."""
+    """The main of a benchmark: publishes tables(args, argv), or calls measure(name, args) in a fresh process."""
     argv = sys.argv[1:] if argv is None else list(argv)
 
     def work(args):
@@ -78,9 +78,9 @@ def seconds(function, device="cpu", clock=time.perf_counter) -> float:
 
 
 def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of the calls of each function, by name; the functions take turns, so that other load hits them equally.
+    """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
 
-    A first turn, to warm up, is not in the lists.
+    A first turn, to warm up, is left out.
     """
     taken = {name: [] for name in functions}
     for turn in range(1 + repeats):
@@ -109,7 +109,7 @@ def quiet():
 def resident_peak() -> int:
     """The most bytes of memory that this process has held; on Linux since its start or the last forget_peak."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure begins with that of the parent process
+    if status.exists():  # getrusage also counts the peak of the parent process
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -126,8 +126,8 @@ def forget_peak():
 def report_peak(function, device, above: bool):
     """Calls the function and prints its peak memory in bytes, for in_fresh_process to read.
 
-    On a CPU it is the memory of the process, on a GPU what torch allocated. above: count only what is added to what the
-    process holds already.
+    On a CPU it is the memory of the process, on a GPU what torch allocated. above: count only what the function
+    adds.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -155,7 +155,7 @@ def in_fresh_process(module: str, argv, name: str) -> int:
 
 
 class Table(NamedTuple):
-    """A table of text; name: that in its mark in docs/benchmarks.md; title: what was measured, by which command."""
+    """A table of text; name: in its mark in docs/benchmarks.md; title: what was measured, by which command."""
 
     name: str
     title: str
@@ -169,7 +169,7 @@ class Table(NamedTuple):
 
 
 def note(row: tuple[str, ...]) -> tuple[str, ...]:
-    """Shows a row on stderr as soon as it is known, so that a long run that is ended early does not lose it."""
+    """Prints a row on stderr as soon as it is known, so that a long run that is stopped early does not lose it."""
     print(" | ".join(row), file=sys.stderr, flush=True)
     return row
 
@@ -182,7 +182,7 @@ def insert(text: str, table: Table) -> str:
     mark = f"<!-- table: {table.name} -->"
     pattern = re.compile(re.escape(mark) + r".*?<!-- end -->", re.DOTALL)
     if not pattern.search(text):
-        raise UserError(f"no mark {mark} ... <!-- end --> to put the table at; add it to --write's file")
+        raise UserError(f"no mark {mark} ... <!-- end --> for the table; add it to the file of --write")
     return pattern.sub(lambda _: f"{mark}\n{table.markdown()}\n<!-- end -->", text, count=1)
 
 
@@ -209,7 +209,7 @@ def command(module: str, argv) -> str:
 
 
 def mib(size: float | None) -> str:
-    """Bytes as MiB; empty if they were not measured."""
+    """A number of bytes in MiB; empty if it was not measured."""
     return "" if size is None else f"{size / MIB:.0f} MiB"
 
 

@@ -1,10 +1,10 @@
-"""Evaluation of a list: counts per class, updated batch by batch, beside all images' logits, kept until the end.
+"""Evaluation of a list: counts per class, updated batch by batch, compared with keeping the logits of all images.
 
     python -m benchmarks.evaluate [--batch 16] [--images 64] [--scaling]
 
 Ours is utils.evaluation.evaluate in float32, with channels_last and with bf16. Peak memory is that of a process that
-evaluates the images. --scaling shows how time and memory grow with the number of images; there random logits stand for
-the network, and memory is what is added to that of the start.
+evaluates the images. --scaling shows how time and memory grow with the number of images; there random logits replace
+the network, and memory is what is added after the start.
 """
 
 import sys
@@ -23,7 +23,7 @@ SCALING_IMAGES = (4096, 16384, 65536, 262144)
 
 
 class FixedLogits(torch.nn.Module):
-    """Stands in for a network: returns the same logits for every batch."""
+    """Replaces a network: returns the same logits for every batch."""
 
     def __init__(self, logits):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Load time and memory of the list index, beside a plain list of tuples; Linux only.
+"""Load time and memory of the list index, compared with a plain list of tuples; Linux only.
 
     python -m benchmarks.list_index [--entries 10000000]
 
 Writes a list into a temporary folder and loads it in both ways, each in a fresh process, which then starts two data
-loader workers that read entries from the whole list. Memory is private memory (/proc/<pid>/smaps_rollup), which the
-process would give back if it ended, so that a copy in each worker shows.
+loader workers that read entries from the whole list. Memory is private memory (/proc/<pid>/smaps_rollup), which is
+freed when the process ends, so that a copy in each worker is counted.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def memory(pid="self") -> dict[str, int]:
 
 
 def load_tuples(file) -> list[tuple[str, int]]:
-    """The list as a plain reader of list files makes it."""
+    """The list as a plain reader of list files returns it."""
     entries = []
     with open(file) as lines:
         for line in lines:
@@ -63,7 +63,7 @@ class Reader(torch.utils.data.Dataset):
 
 
 def measure(kind: str, file: str) -> dict:
-    """Loads the list and reads it in workers; run in a process of its own."""
+    """Loads the list and reads it in workers; runs in a separate process."""
     before, start = memory()["private"], time.perf_counter()
     entries = ListIndex.from_file(file) if kind == "index" else load_tuples(file)
     seconds = time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""Loading of training batches: ours, beside torchvision's ImageFolder with the same views, ToTensor and Normalize.
+"""Loading of training batches, compared with torchvision's ImageFolder, the same views, ToTensor and Normalize.
 
     python -m benchmarks.loader [--data DIR] [--workers 2] [--scaling]
 
-DIR is a folder of class folders. Without it, JPEG files of 500 x 375 pixels are made, smooth shapes with fine noise, of
-about 60 KB each. The time of an epoch is that from its start to its last batch on the device, with workers that are
+DIR is a folder of class folders. Without it, JPEG files of 500 x 375 pixels are generated, smooth shapes with fine
+noise, about 60 KB each. The time of an epoch is from its start to its last batch on the device, with workers that are
 already running; ours includes the normalization, which it does on the device. The time at a worker is that of decoding
 an image and making its views, in one process and thread. Both are given for stage I (two views) and for stages II and
 III (one).
@@ -163,7 +163,7 @@ def table_rows(folder, names, stage, worker_counts, args) -> list[tuple[str, ...
 
 @contextlib.contextmanager
 def image_folder(args):
-    """Yields --data's folder, or a temporary folder of made images."""
+    """Yields the folder of --data, or a temporary folder of generated images."""
     if args.data:
         yield Path(args.data).resolve()
         return
@@ -192,7 +192,7 @@ def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loader", repeats=5)
     parser.add_argument("--data", metavar="DIR", help="folder of class folders of images")
     parser.add_argument(
-        "--images", type=whole_number(1), default=256, metavar="N", help="images to make if no DIR is given"
+        "--images", type=whole_number(1), default=256, metavar="N", help="images to generate if no DIR is given"
     )
     parser.add_argument("--size", type=whole_number(SMALL + 1), default=224, metavar="S")
     parser.add_argument("--batch", type=whole_number(1), default=32, metavar="N", help="images per batch")

@@ -1,8 +1,8 @@
-"""The contrastive loss of stage I, forward and backward: streamed over the queue, beside the plain formula.
+"""The contrastive loss of stage I, forward and backward: streamed over the queue, compared with the plain formula.
 
     python -m benchmarks.loss [--batch 256] [--queue 115712] [--scaling]
 
-Memory is the peak beyond the inputs, which are queries, keys, labels and the queue.
+Memory is the peak in addition to the inputs: queries, keys, labels and queue.
 """
 
 import sys
@@ -46,7 +46,7 @@ def call(loss, given):
 
 
 def gradient(loss, given) -> torch.Tensor:
-    """The gradient by the queries."""
+    """The gradient with respect to the queries."""
     return torch.autograd.grad(loss(*given), given[0])[0]
 
 

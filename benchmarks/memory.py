@@ -1,6 +1,6 @@
-"""Peak memory of a CPU's training step beside the lower bound that --memory-check computes (utils/memory.py).
+"""Peak memory of a training step on the CPU, and the lower bound that --memory-check computes (utils/memory.py).
 
-python -m benchmarks.memory                         the table of docs/usage.md, each line measured in a fresh process
+python -m benchmarks.memory                         prints a table, each line measured in a fresh process
 python -m benchmarks.memory --stages i --settings resnet18:64:32 --amp none
 """
 
@@ -36,7 +36,7 @@ def get_parser():
 
 
 def resident(name: str) -> int:
-    """Bytes of memory that this process holds (VmRSS), or has held at most (VmHWM); on Linux."""
+    """Bytes of memory that this process has now (VmRSS) or had at most (VmHWM); Linux only."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -59,7 +59,7 @@ def train_steps(model, size: int, batch: int, args, steps: int):
 
 
 def measure(setting: str, stage: str, amp: str):
-    """Prints bound and peak of the memory that three steps add to a process that has imported all and warmed up."""
+    """Prints bound and peak of the memory that three steps add to a process that has imported everything."""
     arch, size, batch = setting.split(":")
     args = Namespace(amp=amp, image_size=int(size), momentum=0.9)
     train_steps(build("ii", "resnet8"), 32, 2, args, steps=1)  # the libraries' own memory

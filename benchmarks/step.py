@@ -1,12 +1,12 @@
-"""Training steps of the three stages beside plain baselines, with the published network and image size.
+"""Training steps of the three stages, compared with plain baselines, with the published network and image size.
 
     python -m benchmarks.step [--stages i ii iii] [--batch 16] [--variants float32 channels_last bf16] [--scaling]
-    python -m benchmarks.step --drift                         how far each switch moves the losses over 200 steps
+    python -m benchmarks.step --drift                         how much each switch changes the losses over 200 steps
 
 Our steps are those of the scripts' train_one_epoch, on a batch of uint8 images that is normalized in each step as the
-loader does; the baseline is given normalized images. Peak memory is that of a process that makes two steps. Before each
-timed step a matrix product of the same type is timed. The peak rate of a type is the best rate that the run saw, of a
-product or of a step, so that no share of it is above 100 %.
+loader does; the baseline is given normalized images. Peak memory is that of a process that runs two steps. Before each
+timed step a matrix product of the same type is timed. The peak rate of a type is the best rate of the run, of a product
+or of a step, so that no share of it is above 100 %.
 """
 
 import sys
@@ -39,7 +39,7 @@ VARIANTS = {  # the scripts' flags
     "fp16 compiled": "--channels-last --amp fp16 --compile",
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAR = 2**31 - 1  # steps; a progress line, which waits for the device, never comes
+FAR = 2**31 - 1  # steps: no progress line, which would wait for the device, is printed
 DRIFT_SPANS = ((0, 10), (10, 50), (50, 200))
 SCALING_BATCHES = (2, 4, 8, 16, 32)
 
@@ -55,7 +55,7 @@ def script_args(stage, variant, arch, classes, size, queue):
     if stage == "i":
         flags += f" --moco-k {queue}"
     args = SCRIPTS[stage].get_parser().parse_args([*flags.split(), "."])
-    args.seed = 0  # as if drawn: --seed would ask for deterministic algorithms
+    args.seed = 0  # set here, since --seed would ask for deterministic algorithms
     return args
 
 
@@ -70,9 +70,9 @@ def network(stage, options) -> torch.nn.Module:
 
 
 class RepeatedBatch:
-    """Stands in for datasets.loaders.Loader: yields the same batch `count` times per epoch.
+    """Replaces datasets.loaders.Loader: yields the same batch `count` times per epoch.
 
-    views: uint8 (N, 3, S, S); labels (N,). As the Loader does, it normalizes the views whenever it yields them.
+    views: uint8 (N, 3, S, S); labels (N,). Like the Loader, it normalizes the views each time it yields them.
     """
 
     name, steps = "the benchmark's batch", FAR
@@ -82,7 +82,7 @@ class RepeatedBatch:
         self.count, self.images_per_step = count, len(labels)
 
     def start_at(self, epoch: int, step: int):
-        """Nothing: every epoch and step has the same batch."""
+        """Does nothing: every epoch and step has the same batch."""
 
     def locate(self, indices) -> str:
         return self.name
@@ -111,13 +111,13 @@ class Ours:
         self.state = TrainState(stage, self.model, optimizer, None, self.device, options)
 
     def __call__(self, views, labels):
-        """Makes a step; views: uint8 (N, 3, S, S), one or two of them, on the device."""
+        """Runs a step; views: one or two tensors, uint8 (N, 3, S, S), on the device."""
         loader = RepeatedBatch(views, labels, self.device, self.args.channels_last)
         with common.quiet():
             self.script.train_one_epoch(self.model, loader, self.state, self.args)
 
     def loss(self, views, labels) -> float:
-        """Makes a step and returns its loss."""
+        """Runs a step and returns its loss."""
         self.state.metrics = MetricLogger(self.device)
         self(views, labels)
         return self.state.metrics.means()["loss"]
@@ -151,7 +151,7 @@ def batch_of(stage, batch, args) -> tuple:
 
 
 def stepper(stage, version, batch, args):
-    """A function without arguments that makes a step of the version: "baseline" or one of VARIANTS."""
+    """A function without arguments that runs a step of the version: "baseline" or one of VARIANTS."""
     views, labels = batch_of(stage, batch, args)
     if version == "baseline":
         step, images = Baseline(stage, args), [normalize(view) for view in views]
@@ -161,7 +161,7 @@ def stepper(stage, version, batch, args):
 
 
 def step_flops(stage, arch, size) -> float:
-    """Floating point operations of a step per image: of the backbones, a backward pass counted as two forward passes.
+    """Floating point operations per image of a step, in the backbones; a backward pass counts as two forward passes.
 
     (PyTorch's counter goes wrong in the backward pass of grouped convolutions; heads and losses are below 1 %.)
     """
@@ -174,9 +174,9 @@ def step_flops(stage, arch, size) -> float:
 
 
 def products(dtype, args) -> tuple[dict, float]:
-    """({name: function}, operations of each): a square matrix product, of two libraries.
+    """({name: function}, operations of each): a square matrix product, computed in two ways.
 
-    Which of them is faster, that for linear algebra or that for convolutions, depends on the processor.
+    Whether the library for linear algebra or that for convolutions is faster depends on the processor.
     """
     side = args.product or (2048 if args.device == "cpu" else 8192)
     left, right = torch.randn(2, side, side, device=args.device).to(dtype).unbind()
@@ -212,7 +212,7 @@ def dtype_name(version) -> str:
 
 
 def measure_lines(stage, batch, args, argv, peak_rates) -> list[Line]:
-    """A Line per version; raises peak_rates, operations per second by type, to the best rate that it sees."""
+    """One Line per version; raises peak_rates (operations per second by type) to the best rate measured."""
     versions = ["baseline", *args.variants]
     by_dtype = {name: products(DTYPES[name], args) for name in {dtype_name(version) for version in versions}}
     functions = {}
@@ -281,7 +281,7 @@ def tables(args, argv) -> list[common.Table]:
 
 
 def drift_batches(stage, args):
-    """Yields (views, labels) to learn from: a view is the pattern of its class with fresh noise."""
+    """Yields (views, labels) to learn from: a view is the pattern of its class with new noise."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.rand(args.classes, 3, args.size // 4, args.size // 4, generator=generator)
     patterns = torch.nn.functional.interpolate(patterns, size=(args.size, args.size), mode="bilinear")
@@ -299,7 +299,7 @@ def losses(stage, variant, args) -> list[float]:
 
 
 def drift_tables(args, argv) -> list[common.Table]:
-    """How far the variants' losses are from those of float32."""
+    """Tables of how far the variants' losses are from those of float32."""
     measured = "mean loss, and mean distance from float32's"
     title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; {measured}"
     spans = [(first, min(last, args.steps)) for first, last in DRIFT_SPANS if first < args.steps]
@@ -321,7 +321,7 @@ def get_parser(drift: bool):
     """The flags; drift: with the defaults of --drift."""
     parser = common.argument_parser(__doc__, "step", repeats=5)
     add, size = parser.add_argument, whole_number(1)
-    add("--drift", action="store_true", help="show how far the switches move the losses, on small images")
+    add("--drift", action="store_true", help="show how much the switches change the losses, on small images")
     add("--steps", type=size, default=200, metavar="N", help="steps of --drift (default: %(default)s)")
     add("--stages", nargs="+", default=["i"] if drift else list(SCRIPTS), choices=SCRIPTS)
     add("--arch", default="resnet20" if drift else "resnext50_32x4d", choices=ARCHS, metavar="ARCH")

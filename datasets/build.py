@@ -23,11 +23,11 @@ from .samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
 from .splits import find_class_names, find_splits
 from .transforms import Views
 
-MAX_CLASSES = 10**6  # beyond, a label is taken for a mistake, which could cost all memory
+MAX_CLASSES = 10**6  # a larger label is taken for a mistake; it could use up all memory
 
 
 class Data(NamedTuple):
-    """Loaders of the splits (under --evaluate none for val), and what is known of the classes.
+    """Loaders of the splits (val is None under --evaluate), and what is known of the classes.
 
     train_counts: int (num_classes,), training images per class; classes: their names, or None; val_balanced: whether
     all classes in the validation list have the same number of images in it.
@@ -44,11 +44,12 @@ class Data(NamedTuple):
 
 @contextmanager
 def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **sampler_options):
-    """Yields the Data of a run, whose workers end with the block.
+    """Yields the Data of a run; its workers end with the block.
 
-    views: names of the views of a training image, of transforms.VIEWS; sampler_class, sampler_options: of samplers.py,
-    for the training list. Raises UserError, on all ranks, for images that are missing, labels beyond --num-classes, and
-    a batch that the processes or the data cannot fill. Under --evaluate the training list gives its counts alone.
+    views: names of the views of a training image, keys of transforms.VIEWS; sampler_class, sampler_options: the sampler
+    of the training list, from samplers.py. Raises UserError, on all ranks, for missing images, labels beyond
+    --num-classes, and a batch that the processes or the data cannot fill. Under --evaluate the training list is only
+    read for its counts.
     """
     info = get_dist_info()
     batch_size = batch_size_per_process(args, info.local_world_size)
@@ -103,7 +104,7 @@ def batch_size_per_process(args, local_world_size: int) -> int:
 
 
 def locate_splits(args, info) -> dict:
-    """The splits that the run needs; the first process of a node looks for their files, the others take its word."""
+    """The splits that the run needs; the first process of a node looks for their files, the others use its result."""
     given = {split: getattr(args, f"{split}_list") for split in ("train", "val", "test")}
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
 

@@ -16,8 +16,8 @@ from utils.errors import UserError, one_line
 from .layout import as_listed
 from .list_file import ListIndex
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, whose programs Ghostscript would run
-warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read all the same
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
+warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
 if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
     libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
 
@@ -25,7 +25,7 @@ if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler")
 def load_rgb(file) -> Image.Image:
     """The image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits.
 
-    Raises UserError naming the file if it is missing, no regular file, damaged, no image, or if it has more pixels
+    Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
     than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError.
     """
     try:
@@ -47,14 +47,14 @@ def load_rgb(file) -> Image.Image:
 
 @contextmanager
 def memory_errors():
-    """Turns the system's refusal of memory, or of a thread, into a UserError."""
+    """Turns the errors of a system that has no more memory, or threads, into a UserError."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # the latter two from torch's allocators and multiprocessing
         words = "allocate memory", "start new thread"
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
-        traceback.clear_frames(error.__traceback__)  # frees what they hold
+        traceback.clear_frames(error.__traceback__)  # frees the memory that they hold
         raise UserError(
             "loading the images ran out of memory: lower -j/--workers, --batch-size or --image-size"
         ) from None
@@ -63,7 +63,7 @@ def memory_errors():
 class ListFileDataset(torch.utils.data.Dataset):
     """Images of a list below a root folder.
 
-    Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index came before in the
+    Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index has come before in the
     epoch. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns, a tuple of
     uint8 tensors (3, S, S). Raises UserError, naming file and list line, for an image that cannot be read.
     """

@@ -1,7 +1,7 @@
-"""Color operations of the views for whole batches on the training device (`--augment device`).
+"""Color operations of the views, for a batch at a time on the training device (`--augment device`).
 
 The workers draw what is to be done to each image (transforms.ColorAugment.draw); here it is done to all of them at
-once: each image's factors in its own order, then grayscale, then blur. Given equal parameters, the result is that of
+once: each image's factors in their order, then grayscale, then blur. Given equal parameters, the result is that of
 torchvision's functional operations on float images. The parameters of one image are a row of NUM_PARAMETERS float32:
 FACTORS (brightness, contrast, saturation, hue), ORDER (which of the four comes first, second, ...), GRAYSCALE (0 or
 1), BLUR (radius in pixels, 0 for none).
@@ -17,15 +17,15 @@ BLUR_HALF_WIDTH = 8  # of the kernel, in pixels: four times the largest radius i
 
 
 def to_float(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) as floats in [0, 1] with the colors that the parameters (N, NUM_PARAMETERS) say."""
+    """uint8 images (N, 3, H, W) as floats in [0, 1], with the colors changed by the parameters (N, NUM_PARAMETERS)."""
     return apply_color(images.float().div_(255), parameters)
 
 
 def apply_color(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """Applies the parameters (N, NUM_PARAMETERS) in place to images (N, 3, H, W), floats in [0, 1]; returns the images.
 
-    The parameters are on the CPU, pinned or not: there it is decided which images an operation concerns, so that
-    nothing waits for a GPU.
+    The parameters are on the CPU, pinned or not: the images that an operation changes are chosen there, so that nothing
+    waits for a GPU.
     """
     device = images.device
     hue_changes = parameters[:, HUE] != 0
@@ -47,7 +47,7 @@ def luminance(images: torch.Tensor) -> torch.Tensor:
 
 
 def _change(images, chosen, operation):
-    """Replaces the chosen images by operation(images, their numbers). chosen: bool (N,), on the CPU."""
+    """Replaces the chosen images with operation(images, their indices). chosen: bool (N,), on the CPU."""
     index = chosen.nonzero()[:, 0]
     if len(index) == 0:
         return
@@ -59,7 +59,7 @@ def _change(images, chosen, operation):
 def _blend(images, operations, parameters):
     """Brightness, contrast or saturation, in place: f x + (1 - f) r, with r black, the mean grey or the grey image.
 
-    operations (N,): which of them each image gets; HUE leaves it as it is.
+    operations (N,): the operation of each image; HUE leaves it as it is.
     """
 
     def column(values):

@@ -1,4 +1,4 @@
-"""Layouts of image trees: where below the root the file of a list's entry lies, and which files are missing."""
+"""Layouts of image trees: where the file of a list's entry lies below the root, and which files are missing."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ CHUNK = 1024  # entries that a thread looks up at a time
 
 
 def as_listed(path: str, split: str) -> str:
-    """The layout of a tree in which every path is that of the list."""
+    """The layout of a tree whose paths are those of the list."""
     return path
 
 

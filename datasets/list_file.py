@@ -16,7 +16,7 @@ MAX_LABEL = 2**31 - 1
 def parse_line(line: bytes) -> tuple[bytes, int] | None:
     """(path, label) of a line, None for a blank one. Raises ValueError saying what is wrong.
 
-    The label is the last word. The path is all before it, without the white space at its ends; it may contain spaces.
+    The label is the last word. The path is everything before it, stripped of white space; it may contain spaces.
     """
     words = line.rsplit(None, 1)
     if not words:
@@ -25,7 +25,7 @@ def parse_line(line: bytes) -> tuple[bytes, int] | None:
         raise ValueError("no label: a line is '<path> <label>'")
     path, label = words[0].strip(), words[1]
     if not label.isdigit():
-        raise ValueError(f"the label {label.decode(errors='replace')!r} is not a whole number from 0 on")
+        raise ValueError(f"the label {label.decode(errors='replace')!r} is not a whole number of at least 0")
     if len(label) > 10 or int(label) > MAX_LABEL:
         raise ValueError(f"the label {label[:20].decode()} is too large")
     try:
@@ -58,7 +58,7 @@ class ListIndex:
     def from_file(cls, file) -> "ListIndex":
         """Reads a list file: UTF-8, LF or CRLF; a BOM, blank lines and a missing last newline are allowed.
 
-        Raises UserError naming file and line if a line is malformed, and if there is no entry.
+        Raises UserError, naming file and line, if a line is malformed, or if there is no entry.
         """
         file = Path(file)
         try:
@@ -72,7 +72,7 @@ class ListIndex:
 
     @classmethod
     def from_bytes(cls, name: str, content: bytes) -> "ListIndex":
-        """As from_file, for the content of a list; name: what messages call it."""
+        """As from_file, for the content of a list; name: its name in messages."""
         return cls._parse(name, np.frombuffer(bytearray(content), dtype=np.uint8), io.BytesIO(content))
 
     @classmethod

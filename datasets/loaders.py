@@ -17,13 +17,13 @@ from utils.launch.signals import block_signals
 from .dataset import memory_errors
 from .device_augment import to_float
 
-warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as told to
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as the user asked for
 
 
 def collate(items):
     """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
 
-    A UserError in place of the items is returned, and so is that of a lack of memory, for the run to raise.
+    Returns a UserError, for the run to raise, if it is given in place of the items or if there is no memory left.
     """
     if isinstance(items, UserError):
         return items
@@ -38,7 +38,7 @@ def collate(items):
 def init_worker(_):
     """Makes a worker exit if it cannot send a batch, which the run notices and reports.
 
-    By default the thread that sends it drops the batch with a traceback, and the run waits for the batch forever.
+    By default the thread that sends it drops the batch with a traceback, and the run waits for it forever.
     """
     Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     sys.stderr = open(os.devnull, "w")
@@ -47,7 +47,7 @@ def init_worker(_):
 def to_device(view, device, channels_last: bool = False, mean=MEAN, std=STD) -> torch.Tensor:
     """A view of a batch as normalized floats (N, 3, S, S) on the device.
 
-    view: uint8 images, or a pair of them and the parameters of their colors (--augment device); mean, std: see
+    view: uint8 images, or a pair of images and color parameters (--augment device); mean, std: see
     preprocess.normalize.
     """
     images, parameters = view if isinstance(view, list) else (view, None)
@@ -59,9 +59,9 @@ def to_device(view, device, channels_last: bool = False, mean=MEAN, std=STD) -> 
 class Loader(DataLoader):
     """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
 
-    Its workers never see the signals that ask for a stop, since the run ends them itself: close() must be called.
+    Its workers ignore the signals that ask for a stop, since the run ends them itself: close() must be called.
     Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
-    name: of the split; batch_sampler: of samplers.py; the options are to_device's: channels_last, mean, std.
+    name: of the split; batch_sampler: from samplers.py; options: those of to_device (channels_last, mean, std).
     """
 
     def __init__(self, name: str, dataset, batch_sampler, workers: int, device, **options):
@@ -74,14 +74,14 @@ class Loader(DataLoader):
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # otherwise it would draw from the global one
         )
         self.name, self.device, self.options = name, device, options
         self.indices = []  # of the latest batch
 
     @property
     def steps(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches per full epoch."""
         return self.batch_sampler.steps
 
     @property
@@ -91,16 +91,16 @@ class Loader(DataLoader):
 
     @property
     def images_per_epoch(self) -> int:
-        """Images of this process per training epoch, those that fill no step included."""
+        """Images of this process per training epoch, including those that fill no step."""
         return len(self.batch_sampler.sampler)
 
     @property
     def depends_on_ranks(self) -> bool:
-        """Whether which images an epoch draws depends on the number of ranks."""
+        """Whether the images that an epoch draws depend on the number of ranks."""
         return self.batch_sampler.sampler.depends_on_ranks
 
     def start_at(self, epoch: int, position: int):
-        """Says which epoch comes next, and how many of this rank's images in it to pass over."""
+        """Says which epoch comes next, and how many of this rank's images in it to skip."""
         self.batch_sampler.start_at(epoch, position)
 
     def locate(self) -> str:
@@ -119,7 +119,7 @@ class Loader(DataLoader):
                 yield images, labels.to(self.device, non_blocking=True), self.indices
 
     def _start(self):
-        """The iterator over the batches, which starts the workers. Raises UserError if there is no memory for them."""
+        """Starts the workers; returns the iterator over batches. Raises UserError if there is no memory for them."""
         others = set(active_children())
         try:
             with memory_errors(), block_signals():
@@ -138,7 +138,7 @@ class Loader(DataLoader):
 
 
 def end_processes(workers):
-    """Kills workers that have not ended by themselves, since they are busy or could not be told to."""
+    """Kills workers that have not ended by themselves, because they are busy or could not be asked to."""
     for worker in workers:
         worker.kill()
         worker.join()
@@ -146,7 +146,7 @@ def end_processes(workers):
 
 @contextmanager
 def report_killed_workers(iterator):
-    """Names the worker that was killed while it handed over a batch, which ends in an EOFError or OSError here."""
+    """Names a worker that was killed while it handed over a batch, which is an EOFError or OSError here."""
     try:
         yield
     except (EOFError, OSError) as error:

@@ -1,7 +1,7 @@
 """Batches of (epoch, draw, index) for training, and shards without padding for evaluation.
 
-What a sampler yields is a function of (seed, epoch, rank) alone. It carries epoch and draw because persistent workers
-keep the data set that they were started with: the sampler is the only thing that reaches them.
+What a sampler yields depends on (seed, epoch, rank) alone. It contains epoch and draw because persistent workers keep
+the data set that they were started with: only what the sampler yields reaches them.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ class ShuffledSampler:
     """Every image once per epoch in random order; each rank takes its shard.
 
     Shards are padded to equal length with images from the start of the permutation, as their second draw.
-    labels: one per image; only their number matters here.
+    labels: one per image; only their number is used here.
     """
 
     depends_on_ranks = False  # the images of a step are the same for any number of ranks
@@ -44,7 +44,7 @@ class ShuffledSampler:
 class ClassAwareSampler(ShuffledSampler):
     """Class-aware sampling of stage II (paper, section 3.2; Kang et al., 2020).
 
-    Classes take turns in random cyclic order, each for samples_per_class images, and so do the images within a class.
+    Classes take turns in random cyclic order, each with samples_per_class images, and so do the images of a class.
     Each rank draws from its shard of the epoch's permutation, as many images as the shard holds.
     labels: int (images,).
     """
@@ -83,7 +83,7 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
 class BatchSampler:
     """Full batches [(epoch, draw, index), ...] of a sampler's epoch; the incomplete last one is dropped.
 
-    start_at(epoch, position) says which epoch comes next, and how many of its images the batches pass over.
+    start_at(epoch, position) says which epoch comes next, and how many of its images to skip.
     """
 
     def __init__(self, sampler, batch_size: int):
@@ -95,7 +95,7 @@ class BatchSampler:
 
     @property
     def steps(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches per full epoch."""
         return len(self.sampler) // self.batch_size
 
     def __len__(self):
@@ -110,7 +110,7 @@ class BatchSampler:
 
 
 class EvalBatchSampler:
-    """This rank's shard of all images in batches, each image exactly once whatever the world size."""
+    """This rank's shard of all images in batches; every image comes exactly once, for any world size."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.indices, self.batch_size = range(rank, size, world_size), batch_size

@@ -13,7 +13,7 @@ from .layout import as_listed, find_layout
 from .list_file import ListIndex
 
 SPLITS = ("train", "val", "test")
-CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # names and their bytes: checkpoints hold them too
+CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -21,7 +21,7 @@ class Split(NamedTuple):
     """The entries of a split, where their files lie, and the entries whose files are missing.
 
     layout: a function of datasets.layout, (path in the list, name of the split) -> path below root; folders: the names
-    of the class folders in the order of their labels, if it was read from these.
+    of the class folders in the order of their labels, if the split was read from class folders.
     """
 
     name: str
@@ -54,7 +54,7 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     """The list file of each wanted split, or None if root is to be read as class folders.
 
     In order: the given lists; root/{train,val,test}.txt; class folders root/{train,val,test}/ if there is no list at
-    all; data/ImageNet_LT_{train,val,test}.txt. Raises UserError for a root that is no folder or a list that is no file.
+    all; data/ImageNet_LT_{train,val,test}.txt. Raises UserError if root is not a folder or a list is not a file.
     """
     root = Path(root)
     if not root.is_dir():
@@ -73,14 +73,14 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
             if given.get(split):
                 raise UserError(f"{file}: no such list; correct --{split}-list")
             raise UserError(
-                f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} is not there; "
+                f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
                 f"make lists with python -m datasets.prepare, or name one with --{split}-list"
             )
     return chosen
 
 
 def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ListIndex, list[str]]:
-    """(index, classes) of root/split/<class>/<image>, as torchvision's ImageFolder reads it.
+    """(index, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
 
     classes: the class names in the order of their labels; by default the folder's, sorted. Raises UserError if a
     folder belongs to no class, or if there is no image.
@@ -105,8 +105,8 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[L
 def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=True) -> dict[str, Split]:
     """The wanted splits, each with the layout that its files were found in; given: split -> list file, or None.
 
-    progress wraps the iterator over the results of looking for files. Missing files are noted, not raised
-    (Split.require raises); with check=False nobody looks. Raises UserError for what cannot be read.
+    progress wraps the iterator over the results of looking for files. Missing files are recorded, not
+    raised (Split.require raises); with check=False nothing is looked for. Raises UserError for what cannot be read.
     """
     lists = choose_lists(root, given, wanted)
     splits, classes = {}, None
@@ -121,9 +121,9 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
 
 
 def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | None, str | None]:
-    """(names of the classes, None if there are none; a line to print if those that there are cannot serve).
+    """(names of the classes or None, a line to print or None); the line says why existing names cannot be used.
 
-    They are the lines of classes.txt, beside the training list or in root, else the names of the class folders.
+    They are the lines of classes.txt, next to the training list or in root, else the names of the class folders.
     """
     beside = (Path(train.index.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
     file = next((file for file in beside if file.is_file()), None)
@@ -132,10 +132,10 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
     try:
         names = train.folders if file is None else read_names(file)
     except (OSError, ValueError) as error:
-        return None, f"warning: {file}: cannot be read ({one_line(error)}); the classes stay without names"
+        return None, f"warning: {file}: cannot be read ({one_line(error)}); the classes have no names"
     if len(names) != num_classes:
         where = file or f"{root}/train"
-        return None, f"warning: {where}: {len(names)} names for {num_classes} classes; the classes stay without names"
+        return None, f"warning: {where}: {len(names)} names for {num_classes} classes; the classes have no names"
     return names, None
 
 

@@ -1,6 +1,7 @@
 """The training views: PIL image in, uint8 tensor (3, S, S) out; the device normalizes (models/preprocess.py).
 
-Colors are changed here, on PIL images, or only drawn here and changed on the training device (device_augment).
+Colors are changed here, on PIL images, or their changes are drawn here and made on the training device
+(device_augment).
 """
 
 import numpy as np
@@ -31,7 +32,7 @@ class GaussianBlur:
 class ColorAugment:
     """Color jitter, grayscale and blur of a view, each with its probability.
 
-    Called with a PIL image it applies them; draw says what it would apply, from the same random numbers.
+    Called with a PIL image, it applies them; draw returns what it would apply, from the same random numbers.
     """
 
     def __init__(self, jitter: T.ColorJitter, jitter_p=1.0, grayscale_p=0.0, blur_p=0.0):
@@ -60,7 +61,7 @@ class ColorAugment:
 
 
 class RandomView:
-    """Crop, color, flip. Called with a PIL image it returns one."""
+    """Crop, color changes, flip; called with a PIL image, it returns one."""
 
     def __init__(self, crop, color: ColorAugment):
         self.crop, self.color, self.flip = T.Compose(crop), color, T.RandomHorizontalFlip()
@@ -76,7 +77,7 @@ class RandomView:
 
 
 def query_view(size: int) -> RandomView:
-    """Query view of stage I, and the view of stages II and III: crop, color jitter, flip."""
+    """Query view of stage I, and the only view of stages II and III: crop, color jitter, flip."""
     small = [ResizeTo(size), T.RandomCrop(size, padding=size // 8)]
     crop = small if size <= SMALL else [v2.RandomResizedCrop(size)]
     return RandomView(crop, ColorAugment(T.ColorJitter(0.4, 0.4, 0.4, 0)))
@@ -93,11 +94,11 @@ VIEWS = {"query": query_view, "key": key_view, "eval": eval_view}
 
 
 class Views:
-    """Several views of an image, each a function of (seed, epoch, index, draw, number of the view) alone.
+    """Several views of an image; each depends on (seed, epoch, index, draw, number of the view) alone.
 
     names: keys of VIEWS. Called with (image, sample_key), where sample_key is (epoch, index, draw); returns a tuple of
-    uint8 tensors (3, S, S). With augment="device", one of pairs: such a tensor and its color parameters, which
-    device_augment.to_float applies; for one seed both take the same random decisions.
+    uint8 tensors (3, S, S). With augment="device", a tuple of pairs: such a tensor, and its color parameters for
+    device_augment.to_float. With the same seed, both take the same random decisions.
     """
 
     def __init__(self, names, size: int, seed: int = 0, augment: str = "pil"):

@@ -1,4 +1,4 @@
-"""python -m datasets.verify; its code is datasets/prepare/verify.py."""
+"""The command python -m datasets.verify; its code is in datasets/prepare/verify.py."""
 
 import sys
 

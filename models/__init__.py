@@ -1,6 +1,6 @@
-"""The networks of SSD-LT and their checkpoints; knows nothing of data sets or command lines.
+"""The networks of SSD-LT and their checkpoints, independent of data sets and command lines.
 
-`models.load` is the function; the module of the same name is reached by `from models.load import ...`.
+`models.load` is the function; import from the module of the same name with `from models.load import ...`.
 """
 
 from .backbones import ARCHS, build_backbone

@@ -58,11 +58,11 @@ class CifarResNet(nn.Module):
 
 
 def build_backbone(arch: str) -> nn.Module:
-    """A randomly initialized backbone without classifier.
+    """A randomly initialized backbone without a classifier.
 
     arch: one of ARCHS: torchvision's ResNet, ResNeXt and Wide ResNet names, whose parameter names are torchvision's,
     or resnet8, 20, 32, 44, 56 for small images. The result maps (N, 3, H, W) to (N, backbone.num_features).
-    Raises ValueError for another name.
+    Raises ValueError for any other name.
     """
     if arch in CIFAR:
         return CifarResNet(CIFAR[arch])
@@ -76,7 +76,7 @@ def build_backbone(arch: str) -> nn.Module:
 
 @functools.cache
 def backbone_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the parameters and buffers of a backbone; none of them is allocated."""
+    """{name: shape} of the parameters and buffers of a backbone; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in build_backbone(arch).state_dict().items()}
 

@@ -17,9 +17,9 @@ from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
 from .ssd import SDL, SLG, SSFL, infer_stage_and_arch, mismatched_keys, strip_module
 
 MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
-MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, which has to be read whole
+MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all of which has to be read
 
-# Published checkpoints may hold best_acc1 as a numpy scalar, under the module's present or former name.
+# Published checkpoints may hold best_acc1 as a numpy scalar, under the module's new or old name.
 NUMPY_SCALARS = [
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -35,12 +35,12 @@ MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def load(path) -> nn.Module:
-    """The network in a checkpoint file, of whichever stage, with its weights, on the CPU, in eval mode.
+    """The network in a checkpoint file of any stage, with its weights, on the CPU, in eval mode.
 
-    Stage, arch and sizes are read from names and shapes (see from_state_dict). The network carries `transform`, which
-    makes its input (3, S, S) of a PIL image as evaluation did, and `classes`, a list of names, or None if the
-    checkpoint has none. Raises OSError for what cannot be opened or is no regular file; ValueError, in one line that
-    names the file, if it is not a valid checkpoint of a stage.
+    Stage, arch and sizes are read from names and shapes (see from_state_dict). The network has the attributes
+    `transform`, which turns a PIL image into its input (3, S, S) as evaluation does, and `classes`, a list of names, or
+    None if the checkpoint has none. Raises OSError if the file cannot be opened or is not a regular file; ValueError,
+    in one line that names the file, if it is not a valid checkpoint of a stage.
     """
     return network_of(path, read_checkpoint(path))
 
@@ -63,13 +63,13 @@ def network_of(path, content: dict) -> nn.Module:
 def transform_of(content: dict) -> EvalTransform:
     """What evaluation does to an image, as a checkpoint's content says.
 
-    Without an entry of their own, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one
-    line, if one of them makes no sense.
+    If they are missing there, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one line,
+    if one of them is invalid.
     """
     args = content.get("args") or {}
     run = content.get("run") or {}
     if not isinstance(args, dict) or not isinstance(run, dict):
-        raise ValueError("its args or run are no dict")
+        raise ValueError("its args or run is not a dict")
     size = run.get("image_size", args.get("image_size", 224))
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
@@ -82,10 +82,10 @@ def transform_of(content: dict) -> EvalTransform:
 
 
 def classes_of(content: dict) -> list[str] | None:
-    """The names of the classes in a checkpoint's content, or None. Raises ValueError for anything else."""
+    """The names of the classes in a checkpoint's content, or None. Raises ValueError if it is anything else."""
     classes = content.get("classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ValueError("its classes are no list of names")
+        raise ValueError("its classes are not a list of names")
     return classes
 
 
@@ -93,12 +93,12 @@ def read_checkpoint(path) -> dict:
     """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
 
     Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read: those that are
-    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError for what
-    cannot be opened or is no regular file; ValueError, in one line that names the file, if it is damaged, is no
-    checkpoint, would run code or would unpack to more than the file.
+    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError if it
+    cannot be opened or is not a regular file; ValueError, in one line that names the file, if it is damaged, is not a
+    checkpoint, would run code, or would unpack to more than its own size.
     """
     with open_regular(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
-        warnings.simplefilter("ignore")  # about what ends in an error here
+        warnings.simplefilter("ignore")  # what they warn of is an error here
         try:
             is_zip = file.read(4) == b"PK\x03\x04"
             sizes = check_zip(file) if is_zip else check_legacy(file)
@@ -121,7 +121,7 @@ def reason_of(error: Exception) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found:
         return f"it holds {found[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
-    return str(error) if isinstance(error, Refused) else "it is damaged or no checkpoint"
+    return str(error) if isinstance(error, Refused) else "it is damaged or not a checkpoint"
 
 
 def open_regular(path):
@@ -135,21 +135,21 @@ def open_regular(path):
 
 
 def check_legacy(file):
-    """Raises Refused if a file in the format before PyTorch 1.6 is too large to be read whole."""
+    """Raises Refused if a file in the format before PyTorch 1.6 is too large to be read."""
     if os.fstat(file.fileno()).st_size > MAX_LEGACY:
         raise Refused(f"it is in the format before PyTorch 1.6 and has more than {MAX_LEGACY:,} bytes")
 
 
 def check_zip(file) -> Counter:
-    """The sizes in bytes of the tensors in a zip file, with how many have each.
+    """The sizes in bytes of the tensors in a zip file, with the number of tensors of each size.
 
-    Raises Refused if the file could unpack to more than its own size, or if what is not a tensor in it is too large.
+    Raises Refused if the file could unpack to more than its own size, or if it is too large without its tensors.
     """
     members = zipfile.ZipFile(file).infolist()
     if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
         raise Refused("it is compressed, which torch.save never does")
     if sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
-        raise Refused("its parts are larger than the whole")
+        raise Refused("its parts are larger than the file")
     is_tensor = re.compile("[^/]+/data/[^/]+").fullmatch
     if sum(m.file_size for m in members if not is_tensor(m.filename)) > MAX_PICKLE:
         raise Refused(f"it has more than {MAX_PICKLE:,} bytes that are not tensors")
@@ -157,7 +157,7 @@ def check_zip(file) -> Counter:
 
 
 def storage_sizes(content) -> Counter:
-    """The sizes in bytes of the storages of all tensors in nested dicts, lists and tuples, with how many have each."""
+    """The sizes in bytes of the storages of all tensors in nested dicts, lists and tuples, with their number."""
     storages, seen, stack = {}, set(), [content]
     while stack:
         value = stack.pop()
@@ -178,7 +178,7 @@ def storage_sizes(content) -> Counter:
 
 
 def state_dict_of(path, content: dict) -> dict:
-    """The state dict in a checkpoint's content. Raises ValueError if there is none of dense tensors."""
+    """The state dict in a checkpoint's content. Raises ValueError if it has none with dense tensors only."""
     state_dict = content.get("state_dict")
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
@@ -200,14 +200,14 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def from_state_dict(state_dict: dict) -> nn.Module:
-    """The network of whichever stage the state dict belongs to, with its weights, in eval mode.
+    """The network of the stage that the state dict belongs to, with its weights, in eval mode.
 
-    Momentum and temperatures, which no state dict holds and only training uses, are the defaults. Raises ValueError,
-    in one line, if names or shapes belong to no stage or to an unknown backbone, or if check_weights refuses it.
+    Momentum and temperatures have their defaults: no state dict holds them, and only training uses them. Raises
+    ValueError, in one line, if names or shapes belong to no stage or to an unknown backbone, or as check_weights does.
     """
     found = infer_stage_and_arch(state_dict)
     if found is None or found["arch"] is None:
-        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
+        raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
     stage = found.pop("stage")
     if stage == "i" and "queue_size" not in found:
         raise ValueError("it is of stage I, but has no queue of (dim, K)")
@@ -226,7 +226,7 @@ def check_weights(state_dict: dict):
     """Checks types and values of a state dict, with or without `module.`; reads every entry, so check shapes first.
 
     Weights and statistics are floating-point and finite, no running variance is below 0, counters are integers; the
-    label queue may be either, it is float32 in published checkpoints. Raises ValueError, in one line that names the
+    label queue may be either (it is float32 in published checkpoints). Raises ValueError, in one line that names the
     entry.
     """
     for name, value in strip_module(state_dict).items():
@@ -249,14 +249,14 @@ def check_weights(state_dict: dict):
 
 
 def check_complete(state_dict: dict, classifier: str = "hard"):
-    """Checks that a state dict holds all that the next stage takes from it, by a rehearsal that allocates nothing.
+    """Checks that a state dict holds all that the next stage takes from it, by loading it without allocating memory.
 
-    That is SLG.load_pretrained for stages I and III, with the named classifier, and SDL.load_teacher for stage II.
+    SLG.load_pretrained loads it for stages I and III, with the named classifier, and SDL.load_teacher for stage II.
     Raises ValueError, in one line that names the entry.
     """
     found = infer_stage_and_arch(state_dict)
     if found is None or found["arch"] is None:
-        raise ValueError("the names and shapes in it are of no stage of SSD-LT with a known backbone")
+        raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies to the meta device have no effect
         if found["stage"] == "ii":

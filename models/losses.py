@@ -1,4 +1,4 @@
-"""The losses of SSD-LT, as pure functions: the contrastive one as its formula reads, then as training computes it."""
+"""The losses of SSD-LT, as pure functions; the contrastive loss as its formula, and as training computes it."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def contrastive_loss_plain(q, k, labels, queue, label_queue, temperature: float)
 class _ContrastiveLoss(torch.autograd.Function):
     """contrastive_loss_plain in one pass over chunks of the queue; keeps nothing of size N x K for the backward pass.
 
-    With s_ij the scores q_i n_j / T, and the key k_i and its score as one more term of each sum:
+    With the scores s_ij = q_i n_j / T, and the key k_i with its score as one more term of each sum:
     loss_i = log sum_j e^{s_ij} - q_i k_i / T, and its gradient by q_i is ( sum_j p_ij n_j - k_i ) / T with
     p_ij = e^{s_ij} / sum_j e^{s_ij}. Both sums are accumulated chunk by chunk, relative to the running maximum.
     """

@@ -48,7 +48,7 @@ _exchange = True
 
 @contextlib.contextmanager
 def without_exchange():
-    """Within the block this process computes as if it were the only one: a trial that the other ranks do not take."""
+    """Within the block this process computes as if it were the only one, without waiting for the other ranks."""
     global _exchange
     before, _exchange = _exchange, False
     try:
@@ -76,8 +76,8 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
     """encoder(images), with the batch shuffled across ranks before the encoder and unshuffled after it.
 
-    The BatchNorm statistics behind a key then come from other images than those behind its query, so they cannot tell
-    which key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). In a single
+    The BatchNorm statistics of a key then come from other images than those of its query, so they cannot reveal which
+    key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). In a single
     process it is encoder(images).
     """
     world_size = _world_size()

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 MIN_STD = 1e-4
 MIN_SIZE, MAX_SIZE = 8, 4096  # side of a view in pixels
-SMALL = 64  # images of at most this size are used as a whole, without a central crop
+SMALL = 64  # images of at most this size are resized without a central crop
 MAX_ASPECT_RATIO = 20
 
 
@@ -26,7 +26,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ResizeTo:
-    """Resizes an image to size x size; one that has the size stays as it is."""
+    """Resizes an image to size x size; an image that has this size already stays as it is."""
 
     def __init__(self, size: int):
         self.size = size
@@ -53,7 +53,7 @@ class CropEnds:
 def eval_view(size: int) -> T.Compose:
     """The evaluation view at size x size: the shorter side resized to 256/224 of the size, then the central crop.
 
-    Up to SMALL, the whole image resized.
+    If size is at most SMALL, the whole image is resized instead.
     """
     if size <= SMALL:
         return T.Compose([ResizeTo(size)])
@@ -61,9 +61,9 @@ def eval_view(size: int) -> T.Compose:
 
 
 def normalize(images: torch.Tensor, mean=MEAN, std=STD, dtype=torch.float32) -> torch.Tensor:
-    """Images (..., 3, H, W), uint8 or floats in [0, 1], less the mean and divided by the standard deviation.
+    """Images (..., 3, H, W), uint8 or floats in [0, 1], minus the mean, divided by the standard deviation.
 
-    mean, std: three numbers each, of red, green and blue in [0, 1]. The result is on the images' device.
+    mean, std: three numbers each, for red, green and blue in [0, 1]. The result is on the images' device.
     """
     mean, std = _statistics(tuple(mean), tuple(std), dtype, images.device)
     images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
@@ -77,7 +77,7 @@ def _statistics(mean, std, dtype, device):
 
 
 class EvalTransform:
-    """What evaluation does to an image: called with a PIL image, it returns normalized floats (3, size, size).
+    """The transform of evaluation: called with a PIL image, it returns normalized floats (3, size, size).
 
     The image becomes RGB, is resized and cropped as eval_view says, and is normalized with mean and std.
     """

@@ -1,4 +1,4 @@
-"""The networks of the three stages, SSFL (I), SLG (II) and SDL (III), and what one stage takes from another.
+"""The networks of the three stages, SSFL (I), SLG (II) and SDL (III), and how one stage loads another's weights.
 
 Notation of the paper, as far as the comments use it: x an image, f a backbone, h = f(x) its features, g a projection,
 W h + b a linear classifier, s the scales of LWS; q and k: query and key of momentum contrast; T: a temperature.
@@ -44,9 +44,9 @@ class SSFL(nn.Module):
         self.pending = []  # (keys, labels) of this rank that are not in the queue yet
 
     def load_backbone(self, state_dict):
-        """Takes both backbones' weights, to start from; state_dict: of a backbone, without a prefix.
+        """Loads the weights of both backbones, to start from; state_dict: of a backbone, without a prefix.
 
-        Raises ValueError, naming the entry, if one is missing or has another shape.
+        Raises ValueError, naming the entry, if one is missing or has a wrong shape.
         """
         load_entries(self.encoder_q, state_dict, "")
         load_entries(self.encoder_k, state_dict, "")
@@ -115,10 +115,10 @@ class SLG(nn.Module):
         return self
 
     def load_pretrained(self, state_dict, classifier="hard"):
-        """Takes backbone and linear classifier from stage I, or from the student of stage III; the scales become 1.
+        """Loads backbone and linear classifier from stage I, or from the student of stage III; the scales become 1.
 
         state_dict: with or without `module.`; classifier: "hard" or "soft" (stage III only). Raises ValueError, naming
-        the entry, if one is missing or has another shape.
+        the entry, if one is missing or has a wrong shape.
         """
         prefix = {"hard": "classifier.", "soft": "classifier_kd."}[classifier]
         load_entries(self.encoder, state_dict, "encoder_q.")
@@ -161,9 +161,9 @@ class SDL(nn.Module):
         return self
 
     def load_teacher(self, state_dict):
-        """Takes backbone and classifier from stage II; state_dict: with or without `module.`.
+        """Loads the teacher's backbone and classifier from stage II; state_dict: with or without `module.`.
 
-        Raises ValueError, naming the entry, if one is missing or has another shape.
+        Raises ValueError, naming the entry, if one is missing or has a wrong shape.
         """
         load_entries(self.encoder_t, state_dict, "encoder.")
         load_entries(self.classifier_t, state_dict, "classifier.")
@@ -191,7 +191,7 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 
 def strip_module(state_dict: dict) -> dict:
-    """The state dict without the `module.` that DistributedDataParallel puts before every name."""
+    """The state dict without the `module.` that DistributedDataParallel adds to every name."""
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
 
@@ -201,7 +201,7 @@ def strip_prefix(state_dict: dict, prefix: str) -> dict:
 
 
 def mismatched_keys(model: nn.Module, state_dict: dict) -> list[str]:
-    """The sorted names that model and state dict (without `module.`) do not share, or not with the same shape."""
+    """The sorted names that only one of model and state dict (without `module.`) has, or that differ in shape."""
     here, there = ({name: value.shape for name, value in d.items()} for d in (model.state_dict(), state_dict))
     return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
@@ -227,8 +227,8 @@ def load_entries(module: nn.Module, state_dict: dict, prefix: str):
 def infer_stage_and_arch(state_dict: dict) -> dict | None:
     """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
 
-    For stage I, dim and queue_size too if the queue is there. arch is None if the backbone is none of ARCHS. Returns
-    None if the names belong to no stage.
+    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS.
+    Returns None if the names belong to no stage.
     """
     state_dict = strip_module(state_dict)
     signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}

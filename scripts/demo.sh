@@ -3,9 +3,9 @@
 # III, runs stage II once more on stage III's soft classifier, and prints one table of all four.
 #   bash scripts/demo.sh            four to five minutes on 2 cores, after the installation
 #   bash scripts/demo.sh --smoke    one epoch per stage, in one or two minutes
-# The network is small, and so are queue and momentum, since a training has a few hundred steps only. --freeze-bn keeps the
+# The network, the queue and the momentum are small, since each training has only a few hundred steps. --freeze-bn keeps the
 # BatchNorm of the frozen networks in eval mode, because batches this small would distort its statistics.
-# If it was stopped, the same command continues it. runs/ holds all that it makes, and can be deleted.
+# If the demo was stopped, the same command continues it. runs/ holds everything that it makes, and can be deleted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh

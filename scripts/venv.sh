@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: makes a virtual environment in .venv and installs a requirements file into it.
-# PYTHON may name the interpreter to make it with. If .venv exists already, it is used, and what is missing is installed.
+# PYTHON may name the interpreter to make it with. An existing .venv is used, and what is missing is installed.
 
 # need_venv FILE: sets $python to the environment's interpreter.
 need_venv() {

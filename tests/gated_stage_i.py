@@ -1,8 +1,9 @@
-"""Stage I as a script whose processes wait at a known point, where what a test does to them finds them.
+"""Stage I as a script whose processes wait at a known point, so that a test can signal or kill them there.
 
-The environment's GATE says where: "start", in a process of --multiprocessing-distributed before it obeys signals, until
-it is asked to stop; a number N, at its Nth heartbeat, until some process of the run is asked to stop (the file
-GATE_FILE tells the others); "hang", at its second heartbeat, in the opening of a FIFO that nobody writes to.
+The environment variable GATE sets the point. "start": a process of --multiprocessing-distributed waits before it
+handles signals, until it is asked to stop. A number N: a process waits at its Nth heartbeat until any process of the
+run is asked to stop (the file GATE_FILE informs the others). "hang": a process opens, at its second heartbeat, a FIFO
+that nobody writes to.
 """
 
 import os
@@ -36,7 +37,7 @@ if GATE == "hang":
 while GATE == "start" and __name__ == "__mp_main__" and not signal.sigpending():
     time.sleep(0.01)
 
-import ssd_stage_i  # noqa: E402  it takes the heartbeat from there
+import ssd_stage_i  # noqa: E402  it imports the heartbeat set above
 
 if __name__ == "__main__":
     sys.exit(ssd_stage_i.main())

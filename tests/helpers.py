@@ -25,25 +25,25 @@ import ssd_stage_iii
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
 STAGES = tuple(MAINS)
-COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class, of all shot groups
+COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
-QUEUE = "--moco-k 50 --moco-dim 16 --moco-m 0.9"  # a queue that the batch does not divide
+QUEUE = "--moco-k 50 --moco-dim 16 --moco-m 0.9"  # a queue size that is not a multiple of the batch
 LAST = "last_checkpoint.pth.tar"
 
 
 def class_image(random: np.random.Generator, label: int, size: int) -> Image.Image:
-    """Noise around a colour and a brightness gradient that tell the class."""
-    colour = np.array([(60 * label) % 256, (110 * label + 80) % 256, (170 * label + 40) % 256], dtype=float)
+    """Noise around a color and a brightness gradient that depend on the class."""
+    color = np.array([(60 * label) % 256, (110 * label + 80) % 256, (170 * label + 40) % 256], dtype=float)
     slope = np.linspace(-60, 60, size)[:, None, None] * (-1) ** label
-    pixels = colour + slope + random.normal(0, 40, (size, size, 3))
+    pixels = color + slope + random.normal(0, 40, (size, size, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganised=False) -> Path:
+def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganized=False) -> Path:
     """A tree and its lists. As in ImageNet-LT, validation images are named below train/ and test images below val/.
 
-    They lie where the lists say, or, reorganised, in one folder a split.
+    They are at the paths in the lists or, if reorganized, in one folder per split.
     """
     random = np.random.default_rng(0)
     for split, named in (("train", "train"), ("val", "train"), ("test", "val")):
@@ -51,7 +51,7 @@ def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganised=Fa
         for label, count in enumerate(counts[split]):
             for number in range(count):
                 name = f"class{label}/{split}_{number}{suffix}"
-                file = root / (split if reorganised else named) / name
+                file = root / (split if reorganized else named) / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 class_image(random, label, size).save(file)
                 lines.append(f"{named}/{name} {label}\n")
@@ -60,7 +60,7 @@ def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganised=Fa
 
 
 class Outcome(NamedTuple):
-    """What a run of a stage gave: exit status and what it wrote to stdout and stderr."""
+    """The result of a run of a stage: exit status, stdout and stderr."""
 
     status: int
     out: str
@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
 
 
 def stage_flags(stage: str, data, out, flags) -> list[str]:
-    """The command line of a small run; later flags win over the defaults."""
+    """The command line of a small run; flags override the defaults."""
     defaults = f"{SMALL} {QUEUE}" if stage == "i" else SMALL
     return [*defaults.split(), "--output_dir", str(out), *map(str, flags), str(data)]
 
@@ -102,7 +102,7 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
             done.wait(120)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(done.pid, signal.SIGKILL)  # what it has left behind, or itself where it hangs
+                os.killpg(done.pid, signal.SIGKILL)  # its leftover processes, or itself if it hangs
         written = [file.seek(0) or file.read() for file in (stdout, stderr)]
     return Outcome(done.returncode, *written)
 
@@ -125,7 +125,7 @@ def results_of(folder) -> list[dict]:
 
 @contextlib.contextmanager
 def limited_memory(more=2**34):
-    """This process may take 16 GiB more, however much the machine has, or promises without having it."""
+    """Limits this process to `more` bytes in addition to its present memory, whatever the machine has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + more if hard < 0 else min(held + more, hard), hard))
@@ -156,7 +156,7 @@ def _rank(function, rank, world, folder, args):
 def on_ranks(world: int, function, *args) -> list:
     """function(rank, *args) on each of `world` forked processes of a gloo group; what they return, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("fork")  # spawned ones would each import torch anew
+        context = mp.get_context("fork")  # spawned ones would each import torch again
         ranks = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
         for process in ranks:
             process.start()

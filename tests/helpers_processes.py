@@ -1,4 +1,4 @@
-"""Runs in processes of their own: starting and watching them, sending them signals, finding what they leave."""
+"""Runs in separate processes: starts and watches them, sends them signals, finds the processes they leave behind."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 from tests.helpers import ROOT, Outcome, stage_flags
 
 TWO = ["--multiprocessing-distributed", "--nproc", 2]
-PATIENCE = 300  # seconds until a test gives up; what it waits for takes a fraction, on a loaded machine more
+PATIENCE = 300  # seconds until a test gives up; far more than needed, since the machine may be busy
 
 
 def wait_until(condition, what, patience=PATIENCE):
-    """The first true value of condition(); fails if there is none for so long."""
+    """The first true value of condition(); fails if there is none within `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         value = condition()
@@ -27,7 +27,7 @@ def wait_until(condition, what, patience=PATIENCE):
 
 
 def children(pid) -> list[int]:
-    """The processes that any thread of a process has started."""
+    """The child processes of a process, of all its threads."""
     found = []
     with contextlib.suppress(OSError):  # it ends meanwhile
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -37,12 +37,12 @@ def children(pid) -> list[int]:
 
 
 def descendants(pid) -> list[int]:
-    """A process and all that it started, and what those started."""
+    """A process and all processes below it."""
     return [pid, *(below for child in children(pid) for below in descendants(child))]
 
 
 def alive(pid) -> bool:
-    """Whether a process still runs; one that has ended and waits to be asked for its status does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
     except OSError:
@@ -50,9 +50,9 @@ def alive(pid) -> bool:
 
 
 class Job:
-    """A small run of a stage in a process of its own; its output goes to files.
+    """A small run of a stage in a separate process; its output goes to files.
 
-    gate: where its processes wait, as tests/gated_stage_i.py says; gate_file: shared by the jobs of a run.
+    gate: where its processes wait, see tests/gated_stage_i.py; gate_file: shared by the jobs of a run.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Job:
         return self.files[1].read_text()
 
     def note(self) -> set[int]:
-        """All processes that were ever seen as part of the job."""
+        """All processes that have been seen as part of the job."""
         self.seen.update(descendants(self.pid))
         return self.seen
 
@@ -127,7 +127,7 @@ class Job:
         return self
 
     def end(self, patience=PATIENCE) -> Outcome:
-        """Its outcome, once it has ended and none of its processes is left; data workers take 5 s to notice."""
+        """Its outcome, once it has ended and no process of it is left; data workers take 5 s to notice."""
         self.note()
         self.process.wait(timeout=patience)
         wait_until(lambda: not any(map(alive, self.seen)), "its processes to end", patience)

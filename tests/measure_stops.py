@@ -1,4 +1,4 @@
-"""How long a run takes to end when it is stopped or loses a process: the table of docs/reliability.md.
+"""Measures how long a run takes to end when it is stopped or loses a process: the table of docs/reliability.md.
 
 python -m tests.measure_stops
 """

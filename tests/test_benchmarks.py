@@ -1,4 +1,4 @@
-"""The benchmarks run and print their tables, at tiny sizes; no timing is asserted."""
+"""The benchmarks run at tiny sizes and print their tables; no timing is asserted."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def options(name):
 
 
 def table_rows(text) -> int:
-    """The number of rows of tables, without their heads."""
+    """The number of table rows, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return len(lines) - 2 * sum(line.startswith("| ---") for line in lines)
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_prints_a_table(name, capsys):
+def test_each_benchmark_prints_its_table(name, capsys):
     assert MAINS[name](options(name)) == 0
     output = capsys.readouterr().out
     assert table_rows(output) == ROWS[name]
@@ -41,15 +41,15 @@ def test_scaling_adds_tables(name, more, capsys):
 
 
 @pytest.mark.parametrize("name, version", [("step", "iii:bf16"), ("step", "i:baseline"), ("evaluate", "baseline")])
-def test_measuring_prints_bytes(name, version, capsys):
+def test_measure_prints_a_plausible_number_of_bytes(name, version, capsys):
     assert MAINS[name]([*options(name), "--measure", version]) == 0
     assert 50 * common.MIB < int(capsys.readouterr().out) < 8192 * common.MIB
 
 
-def test_peak_memory_of_fresh_processes():
+def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():
     large = ["--queue", "65536", "--dim", "8", "--batch", "64", *CPU]  # 64 x 65,536 scores are 16 MiB
-    ours, whole = (common.in_fresh_process("benchmarks.loss", large, name) for name in ("ours", "baseline"))
-    assert 2 * ours < whole and whole > 32 * common.MIB
+    ours, plain = (common.in_fresh_process("benchmarks.loss", large, name) for name in ("ours", "baseline"))
+    assert 2 * ours < plain and plain > 32 * common.MIB
 
 
 def test_all_writes_its_tables_at_their_marks(tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_baseline_step_equals_the_scripts_step(stage):
 
 
 def test_no_share_of_the_peak_exceeds_one(monkeypatch, capsys):
-    """A step counts as one of the rates that the peak is the best of, so a slow product gives no share above 100 %."""
+    """The peak rate includes that of the step itself, so a slow matrix product gives no share above 100 %."""
     durations = {"matmul": 3.0, "conv2d": 2.0, "step": 1e-9}
 
     def alternate(functions, repeats, device):

@@ -1,4 +1,4 @@
-"""The best checkpoint is the one of the best class mean, whatever the accuracy over all images."""
+"""The best checkpoint is the one with the best class mean, regardless of the accuracy over all images."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def unbalanced(plain_tree, tmp_path):
 
 
 def with_validation(monkeypatch, script, **accuracies):
-    """Gives a script's validations, epoch by epoch, the (overall, class mean) of each classifier."""
+    """Replaces (overall, class mean) of each classifier in a script's validations, epoch by epoch."""
     original = script.evaluate
 
     def evaluate(model, loader, classifiers, *rest):
@@ -32,7 +32,7 @@ def with_validation(monkeypatch, script, **accuracies):
     monkeypatch.setattr(script, "evaluate", evaluate)
 
 
-def test_overall_and_class_mean_choose_different_epochs(plain_tree, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_of_the_epoch_with_the_best_class_mean(plain_tree, tmp_path, monkeypatch):
     with_validation(monkeypatch, ssd_stage_i, linear=[(0.9, 0.2), (0.5, 0.4), (0.95, 0.3)])
     folder = train("i", plain_tree, tmp_path, "--epochs", 3)
     assert checkpoint(folder, BEST)["epoch"] == 2
@@ -40,7 +40,7 @@ def test_overall_and_class_mean_choose_different_epochs(plain_tree, tmp_path, mo
     assert [record["val"]["linear"]["class_mean"] for record in log_of(folder)] == [0.2, 0.4, 0.3]
 
 
-def test_stage_iii_goes_by_the_soft_classifier(trained, plain_tree, tmp_path, monkeypatch):
+def test_stage_iii_chooses_the_best_by_the_soft_classifier(trained, plain_tree, tmp_path, monkeypatch):
     soft = [(0.2, 0.2), (0.6, 0.1)]
     with_validation(monkeypatch, ssd_stage_iii, hard=[(0.3, 0.3), (0.8, 0.8)], soft=soft)
     teacher = trained["ii"] / "last_checkpoint.pth.tar"
@@ -49,7 +49,7 @@ def test_stage_iii_goes_by_the_soft_classifier(trained, plain_tree, tmp_path, mo
 
 
 def test_the_best_of_an_unbalanced_list_is_a_class_mean(plain_tree, unbalanced, tmp_path):
-    """Counted anew from the confusion matrix that the best checkpoint gives on the same list as test list."""
+    """Compared with the confusion matrix of the best checkpoint, with the same list as test list."""
     folder = train("i", plain_tree, tmp_path / "run", *unbalanced)
     flags = ["--test-list", unbalanced[1], "--resume", folder / BEST, "--evaluate"]
     (record,) = results_of(train("i", plain_tree, tmp_path / "e", *flags))
@@ -70,17 +70,17 @@ def resumed(trained, data, folder, flags, **changes):
     return float(checkpoint(folder / "run")["best_acc1"]), outcome.out
 
 
-def test_a_best_of_unknown_kind_stays_on_a_balanced_list_and_starts_anew_on_another(
+def test_a_best_accuracy_of_unknown_kind_is_kept_on_a_balanced_list_and_reset_on_another(
     trained, plain_tree, unbalanced, tmp_path
 ):
     high = torch.tensor(2.0, dtype=torch.float64)  # more than any epoch can reach
     best, out = resumed(trained, plain_tree, tmp_path / "balanced", [], best_acc1=high, best_metric=None)
-    assert best == 2 and "anew" not in out
+    assert best == 2 and "starts over" not in out
     for number, metric in enumerate((None, "overall")):
         folder = tmp_path / f"{number}"
         best, out = resumed(trained, plain_tree, folder, unbalanced, best_acc1=high, best_metric=metric)
-        (line,) = [line for line in out.splitlines() if "starts anew" in line]
+        (line,) = [line for line in out.splitlines() if "starts over" in line]
         assert str(folder / "old.tar") in line
         assert best == log_of(folder / "run")[-1]["val"]["linear"]["class_mean"] < 1
     best, out = resumed(trained, plain_tree, tmp_path / "ours", unbalanced, best_acc1=high, best_metric="class_mean")
-    assert best == 2 and "anew" not in out
+    assert best == 2 and "starts over" not in out

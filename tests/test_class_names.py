@@ -1,4 +1,4 @@
-"""Names of classes: where they are read, and how they go through the stages into checkpoints and results."""
+"""Names of classes: where they are read from, and how they reach checkpoints and results of all stages."""
 
 import shutil
 
@@ -26,13 +26,13 @@ def named_tree(plain_tree, tmp_path):
 
 
 def names_in(folder):
-    """The names in the checkpoints and in the results of a run, which are the same."""
+    """The names in the checkpoints and results of a run, which must be the same."""
     (names,) = {tuple(record["classes"]) for record in results_of(folder)}
     assert all(checkpoint(folder, file.name)["classes"] == list(names) for file in folder.glob("*.tar"))
     return list(names)
 
 
-def test_names_go_through_all_stages(named_tree, tmp_path):
+def test_class_names_pass_through_all_stages(named_tree, tmp_path):
     previous = None
     for run, stage, flag in (("i", "i", ""), ("ii", "ii", "--last_stage_ckpt"), ("iii", "iii", "--teacher_ckpt"),
                              ("tuned", "ii", "--last_stage_ckpt")):  # fmt: skip
@@ -41,7 +41,7 @@ def test_names_go_through_all_stages(named_tree, tmp_path):
         assert names_in(previous) == NAMES
 
 
-def test_names_of_a_checkpoint_serve_where_the_data_have_none(named_tree, plain_tree, tmp_path):
+def test_class_names_come_from_the_checkpoint_if_the_data_have_none(named_tree, plain_tree, tmp_path):
     i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
     assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", i / LAST)) == NAMES
     evaluation = train("i", plain_tree, tmp_path / "e", "--resume", i / LAST, "--evaluate")
@@ -49,7 +49,7 @@ def test_names_of_a_checkpoint_serve_where_the_data_have_none(named_tree, plain_
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_without_names_take_those_of_the_data(trained, named_tree, tmp_path, stage):
+def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_tree, tmp_path, stage):
     old = checkpoint(trained[stage], "previous_checkpoint.pth.tar")
     for name in ("classes", "best_metric"):
         del old[name]
@@ -63,7 +63,7 @@ def test_checkpoints_without_names_take_those_of_the_data(trained, named_tree, t
         assert names_in(train(nxt, named_tree, tmp_path / nxt, "--epochs", 1, flag, tmp_path / "old.tar")) == NAMES
 
 
-def test_names_in_another_order_are_one_line(named_tree, plain_tree, tmp_path):
+def test_class_names_in_another_order_give_one_warning(named_tree, plain_tree, tmp_path):
     i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
     other = with_names(plain_tree, tmp_path / "other", ["ant", "crane", "bee", *NAMES[3:]])
     for flags in (["--resume", i / LAST, "--epochs", 2], ["--resume", i / LAST, "--evaluate"]):
@@ -73,7 +73,7 @@ def test_names_in_another_order_are_one_line(named_tree, plain_tree, tmp_path):
     assert "warning" not in run_stage("i", named_tree, tmp_path / "same", "--resume", i / LAST, "--evaluate").out
 
 
-def test_a_wrong_number_of_names_is_said_and_they_are_left_out(plain_tree, tmp_path):
+def test_a_wrong_number_of_class_names_gives_a_warning_and_they_are_ignored(plain_tree, tmp_path):
     short = with_names(plain_tree, tmp_path / "short", NAMES[:5])
     outcome = run_stage("i", short, tmp_path / "run", "--epochs", 1)
     (line,) = [line for line in outcome.out.splitlines() if "names for" in line]
@@ -81,11 +81,11 @@ def test_a_wrong_number_of_names_is_said_and_they_are_left_out(plain_tree, tmp_p
     assert results_of(tmp_path / "run")[0]["classes"] is None and checkpoint(tmp_path / "run")["classes"] is None
 
 
-def test_class_folders_name_their_classes(reorganised_tree, tmp_path):
+def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "val", "test"):
-        (data / split).symlink_to(reorganised_tree / split)
+        (data / split).symlink_to(reorganized_tree / split)
     assert names_in(train("i", data, tmp_path / "i", "--epochs", 1)) == [f"class{c}" for c in range(6)]
     (data / "classes.txt").write_text("\n".join(NAMES))
     assert names_in(train("i", data, tmp_path / "named", "--epochs", 1)) == NAMES
@@ -96,7 +96,7 @@ def found(root, num_classes, **given):
     return find_class_names(root, find_splits(root, lists, check=False)["train"], num_classes)
 
 
-def test_names_beside_the_training_list_come_first(named_tree, plain_tree, tmp_path):
+def test_class_names_next_to_the_training_list_come_first(named_tree, plain_tree, tmp_path):
     assert found(plain_tree, 6) == (None, None)
     assert found(named_tree, 6) == (NAMES, None)
     lists = tmp_path / "lists"
@@ -112,12 +112,12 @@ def test_names_beside_the_training_list_come_first(named_tree, plain_tree, tmp_p
     [b"a\r\nb\r\n\xc3\xa9\r\n", b"\xef\xbb\xbfa\nb\n\xc3\xa9", b"a\nb\n\xc3\xa9\n\n\n"],
     ids=["CRLF", "BOM", "blank"],
 )
-def test_names_are_read_whatever_the_line_ends(named_tree, content):
+def test_class_names_are_read_with_any_line_ending(named_tree, content):
     (named_tree / "classes.txt").write_bytes(content)
     assert found(named_tree, 3) == (["a", "b", "é"], None)
 
 
-def test_names_that_are_no_text_or_too_large_stop_nothing(named_tree):
+def test_invalid_or_too_large_files_of_class_names_do_not_stop_a_run(named_tree):
     (named_tree / "classes.txt").write_bytes(b"a\n\xff\xfe\n")
     assert found(named_tree, 2) == (["a", "\ufffd\ufffd"], None)
     (named_tree / "classes.txt").write_bytes(b"a" * (MAX_NAMES + 1))

@@ -1,4 +1,4 @@
-"""Images of every mode and state, read one by one."""
+"""Reading images of every mode, and damaged ones."""
 
 import os
 import random
@@ -50,7 +50,7 @@ def test_a_png_named_jpeg_is_read(tmp_path):
 
 
 def broken_images(folder):
-    """Writes files that cannot be decoded; returns what the message about each says."""
+    """Writes files that cannot be decoded; returns {name: part of the message}."""
     noise = Image.fromarray(np.frombuffer(random.Random(0).randbytes(64 * 64 * 3), np.uint8).reshape(64, 64, 3))
     whole = saved(folder, noise, "whole.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])

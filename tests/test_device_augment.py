@@ -64,7 +64,7 @@ def check(images, parameters):
 
 @pytest.fixture
 def images():
-    """24 float images (3, 40, 30), of noise and of photographs; some with grey, black and saturated pixels."""
+    """24 float images (3, 40, 30), half noise, half photographs; some with grey, black and saturated pixels."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.rand(12, 3, 40, 30, generator=generator)
     noise[:, :, :4] = noise[:, :1, :4]
@@ -74,7 +74,7 @@ def images():
 
 
 @pytest.mark.parametrize("size", [160, 32])
-def test_equals_torchvision_at_drawn_parameters(size):
+def test_colors_equal_torchvisions_at_drawn_parameters(size):
     views = Views(("query", "key"), size, 3, "device")
     batch = [views(photograph(seed=i), (0, i, 0)) for i in range(24)]
     for pairs in zip(*batch, strict=True):
@@ -83,7 +83,7 @@ def test_equals_torchvision_at_drawn_parameters(size):
         check(seen / 255, parameters)
 
 
-def test_every_order_equals_torchvision(images):
+def test_every_order_of_operations_equals_torchvision(images):
     generator = torch.Generator().manual_seed(2)
     low, high = torch.tensor([0.6, 0.6, 0.6, -0.1]), torch.tensor([1.4, 1.4, 1.4, 0.1])
     factors = low + (high - low) * torch.rand(24, 4, generator=generator)
@@ -116,7 +116,7 @@ def test_an_image_does_not_depend_on_its_batch(images):
 
 
 @pytest.mark.parametrize("size", [160, 32])
-def test_takes_the_same_random_decisions_as_the_pil_path(size):
+def test_device_and_pil_augmentation_take_the_same_random_decisions(size):
     """The views are the same up to rounding to whole levels and PIL's approximation of the blur."""
     names = ("query", "key")
     on_pil, on_device = Views(names, size, 7), Views(names, size, 7, "device")
@@ -228,7 +228,7 @@ def same(first, second) -> bool:
 STAGE_I = ("--moco-k", "16", "--moco-dim", "8")
 
 
-def test_all_stages_train(tree, tmp_path):
+def test_all_stages_train_with_augment_device(tree, tmp_path):
     train(ssd_stage_i, tree, tmp_path / "i", *STAGE_I)
     train(ssd_stage_ii, tree, tmp_path / "ii", "--last_stage_ckpt", str(tmp_path / "i" / "last_checkpoint.pth.tar"))
     train(ssd_stage_iii, tree, tmp_path / "iii", "--teacher_ckpt", str(tmp_path / "ii" / "last_checkpoint.pth.tar"))
@@ -237,14 +237,14 @@ def test_all_stages_train(tree, tmp_path):
         assert len(lines) == 2 and all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_same_seed_same_result_whatever_the_workers(tree, tmp_path):
+def test_the_same_seed_gives_the_same_result_with_any_number_of_workers(tree, tmp_path):
     alone = train(ssd_stage_i, tree, tmp_path / "alone", *STAGE_I)
     assert same(alone, train(ssd_stage_i, tree, tmp_path / "workers", *STAGE_I, "-j", "2"))
     in_workers = train(ssd_stage_i, tree, tmp_path / "pil", *STAGE_I, "--augment", "pil")
     assert not same(alone, in_workers)
 
 
-def test_resumed_run_equals_one_that_never_stopped(tree, tmp_path):
+def test_a_resumed_run_equals_one_that_never_stopped(tree, tmp_path):
     whole = train(ssd_stage_i, tree, tmp_path / "whole", *STAGE_I)
     train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--epochs", "1")
     assert same(whole, train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--resume", "auto"))

@@ -43,9 +43,9 @@ def files(tmp_path_factory):
 
 
 BAD = {
-    "cut": "it is damaged or no checkpoint",
-    "html": "an HTML page (of a quota or a login), not a checkpoint",
-    "empty": "it is damaged or no checkpoint",
+    "cut": "it is damaged or not a checkpoint",
+    "html": "an HTML page (about a quota or a login), not a checkpoint",
+    "empty": "it is damaged or not a checkpoint",
     "stage_ii": "it holds stage II, resnet8, 6 classes, not stage III, resnet8, 6 classes",
     "classes": "it holds stage III, resnet8, 7 classes, not",
     "arch": "it holds stage III, resnet20, 6 classes, not",
@@ -60,7 +60,7 @@ def small_release(monkeypatch):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files; those below /broken/ are announced with more bytes than are sent."""
+    """Serves files; for those below /broken/ it announces more bytes than it sends."""
 
     def translate_path(self, path):
         return super().translate_path(path.removeprefix("/broken"))
@@ -98,7 +98,7 @@ def drive(files, monkeypatch):
 
 
 def refused(capsys, out, *argv) -> str:
-    """Runs a command that must fail; returns its last line. Neither out nor anything beside it may exist."""
+    """Runs a command that must fail; returns its last line. Neither out nor anything next to it may exist."""
     assert download.main(["stage_iii", "--out", str(out), *map(str, argv)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and "Traceback" not in line
@@ -144,7 +144,7 @@ def test_missing_gdown_is_named(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["good", "legacy"])
-def test_from_takes_the_release(kind, files, tmp_path, capsys):
+def test_from_accepts_the_release(kind, files, tmp_path, capsys):
     check_accepted(capsys, files / kind, tmp_path / "release", "--from", files / kind)
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_release_is_refused(capsys):
     assert "stage_iii" in capsys.readouterr().err
 
 
-def test_the_published_release_is_what_is_expected(monkeypatch):
+def test_the_expected_release_is_resnext50_with_1000_classes(monkeypatch):
     monkeypatch.undo()
     with torch.device("meta"):
         model = models.SDL("resnext50_32x4d", 1000)

@@ -1,4 +1,4 @@
-"""Accuracies by group of classes against a naive computation, on any number of ranks, and the table of them."""
+"""Accuracies by group of classes equal a naive computation, on any number of ranks; and their table."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ CLASSES, IMAGES = len(TRAIN_COUNTS), 101
 
 
 def predictions():
-    """Labels, the sixth class without any, and logits that are right about half the time."""
+    """Logits that are right about half the time, and labels, with no image of the sixth class."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, CLASSES - 1, (IMAGES,), generator=generator)
     labels[labels == 5] = CLASSES - 1
@@ -31,7 +31,7 @@ def predictions():
 
 
 def naive(logits, labels, train_counts):
-    """The record of results.json, one image after another."""
+    """The record of results.json, computed image by image."""
     groups = ["many" if n > 100 else "few" if n < 20 else "medium" for n in train_counts.tolist()]
     names, classes = ["many", "medium", "few"], range(len(groups))
     ranked = [sorted(classes, key=lambda c, row=row: -row[c]) for row in logits.tolist()]
@@ -69,7 +69,7 @@ def counted(logits, labels, train_counts, batch=16):
     return counts.results()
 
 
-def test_thresholds():
+def test_many_shot_is_above_100_and_few_shot_below_20_training_images():
     assert shot_groups(torch.tensor([101, 100, 99, 20, 19, 0])).tolist() == [0, 1, 1, 1, 2, 2]
 
 
@@ -89,8 +89,8 @@ def counted_per_class(*hits, train_counts=None):
     return counted(logits, labels, torch.full((num_classes,), 5) if train_counts is None else train_counts)
 
 
-def test_class_mean_by_hand():
-    """Of an unbalanced test list, whose third class has no image."""
+def test_the_class_mean_of_an_unbalanced_list_is_the_mean_of_its_class_accuracies():
+    """The third class has no image."""
     results = counted_per_class([1, 1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0], [], [0, 1])
     assert results["overall"] == 9 / 14
     assert results["class_mean"] == (7 / 8 + 1 / 4 + 1 / 2) / 3 == 0.5416666666666666
@@ -106,7 +106,7 @@ def test_class_mean_of_a_balanced_list_is_the_same_float_as_overall():
         results = counted_per_class(*hits)
         assert results["class_mean"] == results["overall"]
         differing += sum(results["per_class"]) / 7 != results["overall"]
-    assert differing  # the plain mean of floats is not
+    assert differing  # the plain mean of floats differs
 
 
 def test_equal_class_means_are_ties_whichever_classes_were_right():
@@ -118,7 +118,7 @@ def test_equal_class_means_are_ties_whichever_classes_were_right():
     assert exact == other_exact and plain != other_plain
 
 
-def test_up_to_a_thousand_classes_the_confusion_matrix_is_full():
+def test_the_confusion_matrix_is_full_up_to_1000_classes():
     for num_classes in (1000, 1001):
         train_counts = torch.arange(num_classes) % 150
         labels = torch.arange(num_classes)
@@ -131,7 +131,7 @@ def test_up_to_a_thousand_classes_the_confusion_matrix_is_full():
         assert results["overall"] == results["class_mean"] == 0
 
 
-def test_names_of_the_classes_come_with_the_results():
+def test_results_contain_the_class_names():
     counts = ShotAccuracy(TRAIN_COUNTS, CPU, list("abcdefgh"))
     counts.update(*predictions())
     assert counts.results()["classes"] == list("abcdefgh")
@@ -144,7 +144,7 @@ def test_groups_without_classes_or_without_images_are_null():
     assert results["few"] is None and results["many"] is not None
 
 
-def test_without_images_there_is_nothing_to_average():
+def test_accuracies_are_null_without_images():
     results = counted(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.long), TRAIN_COUNTS)
     assert results["count"] == 0
     assert {results[name] for name in ("overall", "class_mean", "top5", "many", "medium", "few")} == {None}
@@ -161,19 +161,19 @@ def test_top5_of_five_classes_or_fewer_is_always_right(classes):
     assert results == naive(logits, labels, train_counts)
 
 
-def test_batches_do_not_matter():
+def test_the_batch_size_does_not_change_the_results():
     results = [counted(*predictions(), TRAIN_COUNTS, batch) for batch in (1, 16, 200)]
     assert results[0] == results[1] == results[2]
 
 
 class Batches(list):
-    """Stands for a loader: batches (views, labels, indices)."""
+    """Replaces a loader: batches (views, labels, indices)."""
 
     name = "test"
 
 
 class Model(nn.Module):
-    """Stands for a network: applies a function to images, and keeps what it returned last."""
+    """Replaces a network: applies a function to images, and keeps what it returned last."""
 
     def __init__(self, function):
         super().__init__()
@@ -186,7 +186,7 @@ class Model(nn.Module):
 
 
 def state():
-    """What an evaluation takes from a training state."""
+    """What an evaluation needs from a training state."""
     args = SimpleNamespace(print_freq=1000, evaluate=True)
     return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext, classes=None)
 
@@ -208,7 +208,7 @@ def test_every_image_counts_once_on_any_number_of_ranks(world):
     assert on_ranks(world, evaluated, world) == [expected] * world
 
 
-def test_more_ranks_than_images():
+def test_more_ranks_than_images_give_the_same_results():
     assert on_ranks(3, two_images) == [naive(*(x[:2] for x in predictions()), TRAIN_COUNTS)] * 3
 
 
@@ -230,7 +230,7 @@ def test_evaluation_computes_no_gradient():
 RESULT = {"overall": 0.5536, "class_mean": 0.41, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
 
 
-def test_table():
+def test_the_table_shows_per_cent_and_a_dash_for_null():
     assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
         "|                 | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
         "|:----------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
@@ -239,7 +239,7 @@ def test_table():
     )
 
 
-def test_a_table_says_how_few_test_images_few_shot_rests_on():
+def test_the_table_says_if_few_shot_classes_have_fewer_than_50_test_images():
     def below(*test_counts):
         rows = {
             f"run {i}": RESULT | {"train_counts": [500, 19, 3], "test_counts": n} for i, n in enumerate(test_counts)
@@ -251,7 +251,7 @@ def test_a_table_says_how_few_test_images_few_shot_rests_on():
     assert below([9, 40, 40], [9, 3, 4], [9, 1, 0], [9, 4, 3])[1].startswith("Few: 1 to 7 test images")
 
 
-def test_report_of_a_run_before_class_means_were_written(tmp_path, capsys):
+def test_the_report_computes_the_class_mean_that_an_old_run_lacks(tmp_path, capsys):
     record = {name: value for name, value in RESULT.items() if name != "class_mean"}
     record |= {"classifier": "linear", "per_class": [0.5, None, 0.25], "train_counts": [9, 9, 9]}
     (tmp_path / "results.json").write_text(json.dumps([record]))
@@ -259,7 +259,7 @@ def test_report_of_a_run_before_class_means_were_written(tmp_path, capsys):
     assert "| 37.5 |" in capsys.readouterr().out.replace("  ", "")
 
 
-def test_report_of_several_runs(tmp_path, capsys):
+def test_the_report_has_one_row_per_run_and_classifier(tmp_path, capsys):
     for run, classifiers in (("one", ["linear"]), ("three", ["hard", "soft"])):
         (tmp_path / run).mkdir()
         records = [{"classifier": name, "per_class": [0.41], **RESULT} for name in classifiers]
@@ -272,7 +272,7 @@ def test_report_of_several_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "{", ""])
-def test_report_without_results(tmp_path, capsys, content):
+def test_a_report_without_valid_results_ends_in_one_line(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     assert report.main([str(tmp_path)]) == 2

@@ -1,4 +1,4 @@
-"""python -m utils.export: what other programs read computes what the network computes."""
+"""python -m utils.export: the exported networks compute what the original computes."""
 
 import json
 import pickletools
@@ -37,7 +37,7 @@ def assert_mistake(outcome, *words):
 
 
 def network(stage, arch):
-    """A network of a stage with weights, statistics and scales that are not those of a start."""
+    """A network of a stage whose weights, statistics and scales are not the initial ones."""
     torch.manual_seed(5)
     model = BUILD[stage](arch).eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def choice(classifier):
     ("stage", "classifier", "arch"),
     [*((*of, "resnet18") for of in CLASSIFIERS), ("ii", "hard", "resnext50_32x4d"), ("iii", "soft", "resnext50_32x4d")],
 )
-def test_torchvision_computes_the_same(tmp_path, run, stage, classifier, arch):
+def test_torchvisions_network_computes_the_same_logits(tmp_path, run, stage, classifier, arch):
     model = write(stage, arch, tmp_path / "checkpoint")
     status, out, err = run(tmp_path / "checkpoint", tmp_path / "out.pth", *choice(classifier))
     assert (status, err) == (0, "") and arch in out and "5 classes" in out
@@ -87,7 +87,7 @@ def test_torchvision_computes_the_same(tmp_path, run, stage, classifier, arch):
     ("stage", "classifier", "arch"),
     [*((stage, classifier, "resnet8") for stage, classifier in CLASSIFIERS), ("ii", "hard", "resnet18")],
 )
-def test_onnx_computes_the_same_for_any_batch(tmp_path, run, stage, classifier, arch):
+def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run, stage, classifier, arch):
     pytest.importorskip("onnxscript", reason="the optional package onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
     names = ["a", "b", "c", "d", "ä"]
@@ -120,13 +120,13 @@ def test_the_published_scripts_resume_the_published_format(trained, tmp_path, ru
     theirs = PublishedRun(stage)
     assert theirs.resume(file)[0] == 2
     theirs.step()
-    again = models.load(file)  # and so does this code
+    again = models.load(file)  # this code reads it, too
     assert all(torch.equal(v, ours[f"module.{k}"]) for k, v in again.state_dict().items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_published_format_needs_nothing_newer_than_pytorch_1_4(trained, tmp_path, run, stage):
-    """It is no zip file, and names only what that version has."""
+    """It is not a zip file, and refers only to what that version has."""
     file = tmp_path / "published.pth.tar"
     assert run(trained[stage] / LAST, file, "--format", "published")[0] == 0
     known = {
@@ -143,7 +143,7 @@ def test_the_published_format_needs_nothing_newer_than_pytorch_1_4(trained, tmp_
             assert all(code.proto <= 2 for code, _, _ in operations)
 
 
-def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path, run):
+def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):
     write("ii", "resnet18", tmp_path / "checkpoint")
     out = tmp_path / "out.pth"
     out.write_bytes(b"precious")

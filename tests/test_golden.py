@@ -1,4 +1,4 @@
-"""SSFL, SLG and SDL against the numbers that the published modules computed (tests/golden/README.md)."""
+"""SSFL, SLG and SDL, compared with the numbers that the published modules computed (tests/golden/README.md)."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows; run by hand where there is one: pytest -m gpu."""
+"""Tests that need a CUDA device: pytest -m gpu."""
 
 from types import SimpleNamespace
 
@@ -19,14 +19,14 @@ def run(stage, data, out, *flags):
 
 
 @pytest.mark.parametrize("numerics", ["--amp bf16", "--amp fp16", "--channels-last --tf32", "--augment device"])
-def test_three_stages(plain_tree, tmp_path, numerics):
+def test_all_stages_train_on_a_gpu(plain_tree, tmp_path, numerics):
     flags = numerics.split()
     run("i", plain_tree, tmp_path / "i", *flags)
     run("ii", plain_tree, tmp_path / "ii", *flags, "--last_stage_ckpt", tmp_path / "i" / LAST)
     run("iii", plain_tree, tmp_path / "iii", *flags, "--teacher_ckpt", tmp_path / "ii" / LAST)
 
 
-def test_compiled_and_resumed(plain_tree, tmp_path):
+def test_a_compiled_run_resumes_and_keeps_plain_names(plain_tree, tmp_path):
     first = run("i", plain_tree, tmp_path, "--compile", "--epochs", 1)
     second = run("i", plain_tree, tmp_path, "--compile", "--epochs", 2, "--resume", "auto")
     assert first["state_dict"].keys() == second["state_dict"].keys()
@@ -42,7 +42,7 @@ def test_resume_is_exact_with_deterministic_algorithms(plain_tree, tmp_path):
         assert torch.equal(value, parts["state_dict"][name]), name
 
 
-def test_contrastive_loss_equals_the_cpu_s():
+def test_the_contrastive_loss_equals_that_on_the_cpu():
     torch.manual_seed(0)
     q, k = (torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for _ in range(2))
     queue = torch.nn.functional.normalize(torch.randn(32, 5000), dim=0)
@@ -54,7 +54,7 @@ def test_contrastive_loss_equals_the_cpu_s():
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_a_step_takes_what_the_memory_check_counts_or_more(amp):
+def test_a_step_needs_at_least_what_the_memory_check_counts(amp):
     device, args = torch.device("cuda", 0), SimpleNamespace(amp=amp, image_size=64, momentum=0.9)
     before = torch.cuda.memory_allocated()
     model = SSFL("resnet18", 5, dim=16, queue_size=640).to(device).train()

@@ -134,7 +134,7 @@ def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([b"a", b" ", b"7", b"\n", b"\r", b"..", b"/", b"\xef\xbb\xbf", b"\0", b"\t"])))
-def test_likely_bytes_raise_nothing_but_user_errors(pieces):
+def test_pieces_of_lists_raise_nothing_but_user_errors(pieces):
     test_arbitrary_bytes_raise_nothing_but_user_errors.hypothesis.inner_test(b"".join(pieces))
 
 
@@ -165,7 +165,7 @@ def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
         class_folders(tmp_path, "test", classes)
 
 
-def test_a_fifo_in_a_class_folder_is_missing(tmp_path):
+def test_a_fifo_in_a_class_folder_counts_as_missing(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
         (tmp_path / split / "cat" / "1.png").touch()

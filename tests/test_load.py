@@ -29,7 +29,7 @@ def write(content, path, **options):
 
 
 def state_of(stage, **changes):
-    """A state dict with `module.`, with entries replaced, or without those that are None; `__` stands for a dot."""
+    """A state dict with `module.`, with entries replaced, or removed if they are None; `__` stands for a dot."""
     state_dict = dict(BUILD[stage]("resnet8").state_dict())
     state_dict |= {name.replace("__", "."): value for name, value in changes.items()}
     return {f"module.{name}": value for name, value in state_dict.items() if value is not None}
@@ -51,7 +51,7 @@ def test_load_is_the_function_and_its_module_is_importable():
 
 
 @pytest.mark.parametrize(("stage", "arch"), CASES)
-def test_load_gives_the_network(stage, arch, tmp_path):
+def test_load_builds_the_network_with_its_weights(stage, arch, tmp_path):
     model = BUILD[stage](arch)
     file = write({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "file")
     loaded = models.load(file)
@@ -63,7 +63,7 @@ def test_load_gives_the_network(stage, arch, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_load_takes_what_a_stage_saved(stage, trained):
+def test_load_reads_what_a_stage_saved(stage, trained):
     loaded = models.load(str(trained[stage] / LAST))
     saved = checkpoint(trained[stage])["state_dict"]
     assert same({f"module.{k}": v for k, v in loaded.state_dict().items()}, saved)
@@ -88,11 +88,11 @@ def test_half_precision_and_a_float_label_queue_are_converted(tmp_path):
     assert model.label_queue.tolist() == [3] * 32 and model.label_queue.dtype == torch.long
 
 
-# ---- what is no checkpoint
+# ---- files that are not checkpoints
 
 
 class Malicious:
-    """Makes a folder when it is loaded by a loader that runs code."""
+    """Makes a folder if a loader that runs code loads it."""
 
     def __init__(self, target):
         self.target = target
@@ -106,7 +106,7 @@ FORMATS = pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"]
 
 
 @FORMATS
-def test_code_does_not_run(options, tmp_path):
+def test_code_in_a_checkpoint_does_not_run(options, tmp_path):
     target = tmp_path / "ran"
     file = write({"state_dict": state_of("ii"), "args": Malicious(target)}, tmp_path / "file", **options)
     assert "mkdir" in refusal(file) and not target.exists()
@@ -121,23 +121,23 @@ def half(content):
 def test_garbage_is_refused(spoil, options, tmp_path):
     file = write({"state_dict": state_of("ii")}, tmp_path / "file", **options)
     file.write_bytes(spoil(file.read_bytes()))
-    assert "damaged or no checkpoint" in refusal(file)
+    assert "damaged or not a checkpoint" in refusal(file)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"classifier_t__scales": None}, "classifier_t.scales"),
         ({"classifier_kd__weight": torch.zeros(3, 64)}, "classifier_kd.weight"),
         ({"extra": torch.zeros(1)}, "extra"),
         ({"encoder_q__conv1__weight": None}, "known backbone"),
-        ({"classifier__bias": None}, "of no stage"),
-        ({"classifier__bias": torch.tensor(1.0)}, "of no stage"),
+        ({"classifier__bias": None}, "to no stage"),
+        ({"classifier__bias": torch.tensor(1.0)}, "to no stage"),
         ({"encoder_k__conv1__weight": torch.zeros(1)}, "of stage I, but has no queue"),
     ],
 )
-def test_the_entry_that_does_not_fit_is_named(changes, told, tmp_path):
-    assert told in refusal(write({"state_dict": state_of("iii", **changes)}, tmp_path / "file"))
+def test_the_entry_that_does_not_fit_is_named(changes, reason, tmp_path):
+    assert reason in refusal(write({"state_dict": state_of("iii", **changes)}, tmp_path / "file"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_content_of_no_stage_is_refused(content, tmp_path):
     refusal(write(content, tmp_path / "file"))
 
 
-# ---- what is no regular file
+# ---- files that are not regular
 
 
 def test_a_missing_file_is_an_oserror(tmp_path):
@@ -184,11 +184,11 @@ def test_only_regular_files_are_opened(kind, tmp_path, monkeypatch):
         models.load(path)
 
 
-# ---- what would take more memory than the file
+# ---- files that would unpack to more than their size
 
 
 def rewritten(file, change=lambda name, content: content, **options):
-    """The zip file with its members written anew: change(name, content) gives the new content."""
+    """Rewrites a zip file with the members' content changed by change(name, content)."""
     with zipfile.ZipFile(file) as source:
         members = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(file, "w", **options) as target:
@@ -209,7 +209,7 @@ def test_members_that_overlap_are_refused(tmp_path):
         largest = max(archive.infolist(), key=lambda member: member.file_size)
         archive.filelist += [largest] * 10
         archive.writestr("more", b"")
-    assert "larger than the whole" in refusal(file)
+    assert "larger than the file" in refusal(file)
 
 
 def test_a_large_pickle_is_refused(tmp_path):
@@ -244,7 +244,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux shows it")
 def test_a_refused_file_costs_no_memory(tmp_path):
-    """One of 1 GiB of zeros that the network has no entry for, and one of 256 MiB once it is decompressed."""
+    """One has 1 GiB of zeros in an entry that the network lacks, one has 256 MiB when decompressed."""
     state_dict = state_of("ii", extra=torch.zeros(0))
     with torch.serialization.skip_data():  # a sparse file, which takes no room on the disk
         zeros = write({"state_dict": state_dict | {"module.extra": torch.empty(2**28)}}, tmp_path / "zeros")
@@ -255,9 +255,9 @@ def test_a_refused_file_costs_no_memory(tmp_path):
 
     command = [sys.executable, "-c", PEAK, zeros, packed]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, told in zip(lines, ("at extra", "compressed"), strict=True):
+    for line, reason in zip(lines, ("at extra", "compressed"), strict=True):
         mib, text = line.split(maxsplit=1)
-        assert told in text and int(mib) < 128
+        assert reason in text and int(mib) < 128
 
 
 # ---- tensors and values that no network has
@@ -268,7 +268,7 @@ def stretched():
     return torch.zeros(1).expand(10**6, 64)
 
 
-@pytest.mark.filterwarnings("ignore")  # prototypes
+@pytest.mark.filterwarnings("ignore")  # torch warns that some of these are prototypes
 @pytest.mark.parametrize(
     "make",
     [
@@ -291,7 +291,7 @@ def test_a_tensor_that_is_not_dense_is_named(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "told"),
+    ("stage", "changes", "reason"),
     [
         ("ii", {"classifier__fc__weight": torch.zeros(5, 64, dtype=torch.int8)}, "int8"),
         ("ii", {"classifier__scales": torch.zeros(5, dtype=torch.complex64)}, "complex64"),
@@ -309,13 +309,13 @@ def test_a_tensor_that_is_not_dense_is_named(make, tmp_path):
         ("ii", {"encoder__bn1__running_var": torch.tensor([1.0] * 15 + [-1e-9])}, "variance below 0"),
     ],
 )
-def test_weights_that_no_network_has_are_named(stage, changes, told, tmp_path):
+def test_weights_that_no_network_has_are_named(stage, changes, reason, tmp_path):
     state_dict = state_of(stage, **changes)
     (name,) = (name.replace("__", ".") for name in changes)
-    with pytest.raises(ValueError, match=f"^{re.escape(name)} .*{told}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} .*{reason}"):
         models.check_weights(state_dict)
     text = refusal(write({"state_dict": state_dict}, tmp_path / "file"))
-    assert name in text and told in text
+    assert name in text and reason in text
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -328,7 +328,7 @@ def test_valid_weights_pass(stage):
 
 
 @pytest.mark.parametrize(
-    ("stage", "classifier", "changes", "told"),
+    ("stage", "classifier", "changes", "reason"),
     [
         ("i", "hard", {}, None),
         ("i", "hard", {"queue": None, "k_fc__0__weight": None}, None),  # the next stage does not take them
@@ -347,7 +347,7 @@ def test_valid_weights_pass(stage):
         ("ii", "hard", {"classifier__scales": None}, "classifier.scales is missing"),
     ],
 )
-def test_the_next_stage_names_what_is_missing(stage, classifier, changes, told):
+def test_the_next_stage_names_what_is_missing(stage, classifier, changes, reason):
     state_dict = state_of(stage, **changes)
 
     def load():
@@ -357,14 +357,14 @@ def test_the_next_stage_names_what_is_missing(stage, classifier, changes, told):
             models.SLG("resnet8", 5).load_pretrained(state_dict, classifier)
 
     for take in (load, lambda: models.check_complete(state_dict, classifier)):
-        if told is None:
+        if reason is None:
             take()
         else:
-            with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+            with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
                 take()
 
 
-def test_a_backbone_that_is_cut_is_named():
+def test_a_backbone_without_all_its_weights_is_refused():
     state_dict = state_of("ii", encoder__bn1__weight=None)
     with pytest.raises(ValueError, match=re.escape("encoder.bn1.weight is missing")):
         models.SDL("resnet8", 5).load_teacher(state_dict)

@@ -1,4 +1,4 @@
-"""Loaders: the same batches whatever the workers, and an end when a worker fails."""
+"""Loaders: the same batches for any number of workers, and an error if a worker fails."""
 
 import time
 from multiprocessing import active_children
@@ -49,7 +49,7 @@ def test_workers_do_not_change_the_batches(loaded, workers):
 
 
 def test_every_epoch_augments_an_image_differently(loaded):
-    """Persistent workers learn of the new epoch, too."""
+    """Persistent workers notice the new epoch, too."""
     for given in loaded.values():
         first, second = ({i: v for views, _, numbers in epoch for i, v in zip(numbers, views[0], strict=True)}
                          for epoch in given)  # fmt: skip
@@ -74,7 +74,7 @@ class Items:
 
 @pytest.fixture
 def quick_joins(monkeypatch):
-    """Lets torch wait 0.1 seconds for a worker instead of 5."""
+    """Makes torch wait 0.1 seconds for a worker instead of 5."""
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
 
 

@@ -1,4 +1,4 @@
-"""The losses: the contrastive one as plain code and streamed, and the distillation loss, against their formulas."""
+"""The contrastive loss, plain and streamed, and the distillation loss, compared with their formulas."""
 
 import math
 
@@ -14,7 +14,7 @@ CHUNK_SIZES = [None, 1, 7, 16, 49, 50, 64]  # the queue of `batch` has 50 keys
 
 
 def batch(n=7, dim=8, size=50, dtype=torch.float64):
-    """(q, k, labels, queue, label_queue), the queue with keys of no class among the others."""
+    """(q, k, labels, queue, label_queue); some keys in the queue have no class."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(*shape, dim):
@@ -26,7 +26,7 @@ def batch(n=7, dim=8, size=50, dtype=torch.float64):
 
 
 def contrastive_by_loops(q, k, labels, queue, label_queue):
-    """The formula in Python's own numbers."""
+    """The formula, computed with Python floats."""
     losses = []
     for i in range(len(q)):
         positive = math.exp(float(q[i] @ k[i]) / T)
@@ -45,7 +45,7 @@ def loss_and_gradient(loss_function, given, *options):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-def test_the_plain_contrastive_loss_is_the_formula(dtype, tolerance):
+def test_the_plain_contrastive_loss_equals_the_formula(dtype, tolerance):
     loss = contrastive_loss_plain(*batch(dtype=dtype), T)
     assert loss.shape == () and loss.dtype == dtype
     assert float(loss) == pytest.approx(contrastive_by_loops(*batch()), rel=tolerance)
@@ -84,7 +84,7 @@ def test_keys_of_the_same_class_do_not_count():
     masked = contrastive_loss(q, k, labels, queue, label_queue, T)
     torch.testing.assert_close(masked, contrastive_loss(q, k, labels, queue[:, others], label_queue[others], T))
     moved = queue.clone()
-    moved[:, ~others] = q[0][:, None]  # wherever they are, they do not change the loss
+    moved[:, ~others] = q[0][:, None]  # their values do not change the loss
     torch.testing.assert_close(masked, contrastive_loss(q, k, labels, moved, label_queue, T))
 
 
@@ -110,7 +110,7 @@ def test_without_any_negative_the_loss_is_zero(chunk_size):
 @pytest.mark.parametrize("chunk_size", [None, 7])
 @pytest.mark.parametrize("towards", [1, -1])
 def test_large_scores_do_not_overflow(chunk_size, towards):
-    """Scores of up to 1,000, whose exponentials no float holds, the positive being the largest or the smallest."""
+    """Scores of up to 1,000, whose exponentials overflow; the positive is the largest or the smallest."""
     q, _, labels, queue, label_queue = batch(dtype=torch.float32)
     given = q, towards * q, labels, queue, label_queue
     loss = contrastive_loss(*given, 1e-3, chunk_size)
@@ -119,7 +119,7 @@ def test_large_scores_do_not_overflow(chunk_size, towards):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_contrastive_stays_in_full_precision_under_autocast(half):
+def test_the_contrastive_loss_stays_in_full_precision_under_autocast(half):
     given = batch(dtype=torch.float32)
     with torch.autocast("cpu", half):
         assert (given[0] @ given[3]).dtype == half
@@ -127,7 +127,7 @@ def test_contrastive_stays_in_full_precision_under_autocast(half):
     torch.testing.assert_close(loss, contrastive_loss(*given, T), rtol=0, atol=0)
 
 
-def test_nothing_of_batch_times_queue_is_kept_for_backward():
+def test_nothing_of_the_size_batch_times_queue_is_kept_for_the_backward_pass():
     q, k, labels, queue, label_queue = batch(n=16, size=4096)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
@@ -136,7 +136,7 @@ def test_nothing_of_batch_times_queue_is_kept_for_backward():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-def test_distillation_is_the_formula(temperature):
+def test_the_distillation_loss_equals_the_formula(temperature):
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 6, CLASSES, generator=generator, dtype=torch.float64) * 3
     expected = 0.0
@@ -147,7 +147,7 @@ def test_distillation_is_the_formula(temperature):
     assert float(loss) == pytest.approx(temperature**2 * expected / 6, rel=1e-10)
 
 
-def test_distillation_gradients():
+def test_the_distillation_loss_has_a_gradient_for_the_student_alone():
     generator = torch.Generator().manual_seed(2)
     student, teacher = torch.randn(2, 4, CLASSES, generator=generator, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda s: distillation_loss(s, teacher, 2.0), student.clone().requires_grad_())
@@ -157,13 +157,13 @@ def test_distillation_gradients():
     assert teacher.grad is None and student.grad is not None
 
 
-def test_distillation_of_equals_is_zero():
+def test_the_distillation_loss_of_equal_logits_is_zero():
     logits = torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
     loss = distillation_loss(logits, logits, 2.0)
     loss.backward()
     assert abs(loss.item()) < 1e-12 and logits.grad.abs().max() < 1e-12
 
 
-def test_distillation_of_an_impossible_class():
+def test_the_distillation_loss_is_finite_for_a_probability_that_underflows():
     teacher = torch.tensor([[0.0, 0.0, -1e4]])  # a probability that underflows
     assert distillation_loss(torch.zeros(1, 3), teacher, 1.0).item() == pytest.approx(math.log(1.5))

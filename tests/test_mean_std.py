@@ -1,4 +1,4 @@
-"""--mean and --std reach training, evaluation and what a checkpoint brings."""
+"""--mean and --std reach training, evaluation and checkpoints."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ FLAGS = ["--mean", "0.5", "0.4", "0.3", "--std", "0.3", "0.2", "0.1"]
 
 
 @pytest.mark.parametrize("as_floats", [False, True])
-def test_normalize_by_hand(as_floats):
+def test_normalize_subtracts_the_mean_and_divides_by_the_standard_deviation(as_floats):
     images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
     mean, std = [0.5, 0.25, 0.0], (0.5, 0.1, 2)
     given = images.float() / 255 if as_floats else images
@@ -26,7 +26,7 @@ def test_normalize_by_hand(as_floats):
     assert torch.equal(normalize(images)[0], normalize(images[0]))
 
 
-def test_they_reach_training_and_evaluation(plain_tree, tmp_path):
+def test_mean_and_std_reach_training_and_evaluation(plain_tree, tmp_path):
     default = train("iii", plain_tree, tmp_path / "default", "--kd-weight", 0)
     same = train("iii", plain_tree, tmp_path / "same", "--kd-weight", 0, "--mean", *MEAN, "--std", *STD)
     other = train("iii", plain_tree, tmp_path / "other", "--kd-weight", 0, *FLAGS)
@@ -40,7 +40,7 @@ def test_they_reach_training_and_evaluation(plain_tree, tmp_path):
     assert results_of(tmp_path / "as saved") == results_of(other) != results_of(tmp_path / "given")
 
 
-def test_the_next_stage_takes_them_from_its_checkpoint(plain_tree, tmp_path):
+def test_the_next_stage_takes_mean_and_std_from_its_checkpoint(plain_tree, tmp_path):
     train("i", plain_tree, tmp_path / "i", *FLAGS)
     train("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", tmp_path / "i" / LAST)
     assert models.load(tmp_path / "ii" / LAST).transform.mean == (0.5, 0.4, 0.3)
@@ -59,12 +59,20 @@ def test_the_next_stage_takes_them_from_its_checkpoint(plain_tree, tmp_path):
         ("--std 0.5 0.5", ["--std"]),
     ],
 )
-def test_values_that_make_no_sense(plain_tree, tmp_path, flags, words):
+def test_invalid_values_of_mean_and_std_are_refused(plain_tree, tmp_path, flags, words):
     assert_mistake(run_stage("i", plain_tree, tmp_path, *flags.split()), *words)
 
 
-def test_they_are_lists_of_numbers(tmp_path):
+def test_mean_and_std_are_parsed_as_three_numbers(tmp_path):
     parse = ssd_stage_i.get_parser().parse_args
     assert (parse([str(tmp_path)]).mean, parse([str(tmp_path)]).std) == (list(MEAN), list(STD))
     args = parse([*FLAGS, str(tmp_path)])
     assert (args.mean, args.std, args.data) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1], str(tmp_path))
+
+
+@pytest.mark.parametrize("mean", [[0.5, 0.5], [0.5] * 4, 0.5, [0.5, 0.5, 3.0], [0.5, 0.5, "x"]])
+def test_a_checkpoint_with_an_invalid_mean_is_refused(trained, plain_tree, tmp_path, mean):
+    content = torch.load(trained["ii"] / LAST, weights_only=True)
+    file = tmp_path / "file"
+    torch.save(content | {"args": content["args"] | {"mean": mean}}, file)
+    assert_mistake(run_stage("ii", plain_tree, tmp_path / "run", "--resume", file), file, "--mean")

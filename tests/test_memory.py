@@ -1,4 +1,4 @@
-"""The check of memory before the first step: what it counts, what it says, and that it changes nothing."""
+"""The memory check before the first step: what it counts, what it prints, and that it changes nothing."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ HUGE = ("--image-size", 1024, "-b", 100)
 
 
 def arguments(**changed):
-    """What the check reads of a run's arguments."""
+    """The arguments of a run that the check reads."""
     values = {
         "amp": "none", "image_size": 32, "momentum": 0.9, "batch_size": 4, "evaluate": False, "memory_check": True,
         "compile": False,
@@ -33,7 +33,7 @@ def arguments(**changed):
 
 
 def build(stage, arch, **options):
-    """A stage's network, of zeros, which takes no time."""
+    """A stage's network filled with zeros, which is fast."""
     with torch.device("meta"):
         if stage == "i":
             model = SSFL(arch, 7, dim=16, queue_size=50, **options)
@@ -47,7 +47,7 @@ def build(stage, arch, **options):
 
 
 def saved_by_a_real_step(stage, model, batch_size, args) -> int:
-    """Bytes of the storages that autograd saves in a step as the stages' scripts write it, less what exists before."""
+    """Bytes of the storages that autograd saves in a step of a stage's script, without those that existed before."""
     views = [torch.zeros(batch_size, 3, args.image_size, args.image_size) for _ in range(2 if stage == "i" else 1)]
     labels = torch.zeros(batch_size, dtype=torch.long)
     kept = []
@@ -74,7 +74,7 @@ def saved_by_a_real_step(stage, model, batch_size, args) -> int:
 
 @pytest.mark.parametrize("arch", BACKBONES)
 @pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-def test_counts_to_the_byte_what_a_real_step_saves(stage, arch):
+def test_the_check_counts_to_the_byte_what_a_real_step_saves(stage, arch):
     model = build(stage, arch)
     counted = step_memory(model, 3, arguments(), CPU).saved
     assert counted == saved_by_a_real_step(stage, model, 3, arguments()) > 0
@@ -87,7 +87,7 @@ def test_counts_to_the_byte_what_a_real_step_saves(stage, arch):
     assert real - counted in (0, 4 * channels)
 
 
-def test_without_contrast_stage_i_saves_what_the_student_without_teacher_does():
+def test_stage_i_without_contrast_saves_as_much_as_stage_iii_without_teacher():
     baseline, student = build("i", "resnet8", contrast=False), build("iii", "resnet8", distill=False)
     counted = step_memory(baseline, 4, arguments(), CPU)
     assert counted.saved == saved_by_a_real_step("iii", student, 4, arguments())
@@ -95,12 +95,12 @@ def test_without_contrast_stage_i_saves_what_the_student_without_teacher_does():
 
 
 @pytest.mark.parametrize("stage", ["ii", "iii"])
-def test_counts_to_the_byte_with_a_frozen_batchnorm(stage):
+def test_the_check_counts_to_the_byte_with_a_frozen_batchnorm(stage):
     model = build(stage, "resnet8", freeze_bn=True)
     assert step_memory(model, 4, arguments(), CPU).saved == saved_by_a_real_step(stage, model, 4, arguments())
 
 
-def test_parameters_gradients_and_momentum_by_hand():
+def test_parameters_gradients_and_momentum_are_those_computed_by_hand():
     backbone = sum(p.numel() for p in build("ii", "resnet8").encoder.parameters())
     statistics = sum(b.numel() * b.element_size() for b in build("ii", "resnet8").encoder.buffers())
     head, projection = 64 * 7 + 7, 64 * 64 + 64 + 64 * 16 + 16
@@ -145,7 +145,7 @@ def test_a_compiled_model_is_counted_as_it_is_written():
     assert step_memory(model, 4, arguments(), CPU) == expected
 
 
-def test_a_process_takes_more_than_the_bound(capsys):
+def test_a_real_process_needs_more_than_the_lower_bound(capsys):
     assert measure_memory(["--stages", "i", "--settings", "resnet8:64:64", "--amp", "none"]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     assert float(row.split("|")[-2]) > 1, row
@@ -174,18 +174,18 @@ def test_a_run_has_the_same_result_with_and_without_the_check(plain_tree, traine
     assert results_of(run) == results_of(trained["i"])
 
 
-# ---- what is said
+# ---- what is printed
 
 
 def offer(monkeypatch, size):
-    """Lets the system offer so many bytes; None: it does not tell."""
+    """Makes the system offer `size` bytes; None: it does not say."""
     found = None if size is None else (int(size), "MemAvailable")
     monkeypatch.setattr(memory, "available_memory", lambda *_: found)
 
 
 @pytest.mark.parametrize("stage", ["i", "ii", "iii"])
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_the_batch_that_it_names_is_the_largest_that_fits(stage, amp, monkeypatch):
+def test_the_batch_size_in_the_message_is_the_largest_that_fits(stage, amp, monkeypatch):
     model, args = build(stage, "resnet8"), arguments(amp=amp, image_size=64, batch_size=10**6)
     for limit in (300 * MIB, 33 * GIB + 7):
         offer(monkeypatch, limit - step_memory(model, 2, args, CPU).model)
@@ -197,26 +197,26 @@ def test_the_batch_that_it_names_is_the_largest_that_fits(stage, amp, monkeypatc
             assert step_memory(model, size + 1, args, CPU).total() > int(share * limit)
 
 
-def test_one_line_names_need_supply_and_what_helps(monkeypatch):
+def test_the_message_names_needed_and_available_memory_and_what_helps(monkeypatch):
     offer(monkeypatch, 20 * GIB)
     with pytest.raises(UserError) as error:
         check_memory(build("i", "resnext50_32x4d"), 256, arguments(image_size=224, batch_size=256), CPU)
     assert error.value.on_all_ranks
     assert re.fullmatch(
-        r"--batch-size 256: a training step needs at least 27\.\d GiB per process, 20\.2 GiB can be had "
+        r"--batch-size 256: a training step needs at least 27\.\d GiB per process, 20\.2 GiB are available "
         r"\(MemAvailable\); at most 1[89]\d can fit, 13\d leaves room; smaller --image-size, smaller --arch and "
-        r"--amp bf16 need less; --no-memory-check goes on",
+        r"--amp bf16 need less; --no-memory-check skips this check",
         str(error.value),
     )
 
 
-def test_says_if_no_batch_fits(monkeypatch):
+def test_the_message_says_if_no_batch_fits(monkeypatch):
     offer(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"0\.0 GiB can be had .*; none can fit; "):
+    with pytest.raises(UserError, match=r"0\.0 GiB are available .*; none can fit; "):
         check_memory(build("i", "resnet8"), 4, arguments(), CPU)
 
 
-def test_says_nothing_if_there_is_enough_or_it_is_not_to(monkeypatch, capsys):
+def test_nothing_is_printed_if_there_is_enough_memory_or_the_check_is_off(monkeypatch, capsys):
     model = build("i", "resnet8")
     offer(monkeypatch, 100 * GIB)
     check_memory(model, 4, arguments(), CPU)
@@ -229,7 +229,7 @@ def test_says_nothing_if_there_is_enough_or_it_is_not_to(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("share, warns", [(0.69, False), (0.71, True), (0.99, True)])
-def test_warns_if_it_takes_more_than_seventy_per_cent(share, warns, monkeypatch, capsys):
+def test_a_step_that_needs_more_than_seventy_per_cent_gives_a_warning(share, warns, monkeypatch, capsys):
     model = build("i", "resnet8")
     step = step_memory(model, 64, arguments(), CPU)
     offer(monkeypatch, step.total() / share - step.model)
@@ -238,15 +238,15 @@ def test_warns_if_it_takes_more_than_seventy_per_cent(share, warns, monkeypatch,
     assert said.startswith("warning: a training step needs at least ") and said.count("\n") == 1 if warns else not said
 
 
-def test_compiled_backbones_are_warned_of_alone(monkeypatch, capsys):
-    """They save less than what is counted."""
+def test_compiled_backbones_give_a_warning_instead_of_an_error(monkeypatch, capsys):
+    """They save less than the check counts."""
     offer(monkeypatch, 0)
     check_memory(build("i", "resnet8"), 64, arguments(compile=True), CPU)
     assert capsys.readouterr().out.startswith("warning: ")
 
 
 def check_on_rank(rank, sizes):
-    """The check of two processes of a node, whose system offers each so much."""
+    """The check in one of two processes of a node; sizes: what the system offers each."""
     set_dist_info(DistInfo(rank, 2, rank, 2))
     memory.available_memory = lambda *_: (sizes[rank], "MemAvailable")
     try:
@@ -259,7 +259,7 @@ def test_all_ranks_raise_the_same_if_one_has_too_little():
     first, second = on_ranks(2, check_on_rank, [GIB, 10 * MIB])
     assert first == second and first[1]
     most = int(re.search(r"at most (\d+) can fit", first[0])[1])
-    assert 0 < most < 128 and most % 2 == 0  # of the node
+    assert 0 < most < 128 and most % 2 == 0  # images per step of the node
 
 
 # ---- from the command line
@@ -268,7 +268,7 @@ def test_all_ranks_raise_the_same_if_one_has_too_little():
 @pytest.mark.parametrize(
     "stage, flags", [("i", ["--moco-k", 200]), ("iii", ["--kd-weight", 0]), ("i", ["--moco-k", 200, *TWO])]
 )
-def test_refuses_in_one_line_what_the_address_space_cannot_hold(plain_tree, tmp_path, stage, flags):
+def test_a_step_that_the_address_space_cannot_hold_is_refused_in_one_line(plain_tree, tmp_path, stage, flags):
     with limited_memory(GIB):
         outcome = run_stage(stage, plain_tree, tmp_path / "run", *HUGE, *flags)
     assert outcome.status == 2 and outcome.err.count("\n") == 1
@@ -276,23 +276,23 @@ def test_refuses_in_one_line_what_the_address_space_cannot_hold(plain_tree, tmp_
     assert not (tmp_path / "run" / "args.json").exists()
 
 
-def test_without_the_check_the_run_goes_on(plain_tree, tmp_path):
+def test_without_the_check_the_run_starts(plain_tree, tmp_path):
     with limited_memory(GIB):
         outcome = run_stage("iii", plain_tree, tmp_path / "run", "--kd-weight", 0, *HUGE, "--no-memory-check")
     assert outcome.status == 2 and "out of memory" in outcome.err and "--no-memory-check" not in outcome.err
     assert (tmp_path / "run" / "args.json").exists()
 
 
-def test_a_refused_run_leaves_a_former_one_as_it_was(plain_tree, tmp_path, monkeypatch):
+def test_a_refused_run_leaves_an_earlier_one_as_it_was(plain_tree, tmp_path, monkeypatch):
     run = train("i", plain_tree, tmp_path / "run", "--epochs", 1)
     offer(monkeypatch, 0)
     outcome = run_stage("i", plain_tree, run, "--overwrite")
-    assert outcome.status == 2 and "can be had" in outcome.err
+    assert outcome.status == 2 and "are available" in outcome.err
     assert checkpoint(run)["epoch"] == 1 and results_of(run)
     assert run_stage("i", plain_tree, run, "--evaluate", "--resume", run / LAST).status == 0
 
 
-# ---- what there is
+# ---- what is available
 
 
 def write(folder, **files):
@@ -301,7 +301,7 @@ def write(folder, **files):
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_control_groups_of_version_2_along_the_path(tmp_path):
+def test_limits_of_control_groups_version_2_are_read_along_the_path(tmp_path):
     write(tmp_path / "proc/self", cgroup="0::/user/job/step")
     root = tmp_path / "cgroup"
     write(root, memory__stat="anon 5")  # the root has no limit
@@ -316,7 +316,7 @@ def test_control_groups_of_version_2_along_the_path(tmp_path):
     assert [size for size, _ in free_in_cgroups(tmp_path / "proc", root)] == [800, 500]
 
 
-def test_control_groups_of_version_1(tmp_path):
+def test_limits_of_control_groups_version_1_are_read(tmp_path):
     write(tmp_path / "proc/self", cgroup="5:cpu,cpuacct:/a\n4:memory:/a/b\n0::/")
     root = tmp_path / "cgroup"
     write(root / "memory/a/b", memory__limit_in_bytes=1000, memory__usage_in_bytes=1200)
@@ -327,12 +327,12 @@ def test_control_groups_of_version_1(tmp_path):
     assert [size for size, _ in free_in_cgroups(tmp_path / "proc", root)] == [0, 800]
 
 
-def test_a_system_that_tells_nothing(tmp_path):
+def test_a_system_without_these_files_gives_no_limit(tmp_path):
     assert list(free_in_cgroups(tmp_path, tmp_path)) == []
     assert list(memory.free_memory(tmp_path)) == list(memory.free_address_space(tmp_path)) == []
 
 
-def test_available_memory_is_the_least_and_shared_but_for_the_address_space(monkeypatch):
+def test_available_memory_is_the_smallest_limit_of_which_processes_share_all_but_the_address_space(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: [(1000, "MemAvailable")])
     monkeypatch.setattr(memory, "free_in_cgroups", lambda: [(900, "group"), (2000, "group")])
     monkeypatch.setattr(memory, "free_address_space", lambda: [(400, "ulimit")])
@@ -343,7 +343,7 @@ def test_available_memory_is_the_least_and_shared_but_for_the_address_space(monk
     assert available_memory(CPU) is None
 
 
-def test_the_limit_of_the_address_space():
+def test_the_limit_of_the_address_space_is_counted():
     with limited_memory(GIB):
         ((size, _),) = memory.free_address_space()
     assert GIB - 200 * MIB < size <= GIB

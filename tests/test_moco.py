@@ -21,7 +21,7 @@ def numbered(first, count):
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 3), (10, 4), (3, 3), (10, 1), (7, 6)])
-def test_the_queue_is_a_ring(size, batch):
+def test_the_queue_replaces_its_oldest_keys_and_wraps_around(size, batch):
     state = init_queue(DIM, size)
     expected, given = [-1] * size, 0
     for _ in range(2 * size + 1):
@@ -116,7 +116,7 @@ def test_any_module_may_be_the_encoder(encoder, dtype):
 
 
 def test_encoders_without_parameters_give_the_formula():
-    """With pixels as features the whole forward pass can be written down."""
+    """With pixels as features, the complete forward pass can be written down."""
     model, (im_q, im_k, labels) = ssfl().double(), views(dtype=torch.float64)
     model.encoder_q, model.encoder_k = Pixels(), Pixels()
     head = {name: value.clone() for name, value in model.k_fc.state_dict().items()}
@@ -161,10 +161,10 @@ def test_the_key_view_trains_nothing():
     assert im_k.grad is None
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(("encoder_k.", "k_fc.")), name
-    assert model.encoder_k.bn1.num_batches_tracked == 1  # it runs in train mode all the same
+    assert model.encoder_k.bn1.num_batches_tracked == 1  # it runs in train mode nevertheless
 
 
-def test_key_encoder_starts_as_a_copy_and_follows():
+def test_the_key_encoder_starts_as_a_copy_and_follows():
     model, (im_q, im_k, labels) = ssfl(momentum=0.75), views()
     for query, key in ((model.encoder_q, model.encoder_k), (model.q_fc, model.k_fc)):
         for a, b in zip(query.state_dict().values(), key.state_dict().values(), strict=True):
@@ -286,7 +286,7 @@ def test_statistics_of_a_frozen_encoder_move_unless_frozen_too(freeze_bn):
         assert model.training and not model.eval().training and not encoder.training
 
 
-def test_frozen_statistics_are_used():
+def test_a_frozen_batchnorm_uses_its_running_statistics():
     images = views()[0]
     model = models.SLG("resnet8", CLASSES, freeze_bn=True)
     assert torch.equal(model.train()(images), model.eval()(images))
@@ -361,7 +361,7 @@ def test_stage_and_arch_are_inferred_from_a_state_dict(stage):
 
 
 def shuffled_means(rank):
-    """Features of this rank's images through the identity, what a BatchNorm was given, and its features."""
+    """This rank's images through the identity, the input that a BatchNorm received, and its output."""
     torch.manual_seed(10 + rank)
     images = torch.arange(4.0).view(4, 1) + 4 * rank
     identity = forward_shuffle_bn(nn.Identity(), images)
@@ -377,7 +377,7 @@ def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
     for rank, (identity, seen, _) in enumerate(outcomes):
         own = torch.arange(4.0) + 4 * rank
         assert torch.equal(identity, own)
-        assert set(seen.tolist()) != set(own.tolist())  # statistics of other images too
+        assert set(seen.tolist()) != set(own.tolist())  # statistics come from other images, too
     batches = [seen for _, seen, _ in outcomes]
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
     for rank, (_, _, normed) in enumerate(outcomes):
@@ -398,7 +398,7 @@ def trained_queue(rank):
     return [model.queue, model.label_queue, model.queue_ptr]
 
 
-def test_all_ranks_hold_the_keys_of_all():
+def test_the_queue_of_every_rank_holds_the_keys_of_all_ranks():
     first, second = on_ranks(2, trained_queue)
     assert all(map(torch.equal, first, second))
     queue, labels, position = first

@@ -1,7 +1,7 @@
-"""Checkpoints that earlier versions of this code wrote within an epoch resume here, and end as they did there.
+"""Checkpoints that an earlier version wrote within an epoch resume, with the results of that version.
 
-tests/fixtures holds them, with weights rounded to few bits so that they are small, and what the version that wrote them
-(commit f96584c) made of them. Losses and norms agree to 1e-3: processors differ in the last bits.
+tests/fixtures contains them, with weights rounded to a few bits so that they are small, and the results of the version
+that wrote them (commit f96584c). Losses and norms agree to 1e-3: processors differ in the last bits.
 """
 
 import json

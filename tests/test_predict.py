@@ -1,4 +1,4 @@
-"""python -m utils.predict, and the transform and class names that models.load carries."""
+"""python -m utils.predict, and the transform and class names of networks from models.load."""
 
 import copy
 import csv
@@ -55,7 +55,7 @@ def assert_mistake(outcome, *words):
 # ---- transform and classes
 
 
-def test_the_transform_is_evaluations(plain_tree):
+def test_the_transform_is_that_of_the_evaluation(plain_tree):
     file = next((plain_tree / "train").rglob("*.png"))
     transform = EvalTransform(SIZE)
     pixels = np.asarray(Image.open(file).convert("RGB")) / 255
@@ -81,7 +81,7 @@ def test_a_network_carries_the_size_it_was_trained_at(trained, stage):
     assert models.SLG("resnet8", 2).transform is None and models.SLG("resnet8", 2).classes is None
 
 
-def test_size_statistics_and_names_are_the_checkpoints(rewritten):
+def test_image_size_statistics_and_class_names_come_from_the_checkpoint(rewritten):
     args = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     model = models.load(rewritten(args=args, run={"image_size": 40}, classes=NAMES))
     assert model.classes == NAMES
@@ -90,7 +90,7 @@ def test_size_statistics_and_names_are_the_checkpoints(rewritten):
     torch.testing.assert_close(pixels[:, 7, 7], torch.tensor([0.5 / 0.2, -0.4 / 0.2, (0.2 - 0.3) / 0.1]))
 
 
-def test_without_any_record_the_size_is_224(trained, tmp_path):
+def test_without_a_saved_image_size_it_is_224(trained, tmp_path):
     content = torch.load(trained["ii"] / LAST, weights_only=True)
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "bare")
     model = models.load(tmp_path / "bare")
@@ -98,7 +98,7 @@ def test_without_any_record_the_size_is_224(trained, tmp_path):
     assert model.transform(Image.new("L", (300, 200))).shape == (3, 224, 224)
 
 
-def test_copies_and_pickles_keep_them(rewritten):
+def test_copies_and_pickles_keep_transform_and_class_names(rewritten):
     model = models.load(rewritten(classes=NAMES))
     image = Image.new("RGB", (50, 40), (9, 99, 199))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -108,7 +108,7 @@ def test_copies_and_pickles_keep_them(rewritten):
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "reason"),
     [
         ({"run": {"image_size": 10**9}}, "image_size"),
         ({"run": {}, "args": {"image_size": "large"}}, "image_size"),
@@ -121,14 +121,14 @@ def test_copies_and_pickles_keep_them(rewritten):
         ({"classes": [1] * CLASSES}, "classes"),
     ],
 )
-def test_records_that_make_no_sense_are_named(rewritten, entries, told):
+def test_invalid_entries_of_a_checkpoint_are_named(rewritten, entries, reason):
     file = rewritten(**entries)
-    with pytest.raises(ValueError, match=told) as caught:
+    with pytest.raises(ValueError, match=reason) as caught:
         models.load(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_three_lines_predict(trained, plain_tree):
+def test_a_network_predicts_from_its_own_transform(trained, plain_tree):
     file = next((plain_tree / "train" / "class0").glob("*.png"))
     model = models.load(trained["i"] / LAST)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_the_checkpoints_statistics_are_used(rewritten, plain_tree, run):
     assert rows[0] == rows[2] != rows[1]
 
 
-def test_folders_are_walked_in_order(trained, plain_tree, tmp_path, run):
+def test_folders_are_searched_in_sorted_order(trained, plain_tree, tmp_path, run):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("z.png", "a/y.PNG", "a/b/x.jpg"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
@@ -197,7 +197,7 @@ def test_folders_are_walked_in_order(trained, plain_tree, tmp_path, run):
     ]
 
 
-def test_an_unreadable_image_is_named_and_passed_over(trained, tmp_path, run):
+def test_an_unreadable_image_is_named_and_skipped(trained, tmp_path, run):
     for name in ("a.png", "c.png"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
@@ -227,7 +227,7 @@ def test_mistakes_end_in_one_line(trained, rewritten, plain_tree, tmp_path, run)
         assert_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(trained, plain_tree):
+def test_a_closed_pipe_ends_the_command_quietly(trained, plain_tree):
     command = [sys.executable, "-m", "utils.predict", trained["i"] / LAST, *[plain_tree / "train"] * 40, "-j", "1"]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()

@@ -1,4 +1,4 @@
-"""python -m datasets.prepare: every subcommand on small trees, and against a local HTTP server."""
+"""python -m datasets.prepare: every subcommand, on small trees and with a local HTTP server."""
 
 import gzip
 import hashlib
@@ -70,7 +70,7 @@ def small_manifest(tmp_path_factory, monkeypatch):
 
 @contextmanager
 def server(mode="whole", broken="train"):
-    """Serves the lists, that of the split `broken` as mode says; yields the address and the requested paths."""
+    """Serves the lists, the one of the split `broken` changed according to mode; yields address and requested paths."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -162,7 +162,7 @@ WHOLE = {f"ImageNet_LT_{split}.txt": content(split) for split in LISTS}
 # Published lists
 
 
-def test_git_blob_id_is_git_hash_object():
+def test_git_blob_id_equals_git_hash_object():
     assert published.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
@@ -301,7 +301,7 @@ def lists(tmp_path):
 
 @pytest.fixture
 def root(tmp_path):
-    """The images of all lists, as ILSVRC2012 has them."""
+    """The images of all lists, in the layout of ILSVRC2012."""
     folder = tmp_path / "images"
     for entries in LISTS.values():
         for path, _ in entries:
@@ -344,7 +344,7 @@ def test_missing_images_are_named_and_explained(lists, root, tmp_path, capsys):
 
 
 def check_links(out, root, flat=False):
-    """Checks that every image of every list is below out, as a link to the right image."""
+    """Checks that every image of every list is below out, as a link to the right file."""
     for split, entries in LISTS.items():
         for path, _ in entries:
             _, folder, name = path.split("/")
@@ -376,7 +376,7 @@ def test_links_are_made_once_and_missing_ones_added(lists, root, tmp_path, capsy
     check_links(out, moved)
 
 
-def test_links_to_a_sorted_tree(lists, root, tmp_path, capsys):
+def test_a_sorted_tree_can_be_linked_again(lists, root, tmp_path, capsys):
     succeeds(capsys, "imagenet-lt", "--out", lists, "--root", root, "--link", tmp_path / "one")
     succeeds(capsys, "imagenet-lt", "--out", lists, "--root", tmp_path / "one", "--link", tmp_path / "two")
     check_links(tmp_path / "two", root)
@@ -406,7 +406,7 @@ def test_links_never_replace_images(lists, root, tmp_path, capsys):
     assert "--root" in fails(capsys, "imagenet-lt", "--out", lists, "--link", tmp_path / "out")
 
 
-def test_links_of_one_name_are_refused(lists, root, tmp_path, capsys, monkeypatch):
+def test_two_images_with_the_same_link_are_refused(lists, root, tmp_path, capsys, monkeypatch):
     nested = [("a/outdoor/1.jpg", 0), ("b/outdoor/1.jpg", 1), ("c/2.jpg", 2)]
     monkeypatch.setitem(LISTS, "train", nested)
     for path, _ in nested:
@@ -433,7 +433,7 @@ def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys)
     assert not any(split.missing for split in found.values())
 
 
-def test_places_keeps_its_nested_folders(lists, root, tmp_path, capsys):
+def test_places_lt_keeps_its_nested_folders(lists, root, tmp_path, capsys):
     said = succeeds(capsys, "places-lt", "--out", lists, "--root", root)
     assert "all 25" in said and f"--test-list {lists / 'Places_LT_test.txt'}" in said
     flatten(root)
@@ -445,7 +445,7 @@ def test_places_keeps_its_nested_folders(lists, root, tmp_path, capsys):
     assert not any(split.missing for split in find_splits(out, {}).values())
 
 
-def test_a_tree_needs_all_lists(lists, root, capsys):
+def test_checking_a_tree_needs_all_lists(lists, root, capsys):
     (lists / "ImageNet_LT_val.txt").unlink()
     given = lists / "ImageNet_LT_train.txt"
     error = fails(capsys, "imagenet-lt", "--out", lists, "--root", root, "--from", given)
@@ -455,7 +455,7 @@ def test_a_tree_needs_all_lists(lists, root, capsys):
 # Long-tailed versions of small data sets
 
 
-def test_counts_are_the_published_ones():
+def test_long_tail_counts_are_the_published_ones():
     assert sum(long_tail_counts(500, 100, 100)) == 10847
     assert sum(long_tail_counts(500, 50, 100)) == 12608
     assert sum(long_tail_counts(500, 10, 100)) == 19573
@@ -471,7 +471,7 @@ def test_exact_powers_are_not_rounded_down():
 
 @given(st.integers(1, 10**6), st.fractions(1, 1000, max_denominator=10), st.integers(2, 40))
 @settings(deadline=None)
-def test_counts_are_the_floor(largest, imbalance, classes):
+def test_long_tail_counts_are_rounded_down_exactly(largest, imbalance, classes):
     last = classes - 1
     for c, count in enumerate(long_tail_counts(largest, str(imbalance), classes)):
         power = Fraction(largest) ** last / imbalance**c
@@ -567,7 +567,7 @@ def test_fashion_mnist_lt_is_completed_or_overwritten(tmp_path, fashion, capsys)
     assert {name for name in second if name.endswith(".png")} == listed
 
 
-def test_fashion_mnist_mistakes_are_one_line(tmp_path, fashion, capsys, monkeypatch):
+def test_fashion_mnist_mistakes_end_in_one_line(tmp_path, fashion, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ("fashion-mnist-lt", "--out", out, "--source")
     assert "at most 10" in fails(capsys, *command, fashion, "--max-per-class", 11)
@@ -618,7 +618,7 @@ def cifar(tmp_path, monkeypatch):
     return folder
 
 
-def test_cifar_lt_from_every_kind_of_source(tmp_path, cifar, capsys):
+def test_cifar_lt_is_the_same_from_every_kind_of_source(tmp_path, cifar, capsys):
     archive = tmp_path / "elsewhere" / "cifar-10-python.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
@@ -627,7 +627,7 @@ def test_cifar_lt_from_every_kind_of_source(tmp_path, cifar, capsys):
     for number, source in enumerate((cifar, cifar.parent, archive, archive.parent)):
         out = tmp_path / f"out{number}"
         said = succeeds(capsys, "cifar10-lt", "--out", out, "--source", source, "--imbalance", 4)
-        assert "the test list serves as validation list too" in said
+        assert "the test list is used as validation list too" in said
         results.append(everything(out))
     assert all(result == results[0] for result in results)
     lists = read_lists(tmp_path / "out0")
@@ -644,7 +644,7 @@ def test_cifar_lt_from_every_kind_of_source(tmp_path, cifar, capsys):
     assert stamps(tmp_path / "out0") == before
 
 
-def test_cifar_mistakes_are_one_line(tmp_path, cifar, capsys):
+def test_cifar_mistakes_end_in_one_line(tmp_path, cifar, capsys):
     out = tmp_path / "out"
     command = ("cifar10-lt", "--out", out)
     assert "cifar-10-python.tar.gz" in fails(capsys, *command, "--source", tmp_path / "elsewhere")
@@ -709,7 +709,7 @@ def test_folder_splits_every_class(tmp_path, capsys):
     assert (tmp_path / "lists" / "train.txt").read_bytes() == text
 
 
-def test_folder_takes_fractions(tmp_path, capsys):
+def test_folder_takes_shares_of_each_class(tmp_path, capsys):
     root = own_folder(tmp_path, a=40, b=10)
     succeeds(capsys, "folder", root, "--val", 0.25, "--test", 0.5)
     lists = read_lists(root)
@@ -743,11 +743,11 @@ def test_a_share_takes_at_least_five_images_or_a_quarter(count, expected):
         (0.5, 20, 60, (30, 20)), (0.9, 20, 60, (39, 20)),
     ],
 )  # fmt: skip
-def test_a_number_of_images_is_taken_of_each_class_that_has_as_many_for_every_split(val, test, count, expected):
+def test_a_number_of_images_is_limited_to_an_equal_part_for_every_split(val, test, count, expected):
     assert split_class(count, val, test) == expected
 
 
-def test_folder_with_numbers_of_images(tmp_path, capsys):
+def test_folder_takes_numbers_of_images_per_class(tmp_path, capsys):
     root = own_folder(tmp_path / "photos", a=40, b=33, c=3)
     said = succeeds(capsys, "folder", root, "--val", 5, "--test", 11)
     assert "test: 1 of 3 classes has fewer than 10 images" in said and ": c 1\n" in said
@@ -757,10 +757,10 @@ def test_folder_with_numbers_of_images(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("absent", "other"), [("val", "test"), ("test", "val")])
-def test_one_split_of_a_folder_serves_for_both(tmp_path, capsys, absent, other):
+def test_one_split_of_a_folder_is_used_for_both_if_the_other_is_0(tmp_path, capsys, absent, other):
     root = own_folder(tmp_path / "photos", a=40, b=2, c=1)
     said = succeeds(capsys, "folder", root, f"--{absent}", 0, f"--{other}", 0.25)
-    assert f"{absent}: none of its own (--{absent} 0), so the {other} images serve" in said
+    assert f"{absent}: no images of its own (--{absent} 0), so the {other} images are used" in said
     assert f"{other}: no image of 1 classes that have fewer than 2 images: c" in said
     lists = read_lists(root)
     assert lists["val"] == lists["test"] and [len(lists[split]) for split in ("train", "val")] == [32, 11]
@@ -779,11 +779,11 @@ def test_folder_keeps_existing_splits(tmp_path, capsys):
     other = tmp_path / "other"
     own_folder(other / "train", ant=4, zebra=1)
     own_folder(other / "val", zebra=1)
-    assert "the val images serve" in succeeds(capsys, "folder", other)
+    assert "the val images are used" in succeeds(capsys, "folder", other)
     assert read_lists(other)["test"] == read_lists(other)["val"] == [("val/zebra/photo 0.jpg", 1)]
 
 
-def test_folder_mistakes_are_one_line(tmp_path, capsys):
+def test_folder_mistakes_end_in_one_line(tmp_path, capsys):
     root = own_folder(tmp_path / "photos", ant=3, zebra=3)
     assert "no class folders" in fails(capsys, "folder", root / "ant")
     assert "fewer than two classes" in fails(capsys, "folder", tmp_path)
@@ -812,7 +812,7 @@ def test_folder_takes_only_regular_files(tmp_path, capsys):
     assert "val/ant/fifo.jpg (not a regular file)" in fails(capsys, "folder", split_already)
 
 
-def test_wrong_usage_is_one_line(tmp_path, capsys):
+def test_wrong_usage_ends_in_one_line(tmp_path, capsys):
     for argv in ([], ["imagenet"], ["folder"], ["imagenet-lt", "--nonsense"], ["cifar10-lt", "--out"]):
         assert "--help" in fails(capsys, *argv)
     locked = tmp_path / "file"

@@ -1,4 +1,4 @@
-"""--pretrained: where stage I's backbone starts from. Nothing here reaches a network."""
+"""--pretrained: the weights that stage I's backbone starts from. No test uses the internet."""
 
 import shutil
 import urllib.error
@@ -15,21 +15,13 @@ from tests.robustness.test_mistakes import assert_mistake
 from utils import pretrained
 from utils.pretrained import read_backbone
 
-START = [
-    "--epochs",
-    1,
-    "--lr",
-    0,
-    "--wd",
-    0,
-    "--moco-m",
-    1,
-]  # trains nothing: the start's weights are in the checkpoint
+# These train nothing, so that the checkpoint contains the weights that the run started from.
+START = ["--epochs", 1, "--lr", 0, "--wd", 0, "--moco-m", 1]
 
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """torch's cache in a folder of the test, and a download that fails; returns the folder of the files."""
+    """Puts torch's cache into a folder of the test, and makes downloads fail; returns the folder of the files."""
 
     def fail(url, *args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
@@ -45,7 +37,7 @@ def torchvision_state(arch="resnet18", seed=7):
 
 
 def assert_starts_from(folder, state_dict):
-    """Whether both encoders of a checkpoint have these parameters; the statistics moved in the epoch."""
+    """Checks that both encoders of a checkpoint have these parameters; the statistics changed in the epoch."""
     content = checkpoint(folder)["state_dict"]
     names = [n for n in state_dict if "running" not in n and "num_batches" not in n and not n.startswith("fc.")]
     assert len(names) > 10
@@ -62,7 +54,7 @@ def stage_i(data, out, *flags):
     )
 
 
-# ---- which words are its value
+# ---- which words are the value of the flag
 
 
 @pytest.mark.parametrize(
@@ -84,10 +76,10 @@ def test_dir_is_never_taken_for_the_weights(tmp_path, words, expected):
     assert (args.pretrained, args.data) == (expected, str(tmp_path))
 
 
-# ---- what it starts from
+# ---- what the backbone starts from
 
 
-def test_torchvisions_weights_from_a_file(plain_tree, tmp_path):
+def test_the_backbone_starts_from_torchvisions_weights_in_a_file(plain_tree, tmp_path):
     state_dict = torchvision_state()
     torch.save(state_dict, tmp_path / "weights.pth")
     outcome = stage_i(
@@ -116,7 +108,7 @@ def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_netwo
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_of_any_stage(trained, plain_tree, tmp_path, stage):
+def test_the_backbone_starts_from_a_checkpoint_of_any_stage(trained, plain_tree, tmp_path, stage):
     outcome = run_stage("i", plain_tree, tmp_path, *START, "--pretrained", trained[stage] / LAST)
     assert (outcome.status, outcome.err) == (0, "")
     prefix = f"module.encoder{'' if stage == 'ii' else '_q'}."
@@ -151,12 +143,12 @@ def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
 # ---- mistakes
 
 
-def test_a_download_that_fails(plain_tree, tmp_path, no_network):
+def test_a_failed_download_ends_in_one_line(plain_tree, tmp_path, no_network):
     outcome = stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", plain_tree)
     assert_mistake(outcome, "--pretrained", "resnet18-", "Name or service not known", no_network)
 
 
-def test_a_download_of_another_content(plain_tree, tmp_path, no_network, monkeypatch):
+def test_a_download_with_a_wrong_checksum_ends_in_one_line(plain_tree, tmp_path, no_network, monkeypatch):
     def download(*args, **kwargs):
         raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
 
@@ -165,7 +157,7 @@ def test_a_download_of_another_content(plain_tree, tmp_path, no_network, monkeyp
     assert_mistake(outcome, "--pretrained", "invalid hash value")
 
 
-def test_small_networks_have_no_weights_of_torchvision(plain_tree, tmp_path, no_network):
+def test_networks_without_torchvision_weights_are_refused(plain_tree, tmp_path, no_network):
     assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained"), "--pretrained", "resnet8")
 
 
@@ -179,7 +171,7 @@ def test_small_networks_have_no_weights_of_torchvision(plain_tree, tmp_path, no_
         ({"conv1.weight": 3}, ["no state dict"]),
     ],
 )
-def test_a_state_dict_that_does_not_fit(plain_tree, tmp_path, change, words):
+def test_a_state_dict_that_does_not_fit_is_refused(plain_tree, tmp_path, change, words):
     state_dict = {name: value for name, value in (torchvision_state() | change).items() if value is not None}
     torch.save(state_dict, tmp_path / "weights.pth")
     words = [tmp_path / "weights.pth", "--pretrained", *words]
@@ -188,25 +180,25 @@ def test_a_state_dict_that_does_not_fit(plain_tree, tmp_path, change, words):
     )
 
 
-def test_weights_of_another_backbone(trained, plain_tree, tmp_path):
+def test_weights_of_another_backbone_are_refused(trained, plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--arch", "resnet20", "--pretrained", trained["ii"] / LAST)
     assert_mistake(outcome, trained["ii"] / LAST, "resnet8, not resnet20", "--arch")
 
 
-def test_files_that_are_no_weights(plain_tree, tmp_path):
+def test_files_that_are_not_weights_are_refused(plain_tree, tmp_path):
     (tmp_path / "text").write_text("not weights")
     torch.save([1, 2], tmp_path / "list")
-    for name, told in (("none", "cannot be opened"), ("text", "damaged"), ("list", "not a checkpoint")):
+    for name, reason in (("none", "cannot be opened"), ("text", "damaged"), ("list", "not a checkpoint")):
         outcome = run_stage("i", plain_tree, tmp_path / "run", "--pretrained", tmp_path / name)
-        assert_mistake(outcome, tmp_path / name, told, "--pretrained")
+        assert_mistake(outcome, tmp_path / name, reason, "--pretrained")
     assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained="), "--pretrained", "empty")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.tar"))
 
 
-def test_other_stages_have_no_such_flag(plain_tree, tmp_path):
+def test_other_stages_do_not_have_the_flag(plain_tree, tmp_path):
     assert_mistake(run_stage("iii", plain_tree, tmp_path, "--pretrained"), "--pretrained")
 
 
-def test_names_of_torchvisions_weights_exist_for_every_arch():
+def test_torchvision_has_weights_for_each_of_its_archs():
     for arch in models.backbones.TORCHVISION:
         assert pretrained.download(arch, wanted=False).endswith(".pth")

@@ -16,7 +16,7 @@ from tests.helpers import CLASSES, LAST, QUEUE, STAGES, checkpoint, run_stage, s
 KEYS, DIM = (int(re.search(f"--moco-{name} (\\d+)", QUEUE)[1]) for name in ("k", "dim"))
 
 
-# ---- a stand-in for the published modules: their names, in the order in which they register them
+# ---- a replacement of the published modules, with the same names in the same order
 
 
 def mlp(num_features):
@@ -31,7 +31,7 @@ class Scaled(nn.Module):
 
 
 class Published(nn.Module):
-    """The networks of the published scripts, at the size of the tests."""
+    """The networks of the published scripts, in the size of the tests."""
 
     def __init__(self, stage):
         super().__init__()
@@ -58,7 +58,7 @@ class Published(nn.Module):
 
 
 class PublishedRun:
-    """Network, wrapped as DistributedDataParallel does, optimizer and checkpoint of a published script."""
+    """Network (wrapped as by DistributedDataParallel), optimizer and checkpoint of a published script."""
 
     def __init__(self, stage):
         self.stage = stage
@@ -68,7 +68,7 @@ class PublishedRun:
         self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def step(self):
-        """A step with a gradient for every parameter that trains, of some loss."""
+        """A step with some loss that gives every trained parameter a gradient."""
         self.optimizer.zero_grad()
         sum(p.square().sum() for p in self.model.parameters() if p.requires_grad).backward()
         self.optimizer.step()
@@ -82,7 +82,7 @@ class PublishedRun:
         }
 
     def resume(self, path):
-        """As the published scripts do, with torch.load's own defaults."""
+        """As the published scripts do, with the defaults of torch.load."""
         content = torch.load(path, map_location="cpu")
         self.model.load_state_dict(content["state_dict"], strict=True)
         self.optimizer.load_state_dict(content["optimizer"])
@@ -102,15 +102,15 @@ def published(tmp_path_factory):
 
 
 def momenta_fit(optimizer):
-    """Whether every momentum has its parameter's shape, which load_state_dict does not check."""
+    """Whether every momentum has the shape of its parameter, which load_state_dict does not check."""
     return all(state["momentum_buffer"].shape == parameter.shape for parameter, state in optimizer.state.items())
 
 
-# ---- ours into theirs
+# ---- our checkpoints in the published scripts
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_published_scripts_resume_ours(stage, trained):
+def test_the_published_scripts_resume_our_checkpoints(stage, trained):
     run = PublishedRun(stage)
     epoch, best = run.resume(trained[stage] / LAST)
     assert epoch == 2 and 0 <= best <= 1
@@ -123,7 +123,7 @@ def test_the_published_scripts_resume_ours(stage, trained):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_plain_torch_reads_ours(stage, trained):
+def test_plain_torch_reads_our_checkpoints(stage, trained):
     content = torch.load(trained[stage] / LAST, weights_only=True)
     assert {"epoch", "state_dict", "optimizer", "best_acc1"} <= content.keys()
     assert all(name.startswith("module.") for name in content["state_dict"])
@@ -131,7 +131,7 @@ def test_plain_torch_reads_ours(stage, trained):
 
 
 def test_the_published_scripts_find_the_names_of_an_earlier_stage(trained):
-    """By substring: stage II takes what has encoder_q or classifier in its name, stage III encoder or classifier."""
+    """They search substrings: stage II takes names with encoder_q or classifier, stage III encoder or classifier."""
     of_i, of_ii = (checkpoint(trained[stage])["state_dict"] for stage in ("i", "ii"))
     target = Published("ii")
     target.encoder.load_state_dict(
@@ -147,7 +147,7 @@ def test_the_published_scripts_find_the_names_of_an_earlier_stage(trained):
     target.classifier_t.load_state_dict(heads, strict=True)
 
 
-# ---- theirs into ours
+# ---- published checkpoints here
 
 
 def write(content, path, *, zipped=True):
@@ -156,7 +156,7 @@ def write(content, path, *, zipped=True):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_published_run_continues(stage, published, plain_tree, tmp_path):
+def test_a_published_checkpoint_continues_here(stage, published, plain_tree, tmp_path):
     file = write(published[stage], tmp_path / "theirs")
     folder = train(stage, plain_tree, tmp_path / "out", "--cos", "--resume", file)
     content = checkpoint(folder)
@@ -200,7 +200,7 @@ def test_a_published_label_queue_is_kept(published, tmp_path):
         assert torch.equal(model.label_queue, queue.long())
 
 
-# ---- every format
+# ---- every file format
 
 
 def as_old_numpy(path):

@@ -1,4 +1,4 @@
-"""The documents speak of what is there: links, modules, functions, files and flags; their commands and code run."""
+"""What the documents mention exists: links, modules, functions, files and flags; their commands and code run."""
 
 import importlib.util
 import re
@@ -58,7 +58,7 @@ def defined_in(file: str, name: str) -> bool:
     )
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_at_most_180_lines():
     assert len(TEXTS["README.md"].splitlines()) <= 180
 
 
@@ -82,13 +82,13 @@ def test_functions_named_with_their_file_exist(document):
 
 
 @pytest.mark.parametrize("name", ["README.md", *(name for name in TEXTS if name.startswith("docs/"))])
-def test_tests_named_exist(name):
+def test_test_files_named_in_documents_exist(name):
     for file in re.findall(r"tests/(?:\w+/)?(test_\w+\.py)", TEXTS[name]):
         assert list(ROOT.glob(f"tests/**/{file}")), file
 
 
 def test_every_flag_of_the_documents_exists():
-    """What looks like a flag in a document, but for the benchmarks', is one of the command lines of this project."""
+    """Everything that looks like a flag, except in docs/benchmarks.md, is a flag of a command line of this project."""
     parsers = [
         *PARSERS.values(),
         cli.build_parser(),
@@ -126,7 +126,7 @@ def test_the_readme_has_the_commands_of_every_stage():
     assert {stage: stages.count(stage) for stage in PARSERS} == {"i": 2, "ii": 2, "iii": 3}
 
 
-def test_the_parser_of_prepare_takes_its_commands(tmp_path):
+def test_prepare_commands_in_documents_parse(tmp_path):
     parser, found = cli.build_parser(), 0
     for _, line in commands():
         match = re.search(r"python -m datasets\.prepare (.*)$", line)
@@ -136,14 +136,14 @@ def test_the_parser_of_prepare_takes_its_commands(tmp_path):
     assert found >= 9
 
 
-def test_the_parser_of_verify_takes_its_commands():
+def test_verify_commands_in_documents_parse():
     lines = [match[1] for _, line in commands() if (match := re.search(r"python -m datasets\.verify (.*)$", line))]
     for line in lines:
         verify.build_parser().parse_args(shlex.split(line))
     assert len(lines) >= 2
 
 
-def test_the_example_in_python_runs(trained, tmp_path, monkeypatch, capsys):
+def test_the_python_example_runs(trained, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```$", TEXTS["docs/usage.md"], flags=re.M | re.S)
     folder = tmp_path / "weights" / "stage_iii"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tables, plots and the page of finished runs, against numbers by hand."""
+"""Tables, plots and the HTML page of finished runs, compared with numbers computed by hand."""
 
 import csv
 import io
@@ -18,14 +18,14 @@ from utils import report
 from utils.runs import distinct_names, read_runs
 from utils.seeds import CHECKPOINTS, IGNORED, checkpoint_folder, pattern
 
-# Three classes of which each shot group has one: 4, 2 and 2 test images, 3, 1 and 0 of them right.
+# Three classes, one per shot group: 4, 2 and 2 test images, of which 3, 1 and 0 are right.
 RECORD = {
     "phase": "test", "classifier": "linear", "overall": 0.5, "class_mean": 1.25 / 3, "top5": 1.0,
     "many": 0.75, "medium": 0.5, "few": 0.0, "per_class": [0.75, 0.5, 0.0], "train_counts": [200, 50, 5],
     "test_counts": [4, 2, 2], "classes": ["cat", "dog", "fox"], "count": 8,
     "confusion_groups": [[3, 1, 0], [1, 1, 0], [0, 2, 0]], "confusion": [[3, 1, 0], [1, 1, 0], [0, 2, 0]],
 }  # fmt: skip
-LATER = ("class_mean", "test_counts", "classes", "confusion")  # entries that former versions did not write
+LATER = ("class_mean", "test_counts", "classes", "confusion")  # entries that earlier versions did not write
 OLD = {name: value for name, value in RECORD.items() if name not in LATER}
 EPOCH = {"epoch": 0, "lr": 0.1, "loss": 2.0, "top1_linear": 0.3, "top5_linear": 0.6,
          "val": {"linear": {"overall": 0.4, "class_mean": 0.3, "top5": 0.9}}, "seconds": 1.0}  # fmt: skip
@@ -44,7 +44,7 @@ def write_run(folder: Path, *records: dict, args=None, log=()) -> Path:
 
 
 def arguments(seed: int, folder: Path, **others) -> dict:
-    """What args.json holds of a stage I run."""
+    """The args.json of a run of stage I."""
     environment = {"torch": "2.14.1", "started": f"2025-01-0{seed + 1}"}
     given = {"program": "ssd_stage_i.py", "output_dir": str(folder), "lr": 0.1, "data": f"/data{seed}"}
     return given | {"seed": seed, "environment": environment} | others
@@ -94,20 +94,20 @@ def test_no_run_is_dropped(tmp_path, said):
     assert status == 0 and first_cells(out) == [f"s{i}/stage_i, linear classifier" for i in range(3)]
 
 
-def test_current_folder_has_its_name(tmp_path, said, monkeypatch):
+def test_a_run_in_the_current_folder_is_named_after_the_folder(tmp_path, said, monkeypatch):
     monkeypatch.chdir(write_run(tmp_path / "mine"))
     assert first_cells(said(".")[1]) == ["mine, linear classifier"]
 
 
-def test_folder_of_runs_stands_for_its_runs(tmp_path, said):
+def test_a_folder_of_runs_stands_for_its_runs(tmp_path, said):
     for name in ("b/stage_i", "a/deep/er/stage_i", "c"):
         write_run(tmp_path / "runs" / name)
     (tmp_path / "runs" / "empty").mkdir()
-    cells = first_cells(said(tmp_path / "runs", tmp_path / "runs" / "c")[1])  # c is named twice, and one run
+    cells = first_cells(said(tmp_path / "runs", tmp_path / "runs" / "c")[1])  # c is named twice, but is one run
     assert cells == [f"{name}, linear classifier" for name in ("er/stage_i", "b/stage_i", "c")]
 
 
-def test_table_in_per_cent(tmp_path, said):
+def test_the_report_prints_per_cent(tmp_path, said):
     old = {**OLD, "classifier": "hard", "per_class": [0.75, None, 0.0], "medium": None}
     assert said(write_run(tmp_path / "run", RECORD, old))[1] == (
         "|                        | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
@@ -121,7 +121,7 @@ def test_table_in_per_cent(tmp_path, said):
 # Means over seeds
 
 
-def test_mean_and_sample_deviation_over_seeds(tmp_path, said):
+def test_mean_prints_mean_and_sample_standard_deviation_over_seeds(tmp_path, said):
     for seed, few in enumerate((0.1, 0.2, 0.6)):
         folder = tmp_path / f"s{seed}" / "stage_i"
         write_run(folder, RECORD | {"few": few}, args=arguments(seed, folder))
@@ -142,7 +142,7 @@ def test_runs_that_differ_in_more_than_the_seed_keep_their_rows(tmp_path, said):
     rows = json.loads(said(tmp_path, "--mean", "--json")[1])
     assert [(row["run"], row["seeds"], row["few_std"]) for row in rows] == [("s{0,1}", 2, 0), ("s2", 1, None)]
     _, _, err = said(tmp_path / "s1", tmp_path / "s2", "--mean")
-    assert err == "note: no two runs differ in their seed alone; s1 and s2 differ in lr\n"
+    assert err == "note: no two runs differ only in their seed; s1 and s2 differ in lr\n"
     write_run(tmp_path / "s2", args=arguments(2, tmp_path / "s2", **{HOSTILE: 1}))
     _, _, err = said(tmp_path / "s1", tmp_path / "s2", "--mean")
     assert err.count("\n") == 1 and "\x1b" not in err
@@ -156,8 +156,8 @@ def test_other_data_under_the_same_arguments_keep_their_rows(tmp_path, said):
     assert len(json.loads(out)) == 2 and "linear train_counts" in err
 
 
-def test_runs_on_different_first_stages_keep_their_rows(tmp_path, said):
-    """Stage II's own arguments are the same; those of the runs it started from decide, though all were moved."""
+def test_runs_that_started_from_different_runs_keep_their_rows(tmp_path, said):
+    """The arguments of stage II are the same; those of the runs it started from differ, and all folders were moved."""
     for seed in (0, 1):
         for name, weight in (("plain", 0.0), ("contrast", 1.0)):
             was = Path("/former") / f"{name}{seed}"
@@ -170,7 +170,7 @@ def test_runs_on_different_first_stages_keep_their_rows(tmp_path, said):
     assert [(row["run"], row["seeds"]) for row in rows] == [("contrast{0,1}/ii", 2), ("plain{0,1}/ii", 2)]
 
 
-def test_runs_with_one_seed_are_not_averaged(tmp_path, said):
+def test_runs_with_the_same_seed_are_not_averaged(tmp_path, said):
     for name in "ab":
         write_run(tmp_path / name, args=arguments(3, tmp_path / name))
     status, out, err = said(tmp_path, "--mean", "--json")
@@ -197,7 +197,7 @@ def test_groups_are_named_by_what_their_folders_share(folders, name):
 
 
 def test_flags_of_one_run_alone_do_not_keep_seeds_apart():
-    """All that a checkpoint does not keep, but for flags that change the method or are compared otherwise."""
+    """They are the flags that a checkpoint does not keep, except those that are compared in another way."""
     kept = {"start_epoch", "num_classes", "compile", "multiprocessing_distributed", "nproc", "world_size", "pretrained"}
     for script in (ssd_stage_i, ssd_stage_ii, ssd_stage_iii):
         parser = script.get_parser()
@@ -230,35 +230,35 @@ def test_csv_and_json_contradict_each_other(tmp_path, said):
 # Classes
 
 
-def test_worst_class_first_with_its_commonest_mistake(tmp_path, said):
+def test_classes_are_listed_worst_first_with_their_most_common_mistake(tmp_path, said):
     assert said(write_run(tmp_path / "run"), "--per-class")[1] == (
         "run, linear classifier\n\n"
-        "| Class | Training images | Test images | Accuracy | Commonest mistake |\n"
-        "|:------|----------------:|------------:|---------:|:------------------|\n"
-        "| fox   |               5 |           2 |      0.0 | dog (2)           |\n"
-        "| dog   |              50 |           2 |     50.0 | cat (1)           |\n"
-        "| cat   |             200 |           4 |     75.0 | dog (1)           |\n\n"
+        "| Class | Training images | Test images | Accuracy | Most common mistake |\n"
+        "|:------|----------------:|------------:|---------:|:--------------------|\n"
+        "| fox   |               5 |           2 |      0.0 | dog (2)             |\n"
+        "| dog   |              50 |           2 |     50.0 | cat (1)             |\n"
+        "| cat   |             200 |           4 |     75.0 | dog (1)             |\n\n"
     )
 
 
-def test_classes_of_former_results_have_numbers(tmp_path, said):
+def test_classes_of_old_results_are_numbered(tmp_path, said):
     record = OLD | {"per_class": [1.0, None, 1.0]}
     rows = json.loads(said("--per-class", write_run(tmp_path / "run", record), "--json")[1])
-    assert [row["class"] for row in rows] == ["class 2", "class 0", "class 1"]  # ties: the rarer first; no images: last
+    assert [row["class"] for row in rows] == ["class 2", "class 0", "class 1"]  # the rarer first; without images: last
     assert all(row["test_images"] is row["mistake"] is None for row in rows)
 
 
-def test_classes_need_accuracies_per_class(tmp_path, said):
+def test_per_class_without_accuracies_per_class_is_refused(tmp_path, said):
     record = {name: value for name, value in OLD.items() if name != "per_class"}
     record = {name: value for name, value in record.items() if name != "train_counts"}
     assert "results.json" in refused(said("--per-class", write_run(tmp_path / "run", record)))
 
 
-def test_classes_contradict_means(tmp_path, said):
+def test_per_class_and_mean_contradict_each_other(tmp_path, said):
     assert "--per-class" in refused(said(write_run(tmp_path / "run"), "--per-class", "--mean"))
 
 
-def test_names_do_not_break_the_table(tmp_path, said):
+def test_class_names_do_not_break_the_table(tmp_path, said):
     record = RECORD | {"classes": [HOSTILE, "dog", "fox"]}
     out = said("--per-class", write_run(tmp_path / "run", record))[1]
     lines = out.splitlines()
@@ -266,7 +266,7 @@ def test_names_do_not_break_the_table(tmp_path, said):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[2:7]} == {6}
 
 
-def test_names_reach_a_terminal_that_cannot_show_them(tmp_path, monkeypatch):
+def test_class_names_are_escaped_on_a_terminal_that_cannot_show_them(tmp_path, monkeypatch):
     record = RECORD | {"classes": ["Füchse", "\ud800", "狐"]}
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -275,7 +275,7 @@ def test_names_reach_a_terminal_that_cannot_show_them(tmp_path, monkeypatch):
     assert "| F\\xfcchse " in terminal.buffer.getvalue().decode("ascii")
 
 
-# Files that are no results
+# Files that are not valid results
 
 
 @pytest.mark.parametrize("content", [
@@ -292,21 +292,21 @@ def test_names_reach_a_terminal_that_cannot_show_them(tmp_path, monkeypatch):
     json.dumps([RECORD | {"confusion_groups": [[1, 2, 3]]}]),
     b"\xff\xfe\x00",
 ])  # fmt: skip
-def test_a_file_that_is_no_results_is_one_line(tmp_path, said, content):
+def test_a_file_without_valid_results_ends_in_one_line(tmp_path, said, content):
     file = write_run(tmp_path / "run") / "results.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert str(file) in refused(said(tmp_path / "run"))
     assert str(file) in refused(said(tmp_path))
 
 
-def test_folders_without_results_are_one_line(tmp_path, said):
+def test_folders_without_results_end_in_one_line(tmp_path, said):
     assert str(tmp_path / "none") in refused(said(tmp_path / "none"))
     assert "results.json" in refused(said(tmp_path))
     (tmp_path / "results.json").mkdir()
     assert "results.json" in refused(said(tmp_path))
 
 
-def test_damaged_arguments_are_one_line(tmp_path, said):
+def test_a_damaged_args_json_ends_in_one_line(tmp_path, said):
     run = write_run(tmp_path / "run")
     (run / "args.json").write_text("{")
     assert said(run)[0] == 0
@@ -343,7 +343,7 @@ def test_plots_are_drawn(tmp_path, said, matplotlib):
         assert is_drawn(file) if file.suffix == ".png" else file.read_bytes().startswith(b"%PDF")
 
 
-def test_plots_of_several_runs_have_folders(tmp_path, said, matplotlib):
+def test_plots_of_several_runs_have_one_folder_per_run(tmp_path, said, matplotlib):
     write_run(tmp_path / "runs" / "s0" / "i", RECORD, RECORD | {"classifier": "hard"})
     write_run(tmp_path / "runs" / "s1" / "i", OLD)
     assert said(tmp_path / "runs", "--plots", tmp_path / "out")[0] == 0
@@ -352,7 +352,7 @@ def test_plots_of_several_runs_have_folders(tmp_path, said, matplotlib):
     assert drawn["s0"] == {*NAMES[2:], "per_class_hard", "confusion_hard"}
 
 
-def test_a_foreign_log_is_passed_over(tmp_path, said, matplotlib):
+def test_invalid_lines_of_log_txt_are_skipped(tmp_path, said, matplotlib):
     odd = ["text", [1], {"epoch": "one"}, {"epoch": 0, "loss": "low", "val": 3, "top1_linear": 7, "$x": 1e400},
            {"epoch": 1, "loss": None, "val": {"linear": [1]}}, {"epoch": 2, "$x^": 1.0}]  # fmt: skip
     run = write_run(tmp_path / "run", log=odd)
@@ -361,13 +361,13 @@ def test_a_foreign_log_is_passed_over(tmp_path, said, matplotlib):
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [0, 50, 5], [1, 1, 1], [10**9, 10**5, 1]])
-def test_any_counts_are_drawn(tmp_path, said, matplotlib, counts):
+def test_plots_are_drawn_for_any_training_counts(tmp_path, said, matplotlib, counts):
     run = write_run(tmp_path / "run", RECORD | {"train_counts": counts, "per_class": [None, 0.5, None], "many": None})
     assert said(run, "--plots", tmp_path / "out")[0] == 0
     assert all(map(is_drawn, (tmp_path / "out").glob("*.png")))
 
 
-def test_running_mean_by_hand():
+def test_the_running_mean_is_the_one_computed_by_hand():
     from utils.plots import running_mean
 
     assert running_mean([8, 1, 4, 2], [0.4, 0.0, 0.3, 0.1]) == (
@@ -388,7 +388,7 @@ def test_shot_groups_are_those_of_the_evaluation():
 
 
 @pytest.mark.parametrize("flag", ["--plots", "--html"])
-def test_missing_matplotlib_is_one_line(tmp_path, said, monkeypatch, flag):
+def test_a_missing_matplotlib_ends_in_one_line(tmp_path, said, monkeypatch, flag):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = refused(said(write_run(tmp_path / "run"), flag, tmp_path / "out"))
     assert flag in line and "pip install matplotlib" in line and not (tmp_path / "out").exists()
@@ -396,12 +396,12 @@ def test_missing_matplotlib_is_one_line(tmp_path, said, monkeypatch, flag):
 
 
 @pytest.mark.parametrize("flag", ["--plots", "--html"])
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, said, matplotlib, flag):
+def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, said, matplotlib, flag):
     (tmp_path / "file").write_text("")
     assert flag in refused(said(write_run(tmp_path / "run"), flag, tmp_path / "file" / "out"))
 
 
-def test_a_stage_draws_at_its_end(plain_tree, tmp_path, matplotlib):
+def test_a_stage_draws_its_plots_at_the_end(plain_tree, tmp_path, matplotlib):
     assert call("i", stage_flags("i", plain_tree, tmp_path, ["--plots", "--con-weight", 0])).status == 0
     assert {file.stem for file in (tmp_path / "plots").iterdir()} == set(NAMES)
 
@@ -449,7 +449,7 @@ def page(tmp_path, said, matplotlib):
     return Page(text), text
 
 
-def test_the_page_holds_no_external_address(page):
+def test_the_page_contains_no_external_address(page):
     parsed, text = page
     assert parsed.addresses and all(address.startswith(("data:image/png;base64,", "#")) for address in parsed.addresses)
     assert "://" not in text and "url(" not in text and "@import" not in text
@@ -465,7 +465,7 @@ def test_the_page_escapes_every_name(page):
     assert "s0/<b>i&amp;, linear classifier" in parsed.texts and "</td>" in parsed.texts and "a&b" in parsed.texts
 
 
-def test_the_page_holds_everything(page):
+def test_the_page_contains_tables_plots_arguments_and_versions(page):
     parsed, _ = page
     assert parsed.tags.count("img") == 2 * len(NAMES)
     for text in (
@@ -474,14 +474,14 @@ def test_the_page_holds_everything(page):
         "Class mean",
         "41.7",
         "Few: 2 test images in all few-shot classes together; read this column with care.",
-        "Commonest mistake",
+        "Most common mistake",
         "2.14.1",
         "ssd_stage_i.py",
     ):
         assert text in parsed.texts
 
 
-def test_the_page_needs_results_alone(tmp_path, said, matplotlib):
+def test_the_page_needs_only_results_json(tmp_path, said, matplotlib):
     record = {name: OLD[name] for name in ("classifier", "overall", "top5", "many", "medium", "few")}
     assert said(write_run(tmp_path / "run", record), "--html", tmp_path / "page.html")[0] == 0
     assert "run, linear classifier" in Page((tmp_path / "page.html").read_text()).texts

@@ -1,4 +1,4 @@
-"""A run that stopped and went on is the run that did not stop, bit for bit."""
+"""A run that was stopped and resumed is bit for bit the same as one that was not stopped."""
 
 import io
 import shutil
@@ -15,7 +15,7 @@ TWO = ["--multiprocessing-distributed", "--nproc", 2]
 
 
 def assert_same_run(folder, reference):
-    """Weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
+    """Compares weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
     for name in (LAST, BEST):
         assert same(checkpoint(folder, name), checkpoint(reference, name)), name
     assert log_of(folder, timed=False) == log_of(reference, timed=False)
@@ -23,7 +23,7 @@ def assert_same_run(folder, reference):
 
 
 def resumed(stage, data, run, to, *flags):
-    """A copy of a run's folder, gone on from its previous checkpoint as if what came after had been lost."""
+    """A copy of a run's folder, continued from its previous checkpoint as if everything later had been lost."""
     shutil.copytree(run, to)
     (to / "results.json").unlink()
     shutil.copy(run / PREVIOUS, to / LAST)
@@ -46,7 +46,7 @@ def test_resuming_after_an_epoch_with_other_workers_changes_nothing(trained, pla
 
 @pytest.fixture(scope="module")
 def saved_often(trained, plain_tree, tmp_path_factory):
-    """Runs as `trained` whose last checkpoint but one was written within an epoch."""
+    """Runs like `trained`, whose previous checkpoint was written within an epoch."""
     root = tmp_path_factory.mktemp("often")
     source = {
         "i": [],
@@ -70,17 +70,17 @@ def test_resuming_within_an_epoch_changes_nothing(saved_often, plain_tree, tmp_p
     assert_same_run(again, saved_often[stage])
 
 
-def test_resuming_two_processes_changes_nothing(whole_of_two, plain_tree, tmp_path):
+def test_resuming_two_processes_changes_nothing(run_of_two_processes, plain_tree, tmp_path):
     often = train("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5, *TWO)
-    for run, step in ((often, 5), (whole_of_two, 0)):
+    for run, step in ((often, 5), (run_of_two_processes, 0)):
         assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
-        assert_same_run(resumed("i", plain_tree, run, tmp_path / f"from {step}", *TWO), whole_of_two)
+        assert_same_run(resumed("i", plain_tree, run, tmp_path / f"from {step}", *TWO), run_of_two_processes)
 
 
 # ---- --resume auto
 
 
-def test_auto_starts_anew_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
+def test_auto_starts_from_scratch_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
     assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
 
 
@@ -92,7 +92,7 @@ def test_auto_continues_from_the_last_checkpoint(trained, plain_tree, tmp_path):
     assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_auto_passes_over_a_damaged_checkpoint(trained, plain_tree, tmp_path):
+def test_auto_skips_a_damaged_checkpoint(trained, plain_tree, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained["i"], folder)
     whole = (folder / LAST).read_bytes()
@@ -102,11 +102,11 @@ def test_auto_passes_over_a_damaged_checkpoint(trained, plain_tree, tmp_path):
         log.write('{"epoch": 2, "lr"')  # cut short, as by a crash
     outcome = run_stage("i", plain_tree, folder, "--cos", "--resume", "auto")
     assert outcome.status == 0 and outcome.err.count("\n") == 1
-    assert outcome.err.startswith(f"passed over {folder / LAST}")
+    assert outcome.err.startswith(f"skipped {folder / LAST}")
     assert_same_run(folder, trained["i"])
 
 
-def test_auto_of_a_finished_run_trains_no_more(trained, plain_tree, tmp_path):
+def test_auto_of_a_finished_run_only_evaluates(trained, plain_tree, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained["i"], folder)
     (folder / "results.json").unlink()
@@ -114,7 +114,7 @@ def test_auto_of_a_finished_run_trains_no_more(trained, plain_tree, tmp_path):
 
 
 class Interruption(io.StringIO):
-    """A stdout that asks for a stop when it reads a certain line."""
+    """A stdout that raises SIGTERM when a certain line is printed."""
 
     def __init__(self, line):
         super().__init__()
@@ -135,14 +135,14 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, 
     assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
 
 
-# ---- checkpoints of other origin
+# ---- checkpoints of the published scripts
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
 @pytest.mark.parametrize("best", [float, torch.tensor, np.float64])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, prefix, best):
-    """They hold these five entries only, best_acc1 as whatever the accuracy came as: a tensor rounds it to float32."""
+    """They have only these five entries; best_acc1 may have any type, and a tensor rounds it to float32."""
     saved = checkpoint(trained[stage], PREVIOUS)
     published = {name: saved[name] for name in ("epoch", "arch", "optimizer")}
     published["best_acc1"] = best(float(saved["best_acc1"]))
@@ -163,8 +163,8 @@ def test_resuming_needs_no_earlier_stage(trained, plain_tree, tmp_path, stage):
 
 
 @pytest.mark.parametrize(("stage", "flag"), [("i", "--con-weight"), ("iii", "--kd-weight")])
-def test_without_contrast_or_teacher_if_it_began_so(plain_tree, tmp_path, stage, flag):
-    """The weights that switch a part of the method off come from the checkpoint, as every flag does."""
+def test_a_run_without_contrast_or_teacher_resumes_without_it(plain_tree, tmp_path, stage, flag):
+    """The weights of 0 that switch off a part of the method come from the checkpoint, like every flag."""
     whole = train(stage, plain_tree, tmp_path / "whole", "--cos", flag, 0)
     train(stage, plain_tree, tmp_path / "rest", "--resume", whole / PREVIOUS)
     assert log_of(tmp_path / "rest", timed=False) == log_of(whole, timed=False)[-1:]

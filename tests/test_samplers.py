@@ -1,4 +1,4 @@
-"""The order of images: balance, shards, draws, and that it follows from seed and epoch alone."""
+"""The order of images: balance, shards, draws, and that it depends on seed, epoch and rank alone."""
 
 from collections import Counter
 

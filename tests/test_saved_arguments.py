@@ -1,4 +1,4 @@
-"""What --resume, --evaluate and the next stage take from a checkpoint if a flag was not given, and what is said."""
+"""What --resume, --evaluate and the next stage take from a checkpoint if a flag was not given, and what they print."""
 
 import json
 
@@ -28,7 +28,7 @@ def evaluate(stage, trained, data, *flags):
 
 
 def bare(data, out, *flags):
-    """A command line that leaves open all that a checkpoint keeps."""
+    """A run without any of the flags that a checkpoint keeps."""
     return call("i", ["-j", 0, "--device", "cpu", "-p", 1000, "--output_dir", out, *flags, data])
 
 
@@ -95,14 +95,14 @@ def test_an_off_switch_wins_over_what_was_saved(trained, plain_tree, tmp_path):
     assert log_of(tmp_path)[-1]["lr"] == 0.1
 
 
-# ---- given, and other than saved
+# ---- flags that differ from what was saved
 
 
 @pytest.mark.parametrize(
     "flag", ["--lr 0.07", "--wd 0.01", "--momentum 0.5", "--epochs 3", "--moco-m 0.5", "--moco-t 0.5",
              "--con-weight 2.0", "--augment device", "--batch-size 12", "--seed 4", "--schedule 1 2"],
 )  # fmt: skip
-def test_every_given_flag_that_differs_is_one_warning(trained, plain_tree, tmp_path, flag):
+def test_every_given_flag_that_differs_gives_one_warning(trained, plain_tree, tmp_path, flag):
     outcome = run_stage("i", plain_tree, tmp_path, *flag.split(), "--cos", "--resume", trained["i"] / PREVIOUS)
     assert outcome.status == 0, outcome
     warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: ")]
@@ -120,14 +120,14 @@ def test_another_backbone_is_refused(trained, plain_tree):
     assert outcome.status == 2 and "resnet8" in outcome.err and "--arch" in outcome.err
 
 
-def test_another_image_size_is_said(trained, plain_tree, tmp_path):
+def test_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
     size = "--image-size 24"
     assert f"warning: {size}" in evaluate("iii", trained, plain_tree, *size.split()).out
     outcome = run_stage("ii", plain_tree, tmp_path, *size.split(), "--last_stage_ckpt", trained["i"] / LAST)
     assert outcome.status == 0 and f"warning: {size}" in outcome.out
 
 
-def test_a_schedule_beside_cos_is_said(plain_tree, tmp_path):
+def test_a_schedule_given_together_with_cos_gives_a_note(plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path, "--cos", "--schedule", 1, "--epochs", 1, "--con-weight", 0)
     assert "--schedule is not used" in outcome.out
 
@@ -136,14 +136,14 @@ def test_a_schedule_beside_cos_is_said(plain_tree, tmp_path):
 
 
 def seen(folder):
-    """Every training image that a run's checkpoint counts, and the steps it made."""
+    """The numbers of training images and steps in a run's previous checkpoint."""
     content = checkpoint(folder, PREVIOUS)
     return content["images"], content["step"]
 
 
 @pytest.mark.parametrize("stage", ["i", "iii"])
 @pytest.mark.parametrize("flags", [["-b", 24], ["-b", 10], TWO], ids=str)
-def test_stages_i_and_iii_go_on_after_the_images_seen(trained, plain_tree, tmp_path, stage, flags):
+def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tmp_path, stage, flags):
     source = {"i": [], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
     run = train(stage, plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
     assert seen(run) == (80, 5)
@@ -151,7 +151,7 @@ def test_stages_i_and_iii_go_on_after_the_images_seen(trained, plain_tree, tmp_p
     shown = run_shell(stage, plain_tree, tmp_path / "again", *words)
     assert shown.status == 0, shown
     batch = 16 if flags == TWO else flags[1]
-    assert "warning: epoch 1 goes on after its first 80 images" in shown.out
+    assert "warning: epoch 1 continues after its first 80 images" in shown.out
     steps = [line.split()[2] for line in shown.out.splitlines() if line.startswith("epoch 1/1 [")]
     more = (IMAGES - 80) // batch
     assert steps == [f"[{step}/{5 + more}]" for step in range(6, 6 + more)]
@@ -163,12 +163,12 @@ def test_stages_i_and_iii_go_on_after_the_images_seen(trained, plain_tree, tmp_p
 
 
 @pytest.mark.parametrize("flags", [["-b", 24], TWO], ids=str)
-def test_stage_ii_starts_its_epoch_anew(trained, plain_tree, tmp_path, flags):
+def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path, flags):
     source = ["--last_stage_ckpt", trained["i"] / LAST]
     run = train("ii", plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
     words = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, *flags]
     outcome = run_shell("ii", plain_tree, tmp_path / "again", *words)
-    assert outcome.status == 0 and "warning: epoch 1 starts anew" in outcome.out
+    assert outcome.status == 0 and "warning: epoch 1 starts over" in outcome.out
     steps = [line for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
     assert len(steps) == IMAGES // (16 if flags == TWO else 24) and steps[0].startswith("epoch 1/1 [1/")
 
@@ -196,7 +196,7 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
 
 
-def test_arguments_of_other_versions_are_passed_over(trained, plain_tree, tmp_path):
+def test_saved_arguments_of_unknown_flags_are_ignored(trained, plain_tree, tmp_path):
     content = checkpoint(trained["i"], PREVIOUS)
     content["args"] = content["args"] | {"a_flag_to_come": 5}
     torch.save(content, tmp_path / "later.tar")
@@ -218,6 +218,6 @@ def test_a_wrong_flag_is_named_and_the_right_one_suggested(plain_tree):
     assert "--moco-kk; did you mean --moco-k?" in outcome.err and str(plain_tree) not in outcome.err
 
 
-def test_processes_that_nothing_would_start_are_refused(plain_tree):
+def test_nproc_without_multiprocessing_distributed_is_refused(plain_tree):
     outcome = call("i", ["--nproc", 2, plain_tree])
     assert outcome.status == 2 and "--multiprocessing-distributed" in outcome.err

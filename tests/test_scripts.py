@@ -1,4 +1,4 @@
-"""The three scripts show their training: its parts stand in them, and little stands between them and the loss."""
+"""The three scripts show their training: they contain all its parts, and few calls lie between them and the loss."""
 
 import re
 import traceback

@@ -1,4 +1,4 @@
-"""The stages from the command line to their files, on trees of real images in every layout and launch."""
+"""The stages from the command line to their files, on image trees in every layout, with every launcher."""
 
 import gzip
 import json
@@ -56,33 +56,33 @@ def submodule(state, prefix):
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-# ---- layouts, and data of other origin
+# ---- layouts, and prepared data
 
 
-def test_the_reorganised_tree_gives_the_same_numbers(trained, reorganised_tree, tmp_path):
-    all_stages(reorganised_tree, tmp_path, "--cos")
+def test_the_reorganized_tree_gives_the_same_numbers(trained, reorganized_tree, tmp_path):
+    all_stages(reorganized_tree, tmp_path, "--cos")
     for run in RUNS:
         assert same(checkpoint(tmp_path / run)["state_dict"], checkpoint(trained[run])["state_dict"])
         assert results_of(tmp_path / run) == results_of(trained[run])
 
 
-def test_class_folders_without_lists(reorganised_tree, tmp_path):
+def test_class_folders_are_used_if_there_are_no_lists(reorganized_tree, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "val", "test"):
-        (data / split).symlink_to(reorganised_tree / split)
+        (data / split).symlink_to(reorganized_tree / split)
     (result,) = results_of(train("i", data, tmp_path / "i", "--epochs", 1))
     assert result["train_counts"] == list(COUNTS["train"]) and result["count"] == TEST_IMAGES
 
 
-def test_lists_by_flag_come_first(plain_tree, tmp_path):
+def test_a_list_given_by_flag_comes_first(plain_tree, tmp_path):
     lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "half.txt").write_text("".join(lines[::2]))
     (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--train-list", tmp_path / "half.txt"))
     assert sum(result["train_counts"]) == -(-IMAGES // 2)
 
 
-def test_more_classes_than_the_lists_have(plain_tree, tmp_path):
+def test_num_classes_may_be_larger_than_in_the_lists(plain_tree, tmp_path):
     (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--num-classes", 8))
     assert result["train_counts"] == [*COUNTS["train"], 0, 0] and result["per_class"][6:] == [None, None]
 
@@ -94,7 +94,7 @@ def write_idx(file, array):
         out.write(header + array.tobytes())
 
 
-def test_fashion_mnist_lt(tmp_path):
+def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
     random, source, data = np.random.default_rng(0), tmp_path / "source", tmp_path / "data"
     source.mkdir()
     for name, each in (("train", 58), ("t10k", 2)):
@@ -111,7 +111,7 @@ def test_fashion_mnist_lt(tmp_path):
             assert result["many"] is result["medium"] is None and result["few"] is not None
 
 
-def test_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
+def test_all_stages_train_on_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
     small = ["--arch", "resnet18", "--image-size", 224, "-b", 4, "--epochs", 1]
 
     def run(stage, data, out, *flags):
@@ -132,7 +132,7 @@ def test_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_results(trained, run):
+def test_results_json_has_one_record_per_classifier_with_exact_counts(trained, run):
     records = results_of(trained[run])
     assert [record["classifier"] for record in records] == CLASSIFIERS[run]
     for record in records:
@@ -151,7 +151,7 @@ def test_results(trained, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_log(trained, run):
+def test_log_txt_has_one_record_per_epoch_with_losses_and_accuracies(trained, run):
     parts = {"i": ["cross_entropy", "contrastive"], "ii": [], "iii": ["cross_entropy", "distillation"]}[script(run)]
     accuracies = [f"{top}_{name}" for name in CLASSIFIERS[run] for top in ("top1", "top5")]
     records = log_of(trained[run])
@@ -171,8 +171,8 @@ def test_log(trained, run):
         assert all(0 <= record[name] <= 1 for name in accuracies)
 
 
-def test_stages_learn(trained):
-    """More than how often each class comes. (Stage I's loss may rise all the same: the queue fills with negatives.)"""
+def test_stages_i_and_iii_learn_more_than_class_frequencies(trained):
+    """They beat the class frequencies. (Stage I's loss may rise nevertheless: the queue fills with negatives.)"""
     shares = np.array(COUNTS["train"]) / IMAGES
     for run in ("i", "iii"):
         _, second = log_of(trained[run])
@@ -181,7 +181,7 @@ def test_stages_learn(trained):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_arguments_are_kept(trained, plain_tree, run):
+def test_args_json_has_the_arguments_and_versions(trained, plain_tree, run):
     kept = json.loads((trained[run] / "args.json").read_text())
     assert kept["data"] == str(plain_tree) and kept["output_dir"] == str(trained[run])
     assert (kept["num_classes"], kept["seed"], kept["batch_size"], kept["lr"]) == (
@@ -199,8 +199,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_checkpoint(trained, run):
-    saved = checkpoint(trained[run])  # which loads plainly, by weights_only
+def test_checkpoints_have_the_published_entries_and_the_best_class_mean(trained, run):
+    saved = checkpoint(trained[run])  # loads with weights_only
     assert saved["epoch"] == 2
     assert {name.split(".")[1] for name in saved["state_dict"]} == set(NAMES[script(run)])
     assert all(name.startswith("module.") for name in saved["state_dict"])
@@ -258,7 +258,7 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
         assert not torch.equal(states[run][f"{prefix}bn1.running_mean"], states[source][f"{before}bn1.running_mean"])
 
 
-def test_the_queue_went_round(trained):
+def test_the_queue_is_full_of_unit_keys_and_has_wrapped_around(trained):
     saved = checkpoint(trained["i"])["state_dict"]
     steps = 2 * (IMAGES // 16)
     assert saved["module.queue_ptr"].tolist() == [steps * 16 % 50]
@@ -270,7 +270,7 @@ def test_the_queue_went_round(trained):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_evaluate(trained, plain_tree, tmp_path, run):
+def test_evaluate_repeats_the_results_of_the_training(trained, plain_tree, tmp_path, run):
     outcome = run_stage(script(run), plain_tree, tmp_path / "e", "--resume", trained[run] / LAST, "--evaluate")
     assert (outcome.status, outcome.err) == (0, "")
     assert results_of(tmp_path / "e") == results_of(trained[run])
@@ -282,12 +282,12 @@ def test_evaluate(trained, plain_tree, tmp_path, run):
 
 
 def without(flag, argv):
-    """The command line less a flag and its value."""
+    """The command line without a flag and its value."""
     at = argv.index(flag)
     return argv[:at] + argv[at + 2 :]
 
 
-def test_evaluate_writes_nothing_unless_told_where(trained, plain_tree, tmp_path, monkeypatch):
+def test_evaluate_without_output_dir_writes_nothing(trained, plain_tree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = stage_flags("i", plain_tree, "unused", ["--resume", trained["i"] / LAST, "--evaluate"])
     assert call("i", without("--output_dir", flags)).status == 0
@@ -297,7 +297,7 @@ def test_evaluate_writes_nothing_unless_told_where(trained, plain_tree, tmp_path
 # ---- switches
 
 
-def test_without_contrast(plain_tree, tmp_path):
+def test_con_weight_0_leaves_queue_and_key_encoder_unchanged(plain_tree, tmp_path):
     folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0)
     state = checkpoint(folder)["state_dict"]
     assert all(record["contrastive"] == 0 for record in log_of(folder))
@@ -306,12 +306,12 @@ def test_without_contrast(plain_tree, tmp_path):
     train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", folder / LAST)
 
 
-def test_contrast_of_half_weight(plain_tree, tmp_path):
+def test_con_weight_scales_the_contrastive_loss(plain_tree, tmp_path):
     for record in log_of(train("i", plain_tree, tmp_path / "i", "--con-weight", 0.5)):
         assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["contrastive"], rel=1e-5)
 
 
-def test_without_distillation(plain_tree, tmp_path):
+def test_kd_weight_0_trains_the_hard_classifier_alone(plain_tree, tmp_path):
     folder = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0)
     assert all(record["distillation"] == 0 for record in log_of(folder))
     assert [record["classifier"] for record in results_of(folder)] == ["hard"]
@@ -319,7 +319,7 @@ def test_without_distillation(plain_tree, tmp_path):
     train("ii", plain_tree, tmp_path / "ii", *flags)
 
 
-def test_distillation_weight_and_temperature(trained, plain_tree, tmp_path):
+def test_kd_weight_and_temperature_change_the_distillation_loss(trained, plain_tree, tmp_path):
     flags = ["--epochs", 1, "--teacher_ckpt", trained["ii"] / LAST]
     (record,) = log_of(train("iii", plain_tree, tmp_path / "w", *flags, "--kd-weight", 0.5))
     assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["distillation"], rel=1e-5)
@@ -327,7 +327,7 @@ def test_distillation_weight_and_temperature(trained, plain_tree, tmp_path):
     assert other["distillation"] != record["distillation"]
 
 
-def test_the_soft_classifier_may_be_tuned(trained, plain_tree, tmp_path):
+def test_the_soft_classifier_can_be_tuned(trained, plain_tree, tmp_path):
     flags = ["--epochs", 1, "--last_stage_ckpt", trained["iii"] / LAST, "--classifier", "soft"]
     tuned = checkpoint(train("ii", plain_tree, tmp_path / "soft", *flags))["state_dict"]
     student = checkpoint(trained["iii"])["state_dict"]
@@ -338,28 +338,28 @@ def test_the_soft_classifier_may_be_tuned(trained, plain_tree, tmp_path):
     ("stage", "before", "taken", "kept"),
     [("ii", "i", "encoder_q.", "encoder."), ("iii", "ii", "encoder.", "encoder_t.")],
 )
-def test_frozen_statistics(trained, plain_tree, tmp_path, stage, before, taken, kept):
+def test_freeze_bn_keeps_the_batchnorm_statistics(trained, plain_tree, tmp_path, stage, before, taken, kept):
     folder = train(stage, plain_tree, tmp_path / stage, *source(stage, trained), "--freeze-bn", "--epochs", 1)
     given, now = (checkpoint(run)["state_dict"] for run in (trained[before], folder))
     assert same(submodule(now, f"module.{kept}"), submodule(given, f"module.{taken}"))
 
 
-def test_the_rate_falls_in_steps_without_cosine(plain_tree, tmp_path):
+def test_the_learning_rate_falls_in_steps_without_cos(plain_tree, tmp_path):
     folder = train("i", plain_tree, tmp_path / "i", "--schedule", 1, 2, "--epochs", 3, "--con-weight", 0)
     assert [record["lr"] for record in log_of(folder)] == pytest.approx([0.1, 0.01, 0.001])
     assert checkpoint(folder)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
 
 
 def source(stage, trained):
-    """What the stage takes of the one before."""
+    """The flags that name the checkpoint of the stage before."""
     return {
         "i": [], "ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--teacher_ckpt", trained["ii"] / LAST],
     }[stage]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_numerics_change_the_result_but_little(trained, plain_tree, tmp_path, stage):
-    flags = [*source(stage, trained), "--epochs", 1, "--lr", 1e-3]  # at a large rate small differences grow
+def test_bf16_channels_last_and_device_augmentation_change_the_loss_little(trained, plain_tree, tmp_path, stage):
+    flags = [*source(stage, trained), "--epochs", 1, "--lr", 1e-3]  # at a large learning rate small differences grow
     reference = train(stage, plain_tree, tmp_path / "reference", *flags)
     (expected,), states = log_of(reference), [checkpoint(reference)["state_dict"]]
     for numerics in (["--amp", "bf16"], ["--channels-last"], ["--augment", "device"]):
@@ -369,10 +369,10 @@ def test_numerics_change_the_result_but_little(trained, plain_tree, tmp_path, st
         state = checkpoint(folder)["state_dict"]
         assert [value.dtype for value in state.values()] == [value.dtype for value in states[0].values()]
         states.append(state)
-    assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device did something
+    assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device changed something
 
 
-def test_one_seed_one_result(trained, plain_tree, tmp_path):
+def test_the_same_seed_gives_the_same_run(trained, plain_tree, tmp_path):
     again = train("i", plain_tree, tmp_path / "again", "--cos")
     assert same(checkpoint(again), checkpoint(trained["i"]))
     assert log_of(again, timed=False) == log_of(trained["i"], timed=False)
@@ -392,7 +392,7 @@ def test_a_seed_is_drawn_printed_and_kept(plain_tree, tmp_path):
     assert same(checkpoint(repeated)["state_dict"], checkpoint(tmp_path / "a")["state_dict"])
 
 
-def test_lines_of_progress(plain_tree, tmp_path):
+def test_progress_is_printed_every_print_freq_steps(plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path / "i", "--epochs", 1, "-p", 4)
     steps = [line.split()[2] for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
     assert steps == ["[4/9]", "[8/9]", "[9/9]"]
@@ -418,7 +418,7 @@ PUBLISHED_BY_STAGE = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_published_flags_and_defaults(stage):
+def test_flags_and_defaults_are_the_published_ones(stage):
     parser = PARSERS[stage]()
     args = parser.parse_args(["."])
     assert args.data == "." and args.arch == "resnext50_32x4d" and args.image_size == 224
@@ -457,8 +457,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_spawned_or_under_torchrun(trained, plain_tree, tmp_path, stage):
-    young = ["--epochs", 1, "--lr", 1e-3]  # a young network's loss hangs but little on its batches
+def test_two_spawned_processes_and_torchrun_give_the_same_run(trained, plain_tree, tmp_path, stage):
+    young = ["--epochs", 1, "--lr", 1e-3]  # early in training, the loss depends little on the batches
     flags = [*source(stage, trained), *young]
     if stage == "ii":
         flags = ["--last_stage_ckpt", train("i", plain_tree, tmp_path / "i", *young) / LAST, *young]
@@ -478,7 +478,7 @@ def test_two_processes_spawned_or_under_torchrun(trained, plain_tree, tmp_path, 
         assert checkpoint(spawned)["state_dict"]["module.queue_ptr"].tolist() == [9 * 16 % 50]
 
 
-def test_the_readmes_command_line(plain_tree, tmp_path):
+def test_the_command_of_the_readme_trains(plain_tree, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""--tensorboard writes the figures of log.txt; without the package it says so in one line."""
+"""--tensorboard writes the figures of log.txt; without the package the run ends in one line."""
 
 import json
 import sys
@@ -19,10 +19,10 @@ def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
     ):
         written = events.Scalars(name)
         assert [event.step for event in written] == [0, 1]
-        assert [event.value for event in written] == pytest.approx(values, rel=1e-6)  # which it keeps as float32
+        assert [event.value for event in written] == pytest.approx(values, rel=1e-6)  # stored as float32
 
 
-def test_missing_package_is_one_line(plain_tree, tmp_path, monkeypatch):
+def test_a_missing_tensorboard_ends_in_one_line(plain_tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     outcome = call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard"]))
     assert outcome.status == 2

@@ -1,4 +1,4 @@
-"""What a run shows: its settings first, a bar that fits a narrow terminal, its files and the next command last."""
+"""What a run prints: its settings first, a bar that fits a narrow terminal, its files and the next command last."""
 
 import fcntl
 import os
@@ -30,12 +30,12 @@ class Terminal:
         self.screen = ""
 
     def read(self) -> bool:
-        """Takes what has been written; whether the run has ended."""
+        """Reads what has been written; returns whether the run has ended."""
         ended = self.process.poll() is not None
         try:
             while block := os.read(self.main, 65536):
                 self.screen += block.decode()
-        except OSError:  # nothing to read now, or nobody to write any more
+        except OSError:  # there is nothing to read, or the run has ended
             pass
         return ended
 
@@ -49,7 +49,7 @@ class Terminal:
 
 
 def shown_lines(screen) -> list[str]:
-    """What stood on a line at any moment, without the commands that move the cursor."""
+    """Everything that was ever shown on a line, without the commands that move the cursor."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen))
 
 
@@ -81,7 +81,7 @@ def test_control_c_is_acknowledged_at_once(plain_tree, tmp_path):
     assert last.startswith("ssd_stage_i.py: stopped on request")  # the bar is not on that line
 
 
-def test_a_run_says_first_what_it_is(plain_tree, tmp_path):
+def test_a_run_prints_its_settings_first(plain_tree, tmp_path):
     out = run_stage("i", plain_tree, tmp_path / "run", "--cos", "--epochs", 1).out
     block = out[: out.index("epoch 1/1")]
     for text in (
@@ -101,7 +101,7 @@ def test_the_line_of_a_step_has_data_time_and_accuracies_in_per_cent(plain_tree,
 
 
 def test_the_commands_at_the_end_run(plain_tree, tmp_path):
-    """From stage I on, each run's last lines lead to the next."""
+    """Starting with stage I, the last lines of each run give the command of the next."""
     stages = []
     words = stage_flags("i", plain_tree, tmp_path / "stage_i", ["--epochs", 1])
     stage = "i"
@@ -119,7 +119,7 @@ def test_the_commands_at_the_end_run(plain_tree, tmp_path):
     assert (tmp_path / "stage_iii_tuned" / LAST).exists()
 
 
-def test_the_flag_that_another_stage_has_is_suggested(plain_tree, tmp_path):
+def test_the_flag_that_another_stage_has_instead_is_suggested(plain_tree, tmp_path):
     outcome = run_stage("iii", plain_tree, tmp_path, "--last_stage_ckpt", "x")
     assert outcome.status == 2 and "did you mean --teacher_ckpt?" in outcome.err
     outcome = run_stage("ii", plain_tree, tmp_path, "--teacher-ckpt", "x")
@@ -131,7 +131,7 @@ def test_a_rank_beyond_a_single_node_is_refused(plain_tree, tmp_path):
     assert outcome.status == 2 and "--rank 1" in outcome.err
 
 
-def test_a_queue_far_larger_than_the_data_is_said_with_the_number_to_take(plain_tree, tmp_path):
+def test_a_queue_far_larger_than_the_data_gives_a_note_with_a_better_size(plain_tree, tmp_path):
     out = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 5000, "--epochs", 1).out
     assert [line for line in out.splitlines() if line.startswith("--moco-k 5000: ") and line.endswith("take about 154")]
     assert "take about" not in run_stage("i", plain_tree, tmp_path / "other", "--epochs", 1).out

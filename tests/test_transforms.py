@@ -1,4 +1,4 @@
-"""The views: their sizes, what they are made of, and that each is a function of its sample's key alone."""
+"""The views: their sizes, their operations, and that each depends on seed and sample key alone."""
 
 import random
 
@@ -41,7 +41,7 @@ def test_a_view_is_a_function_of_seed_and_sample_key_alone(size):
     assert all(map(torch.equal, again, reference))
     assert torch.equal(
         Views(("query",), size, seed=5)(picture, SAMPLE_KEY)[0], reference[0]
-    )  # whatever other views there are
+    )  # independent of other views
 
     others = {(seed, key): Views(names, size, seed)(picture, key) for seed, key in [
         (6, SAMPLE_KEY), (5, (4, 17, 1)), (5, (3, 18, 1)), (5, (3, 17, 2)),
@@ -91,7 +91,7 @@ def contrasted(size, crop, blur):
 
 
 def compositions(size):
-    """The views (query, key, evaluation) composed of torchvision's transforms."""
+    """The views (query, key, evaluation), composed of torchvision's transforms."""
     if size > 64:
         query = jittered(size, [T.RandomResizedCrop(size)])
         blur = [T.RandomApply([BlurByTorch()], p=0.5)]
@@ -127,7 +127,7 @@ def test_only_large_key_views_are_blurred(size, monkeypatch):
         assert len(set(radii)) == len(radii)
 
 
-def test_evaluation_is_not_random():
+def test_the_evaluation_view_is_not_random():
     picture = image()
     for size in SIZES:
         first = Views(("eval",), size, seed=0)(picture, (0, 0, 0))[0]

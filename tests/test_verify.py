@@ -106,7 +106,7 @@ def test_missing_images_are_named_and_reported(root, verify, tmp_path):
     ]
 
 
-def test_twenty_problems_are_printed_and_all_reported(root, verify, tmp_path):
+def test_twenty_problems_are_printed_and_all_are_in_the_report(root, verify, tmp_path):
     append(root / "train.txt", "".join(f"train/ant/none{i}.jpg 0\n" for i in range(50)))
     _, said = verify(root, "--report", tmp_path / "report.txt")
     assert said.count("train/ant/none") == 20 and "and 30 more" in said
@@ -128,13 +128,13 @@ def test_decode_names_every_broken_image(root, verify, tmp_path):
     assert "0 bytes" in report["train/cat/zero.jpg"]
 
 
-def test_images_of_another_format_than_named_are_information(root, verify):
+def test_images_of_another_format_than_their_name_says_are_information(root, verify):
     Image.new("RGB", (8, 8)).save(root / "train/ant/0.jpg", format="PNG")
     Image.new("CMYK", (8, 8)).save(root / "train/ant/1.jpg")
     Image.new("L", (8, 8)).save(root / "train/ant/2.jpg")
     status, said = verify(root, "--decode")
     assert status == 0
-    assert "1 images are not what their name says" in said and "train/ant/0.jpg" in said and ": PNG" in said
+    assert "1 images have another format than their name says" in said and "train/ant/0.jpg" in said and ": PNG" in said
     assert "1 CMYK, 1 L" in said
 
 
@@ -190,7 +190,7 @@ def test_sorted_trees_and_class_folders_are_verified(root, verify, tmp_path):
 
 
 def imagenet(root):
-    """Turns the test split into one whose list names class folders of val/, as ImageNet-LT's does."""
+    """Replaces the test list with one that names class folders of val/, like ImageNet-LT's."""
     lines = [f"val/{name}/ILSVRC2012_val_{c}.JPEG {c}\n" for c, name in enumerate(CLASSES)]
     (root / "test.txt").write_text("".join(lines))
     return [line.split()[0] for line in lines]
@@ -212,16 +212,16 @@ def test_the_likely_cause_of_missing_images_is_named(root, verify, tmp_path):
     assert status == 1 and f"these files lie below {deep}" in said
 
 
-def test_what_is_no_regular_file_is_reported_as_missing(root, verify, tmp_path):
+def test_a_fifo_is_reported_as_missing(root, verify, tmp_path):
     (root / "test/bee/0.jpg").unlink()
     os.mkfifo(root / "test/bee/0.jpg")
     status, said = verify(root, "--decode", "--report", tmp_path / "report.txt")
-    assert status == 1 and rows(said)["test"]["missing"] == "1" and "no regular file" in said
+    assert status == 1 and rows(said)["test"]["missing"] == "1" and "not a regular file" in said
     assert (tmp_path / "report.txt").read_text() == "missing\ttest\ttest/bee/0.jpg\tnot a regular file\n"
     for split in COUNTS:
         (root / f"{split}.txt").unlink()
     status, said = verify(root, "--decode")  # as class folders
-    assert status == 1 and rows(said)["test"]["missing"] == "1" and "no regular file" in said
+    assert status == 1 and rows(said)["test"]["missing"] == "1" and "not a regular file" in said
 
 
 def test_large_images_are_decoded_one_at_a_time(root, verify, monkeypatch):
@@ -262,7 +262,7 @@ def test_plot_needs_matplotlib_and_a_known_format(root, verify, tmp_path, monkey
     assert status == 2 and "pip install matplotlib" in said
 
 
-def test_mistakes_are_one_line(root, verify, tmp_path):
+def test_mistakes_end_in_one_line(root, verify, tmp_path):
     def refused(*argv):
         status, said = verify(*argv)
         assert status == 2

@@ -1,4 +1,4 @@
-"""The flags that the three stages share, and what their values must be, each declared in one place."""
+"""The flags that the three stages share, and the checks of their values."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
-SHARED_ARGS = {  # that the stages of one training have in common; backbone and image size come with the checkpoint
+SHARED_ARGS = {  # flags that the stages of a training have in common; backbone and image size come with the checkpoint
     "cos", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment", "amp",
     "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size", "rank",
     "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard", "plots",
@@ -28,9 +28,9 @@ SHARED_ARGS = {  # that the stages of one training have in common; backbone and 
 
 
 class TrainingParser(ArgumentParser):
-    """A stage's parser: checks that the values fit together, too.
+    """A stage's parser, which also checks that the values fit together.
 
-    args.program: the script's name for messages; args.saved: the names of what a checkpoint keeps.
+    args.program: the script's name for messages; args.saved: the names of the arguments that a checkpoint keeps.
     """
 
     def parse_args(self, argv=None):
@@ -43,13 +43,13 @@ class TrainingParser(ArgumentParser):
         return args
 
     def shared_words(self, args) -> list[str]:
-        """The words of the given flags that a run of the next stage needs as well."""
+        """The given flags that a run of the next stage needs as well, as words of a command line."""
         actions = {action.dest: action for action in self._actions}
         names = [name for name in args.given if name in SHARED_ARGS]
         return [option_words(actions[name], getattr(args, name)) for name in names]
 
     def parse_known_args(self, args=None, namespace=None):
-        """As ArgumentParser's; a folder after --pretrained is DIR, since weights are a file."""
+        """As in ArgumentParser; a folder after --pretrained is DIR, since weights are a file."""
         words = list(sys.argv[1:] if args is None else args)
         for i, (word, following) in enumerate(pairwise(words)):
             if word == "--pretrained" and os.path.isdir(following):
@@ -58,18 +58,18 @@ class TrainingParser(ArgumentParser):
 
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
-    """The flags that all stages have; the keywords are the stage's defaults, which are the published scripts'."""
+    """The flags that all stages have; the keywords are the stage's defaults, those of the published scripts."""
     parser = TrainingParser(doc)
     add = parser.add_argument
     # fmt: off
     add("data", metavar="DIR",
         help="image folder that the lists' paths are relative to, or a tree of class folders")
     run_only(add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
-        help="data loading workers on this node, split over its processes; a starved GPU wants more, up to "
+        help="data loading workers on this node, split over its processes; a GPU that waits for data needs more, up to "
         f"{WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)"))
     add("--epochs", default=epochs, type=whole_number(1), metavar="N", help="epochs to train (default: %(default)s)")
     run_only(add("--start-epoch", default=0, type=whole_number(), metavar="N",
-        help="epoch to start with, from 0; --resume sets it by itself"))
+        help="epoch to start with, from 0; --resume sets it automatically"))
     add("-b", "--batch-size", default=batch_size, type=whole_number(1), metavar="N",
         help="images per step on this node, split over its processes (default: %(default)s); scale --lr with it")
     add("--lr", "--learning-rate", default=lr, type=number(), metavar="LR", dest="lr",
@@ -80,10 +80,10 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     add("--wd", "--weight-decay", default=5e-4, type=number(), metavar="W", dest="weight_decay",
         help="weight decay (default: %(default)s)")
     run_only(add("-p", "--print-freq", default=10, type=whole_number(1), metavar="N",
-        help="steps between two lines, or between two updates of the bar (default: %(default)s)"))
+        help="steps between two lines of output, or between two updates of the bar (default: %(default)s)"))
     run_only(add("--resume", default="", metavar="PATH",
         help="checkpoint to continue from, or to evaluate; 'auto' takes the newest in --output_dir, if there is one; "
-        "--arch, --image-size and the queue's size are as saved, unless given"))
+        "flags that are not given are as saved"))
     run_only(add("-e", "--evaluate", action=ON_OFF, default=False,
         help="evaluate --resume's checkpoint on the test list and train nothing; results.json is written only if "
         "--output_dir is given"))
@@ -92,7 +92,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     run_only(add("--output_dir", default=output_dir, type=filled, metavar="DIR",
         help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)"))
     run_only(add("--overwrite", action=ON_OFF, default=False,
-        help="start anew in an --output_dir that already holds a checkpoint"))
+        help="start over in an --output_dir that already holds a checkpoint"))
     run_only(add("--save-every-steps", default=0, type=whole_number(), metavar="N",
         help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)"))
     run_only(add("--tensorboard", action=ON_OFF, default=False,
@@ -133,9 +133,8 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="compile the backbones; costs minutes at the start"))
     model.add_argument("--tf32", action=ON_OFF, default=False,
         help="allow TF32 in float32 products, on GPUs that have it")
-
-    model.add_argument("--memory-check", action=argparse.BooleanOptionalAction, default=True,
-        help="before the first step, refuse a batch that cannot fit into memory (default: on)")
+    run_only(model.add_argument("--memory-check", action=ON_OFF, default=True,
+        help="before the first step, refuse a batch that cannot fit into memory (default: on)"))
 
     processes = parser.add_argument_group("processes")
     run_only(processes.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
@@ -163,7 +162,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
 
 
 def check_arguments(args):
-    """Raises UserError if two values contradict each other, or one cannot serve on this machine."""
+    """Raises UserError if two values contradict each other, or one cannot be used on this machine."""
     if not os.path.isdir(args.data):
         raise UserError(f"DIR {args.data!r}: no such folder; DIR is the folder that the lists' paths are relative to")
     most = max(32, WORKERS_PER_CORE * num_cores())
@@ -194,9 +193,9 @@ def num_cores() -> int:
 
 
 def settle_defaults(args):
-    """Chooses the seed, workers and evaluation batch that were left open, and says what it chose.
+    """Chooses the seed, workers and evaluation batch size that were not given, and prints what it chose.
 
-    All ranks must call it, after --resume's checkpoint has been read, which brings its own seed.
+    All ranks must call it, after the checkpoint of --resume has been read, which contains its seed.
     """
     if args.seed is None:
         args.seed = gather_objects(secrets.randbelow(2**31))[0]
@@ -211,7 +210,7 @@ def settle_defaults(args):
 
 
 def check_queue(args, num_images: int, images_per_step: int):
-    """Raises UserError, the same on all ranks, if stage I's queue is too small for a step; says if it is too large."""
+    """Raises UserError, the same on all ranks, if stage I's queue is too small; prints a note if it is too large."""
     if args.evaluate or args.con_weight == 0:
         return
     if args.moco_k < images_per_step:
@@ -222,13 +221,13 @@ def check_queue(args, num_images: int, images_per_step: int):
         )
     if args.moco_k > 2 * num_images:
         print_main(
-            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images, they grow stale in the "
+            f"--moco-k {args.moco_k}: far too many keys for {num_images} training images: they grow stale in the "
             f"queue; take about {max(num_images, images_per_step)}"
         )
 
 
 def resolved(args) -> dict:
-    """The arguments as JSON can hold them."""
+    """The arguments as values that JSON can hold."""
     return {
         name: str(v) if isinstance(v, Path) else v
         for name, v in sorted(vars(args).items())

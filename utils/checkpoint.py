@@ -1,4 +1,4 @@
-"""Checkpoints: read so that they cannot harm, checked before use, written so that a crash cannot spoil them."""
+"""Checkpoints: read without running code, checked before use, written so that a crash cannot damage them."""
 
 import math
 import os
@@ -26,7 +26,7 @@ STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint that was read: its file, the flag that named it, its content, and what its names and shapes say."""
+    """A checkpoint that was read: its file, the flag that named it, its content, and what names and shapes tell."""
 
     path: str
     flag: str
@@ -40,12 +40,12 @@ class LoadedCheckpoint(NamedTuple):
 
     @property
     def run(self) -> dict:
-        """What it says of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
+        """Facts of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
         return self.content.get("run", {})
 
     @property
     def classes(self) -> list[str] | None:
-        """The classes' names, None if it has none."""
+        """The names of the classes, or None."""
         return self.content.get("classes")
 
 
@@ -55,8 +55,8 @@ class LoadedCheckpoint(NamedTuple):
 def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
     """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
 
-    parser: the one that args came from; stage: the one that the checkpoint has to be of. Raises UserError, on all
-    ranks, if it cannot be read or is of another stage.
+    parser: the one that made args; stage: the stage that the checkpoint must belong to. Raises UserError, on all ranks,
+    if it cannot be read or belongs to another stage.
     """
     if args.resume == "auto":
         latest = None
@@ -80,8 +80,8 @@ def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "")
     """The checkpoint of an earlier stage that a flag names, to start from.
 
     Backbone, image size and statistics are taken from it, unless their flags were given. Raises UserError, on all
-    ranks, if it cannot be read, is of none of the stages, or has another backbone than --arch.
-    hint: what else would serve, for the message if the flag is missing.
+    ranks, if it cannot be read, does not belong to one of the stages, or has another backbone than --arch.
+    hint: an alternative, for the message if the flag is missing.
     """
     path = getattr(args, flag.lstrip("-").replace("-", "_"))
     with raise_on_all_ranks():
@@ -100,7 +100,7 @@ def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "")
 
 
 def read(path, flag: str) -> dict:
-    """The content of a checkpoint. Raises UserError naming file and flag if it is none, or makes no sense."""
+    """The content of a checkpoint. Raises UserError naming file and flag if it is not one, or is invalid."""
     try:
         content = read_checkpoint(path)
         state_dict_of(path, content)
@@ -115,11 +115,11 @@ def read(path, flag: str) -> dict:
 
 
 def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
-    """A checkpoint of one of the stages. Raises UserError as read does, and if it is of another stage."""
+    """A checkpoint of one of the stages. Raises UserError as read does, and if it belongs to another stage."""
     content = read(path, flag)
     found = models.infer_stage_and_arch(content["state_dict"])
     if found is None:
-        raise UserError(f"{path}: its names are of no stage of SSD-LT; correct {flag}")
+        raise UserError(f"{path}: its names belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
         raise UserError(
             f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
@@ -131,7 +131,7 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
 
 
 def named(stages) -> str:
-    """The stages' names in a message."""
+    """The stages as a message names them."""
     return " or ".join(STAGE_NAMES[stage] for stage in stages)
 
 
@@ -143,7 +143,7 @@ def is_count(value) -> bool:
 
 
 def is_accuracy(value) -> bool:
-    """Whether a value is a finite number: of Python's, of numpy's, or a tensor of one element."""
+    """Whether a value is a finite number of Python or numpy, or a tensor of one element."""
     try:
         return not isinstance(value, str | bytes) and math.isfinite(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -180,7 +180,7 @@ PROGRESS = {
 def find_latest(folder) -> Path | None:
     """The newest readable checkpoint of a run: last, else previous, else best; None if there is none.
 
-    Says on stderr which damaged file it passes over. Raises UserError if there are files and none can be read.
+    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read.
     """
     present = present_in(folder)
     for path in present:
@@ -188,9 +188,9 @@ def find_latest(folder) -> Path | None:
             read(path, "--resume auto")
             return path
         except UserError as error:
-            print(f"passed over {error}", file=sys.stderr, flush=True)
+            print(f"skipped {error}", file=sys.stderr, flush=True)
     if present:
-        raise UserError(f"{folder}: no checkpoint in it can be read; start anew with --overwrite")
+        raise UserError(f"{folder}: no checkpoint in it can be read; start over with --overwrite")
     return None
 
 
@@ -200,7 +200,7 @@ def present_in(folder) -> list[Path]:
 
 
 def quarantine_unreadable(folder, resumed):
-    """Renames a last checkpoint that --resume auto passed over, which the next save would keep as the previous one."""
+    """Renames a last checkpoint that --resume auto skipped, so that it does not become the previous one."""
     last = Path(folder) / LAST
     if Path(resumed).name != LAST and os.path.lexists(last):
         try:
@@ -209,14 +209,14 @@ def quarantine_unreadable(folder, resumed):
             os.replace(last, f"{last}.unreadable")
 
 
-# ---- holding a checkpoint against the run
+# ---- comparing a checkpoint with the run
 
 
 def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
-    """Takes the flags that were not given from a checkpoint, all that it keeps or those in `only`.
+    """Sets the flags that were not given from a checkpoint: all that it keeps, or those in `only`.
 
     Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
-    Raises UserError if a saved value is none that the command line could give.
+    Raises UserError if the command line could not give a saved value.
     """
     actions, taken, lines = parser.saved_actions(), [], []
     for name, value in saved_args(loaded).items():
@@ -225,14 +225,14 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ..
         try:
             value = check_value(actions[name], value)
         except ValueError as error:
-            raise UserError(f"{loaded.path}: its arguments are not sound ({error}); correct {loaded.flag}") from None
+            raise UserError(f"{loaded.path}: its arguments are not valid ({error}); correct {loaded.flag}") from None
         now = getattr(args, name)
         if value is None or value == now:
             continue
         if name not in args.given:
             setattr(args, name, value)
             taken.append(option_words(actions[name], value))
-        elif name not in ("arch", "moco_k", "moco_dim"):  # others of these are refused
+        elif name not in ("arch", "moco_k", "moco_dim"):  # if these differ, the run is refused
             lines.append(
                 f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
                 f"{option_words(actions[name], value)}"
@@ -244,7 +244,7 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ..
 
 
 def saved_args(loaded: LoadedCheckpoint) -> dict:
-    """The flags that a checkpoint keeps, by name; of older ones what their run and weights say."""
+    """The flags that a checkpoint keeps, by name; for older checkpoints, what their run and weights tell."""
     found, run = loaded.found, loaded.run
     saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
     saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
@@ -269,7 +269,7 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
 
 
 def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
-    """The classes' names: those of the data, else those in the checkpoint, else None; warns if the two differ."""
+    """The names of the classes: from the data, else from the checkpoint, else None; warns if the two differ."""
     from_checkpoint = loaded.classes if loaded else None
     if from_data and from_checkpoint and from_data != from_checkpoint:
         pairs = zip(from_checkpoint, from_data, strict=True)
@@ -285,10 +285,10 @@ def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) ->
 
 
 def save(state, is_best: bool = False):
-    """Writes a training state as last_checkpoint.pth.tar, and as best too if it is; all ranks must call it.
+    """Writes a training state as last_checkpoint.pth.tar, and as best if is_best; all ranks must call it.
 
-    The format is the published one, with what exact resuming needs beside it: tensors, numbers, strings, lists and
-    dicts, which weights_only loading takes. Raises UserError if it cannot be written.
+    The format is the published one, plus what exact resuming needs: tensors, numbers, strings, lists and dicts, which
+    can be loaded with weights_only. Raises UserError if it cannot be written.
     """
     averages = state.metrics.state_dict() if state.step else None
     if is_main_process():
@@ -317,7 +317,7 @@ def save(state, is_best: bool = False):
 
 
 def as_saved(value):
-    """An argument's value as weights_only loading takes it."""
+    """An argument's value as it can be loaded with weights_only."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -339,7 +339,7 @@ def stop_if_asked(state):
 
 
 def stopped(state) -> Stopped:
-    """What to say of a run that stops here."""
+    """The exception that ends the run here, with its message."""
     if state.args.evaluate:
         message = "stopped on request; evaluate again with the same command"
     elif state.epoch == state.args.epochs:
@@ -350,9 +350,9 @@ def stopped(state) -> Stopped:
 
 
 def write(folder, content: dict, is_best: bool = False):
-    """Writes last_checkpoint.pth.tar, keeps the one before as previous, and names it best as well if it is.
+    """Writes last_checkpoint.pth.tar, keeps the one before as previous, and also names the new one best if is_best.
 
-    Raises UserError if it cannot be written; the checkpoints before are then kept.
+    Raises UserError if it cannot be written; the earlier checkpoints are then kept.
     """
     folder = Path(folder)
     last = folder / LAST
@@ -367,11 +367,11 @@ def write(folder, content: dict, is_best: bool = False):
         if is_best:
             link(last, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{last}: cannot be written ({system_error(error)}); the checkpoints before are kept") from None
+        raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
 
 
 def system_error(error) -> str:
-    """The system's word for why writing failed, which torch's writer buries beneath errors of its own."""
+    """The system's reason why writing failed, which torch's writer hides behind its own errors."""
     cause = error
     while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__
@@ -379,5 +379,5 @@ def system_error(error) -> str:
 
 
 def remove_leftovers(folder):
-    """Removes what a process that was killed while it wrote left behind; the folder's lock must be held."""
+    """Removes what a process left behind that was killed while it wrote; the folder's lock must be held."""
     remove_temporary_files(folder, LAST, PREVIOUS, BEST, "args.json", "results.json", "log.txt")

@@ -1,4 +1,4 @@
-"""The parser of every command line of the project, types of flags, and the way a command ends."""
+"""The parser of all command lines of the project, the types of their flags, and how a command ends."""
 
 import argparse
 import difflib
@@ -11,11 +11,11 @@ from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
-SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # what one stage calls it
+SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # of stages II and III
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given: what the user set.
+    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given, what the user gave.
 
     intermixed: flags may come between the values of one positional argument.
     """
@@ -26,7 +26,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
 
     def parse_args(self, argv=None):
-        """As argparse's; args.given has the names of the arguments that were given."""
+        """As in argparse; args.given has the names of the arguments that were given."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         parse = super().parse_intermixed_args if self.intermixed else super().parse_args
         args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
@@ -36,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's; an unknown flag is named with the one that it resembles."""
+        """As in argparse; the error for an unknown flag suggests one that it resembles."""
         known = {option.replace("_", "-"): option for option in self._option_string_actions}
         words = []
         for word in args if args is not None else sys.argv[1:]:
@@ -49,10 +49,10 @@ class ArgumentParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             names = (error.argument_name or "").split("/")
             name = next((name for name in names if name.startswith("--")), names[0])
-            of_value = isinstance(error.__context__, argparse.ArgumentTypeError)  # begins with the value
+            of_value = isinstance(error.__context__, argparse.ArgumentTypeError)  # its message begins with the value
             self.error(f"{name}{'' if of_value else ':'} {error.message}")
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        if flags:  # the words after it are its value, or DIR: only the flag is to blame
+        if flags:  # the words after it may be its value, or DIR: only the flag is wrong
             close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
             meant = SYNONYMS.get(flags[0].replace("_", "-"))
             close = [meant] if meant in self._option_string_actions else close
@@ -90,7 +90,7 @@ def option_words(action: argparse.Action, value) -> str:
 
 
 def check_value(action: argparse.Action, value):
-    """A value from a file as the flag takes it. Raises ValueError if the command line could not give it."""
+    """A value from a file as the flag's type returns it. Raises ValueError if the command line could not give it."""
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError(f"{option_name(action)} is on or off")
@@ -98,7 +98,7 @@ def check_value(action: argparse.Action, value):
     if value is None and action.default is None:
         return None
     several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
-    if several != isinstance(value, list):
+    if several != isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
         raise ValueError(f"{option_name(action)} has another number of values")
     try:
         values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
@@ -122,7 +122,7 @@ def whole_number(least: int = 0, most: int = 2**31 - 1):
 
 
 def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
-    """An argparse type: numbers from least, or above `above`, to most."""
+    """An argparse type: numbers from least (or greater than `above`) to most."""
 
     def parse(text: str) -> float:
         try:
@@ -140,7 +140,7 @@ def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
 
 
 def check_bounds(text: str, value: float, least: float, most: float):
-    """Raises ArgumentTypeError if a value is not from least to most."""
+    """Raises ArgumentTypeError if a value is not between least and most."""
     if value < least:
         raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least {least:g}")
     if value > most:
@@ -159,14 +159,14 @@ def filled(text: str) -> str:
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
     """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
 
-    A mistake is said in one line on stderr; `interrupted` is said after Ctrl-C.
+    A mistake is printed as one line on stderr; `interrupted` is printed after Ctrl-C.
     """
     try:
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at the exit fails again
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing at the exit fails again
         return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)

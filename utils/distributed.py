@@ -1,4 +1,4 @@
-"""The ranks of a run and what they exchange. Without a process group, every exchange is the identity."""
+"""The ranks of a run and what they exchange. Without a process group, every exchange returns its input."""
 
 import contextlib
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .errors import UserError
 
 
 class DistInfo(NamedTuple):
-    """This process among those of the run: `local_` counts on its node alone; launcher and url say how they meet."""
+    """This process among those of the run: `local_` counts within its node; launcher and url say how they meet."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +35,7 @@ def set_dist_info(info: DistInfo):
 
 
 def get_dist_info() -> DistInfo:
-    """What the launcher said of this process."""
+    """What the launcher said about this process."""
     return _info
 
 
@@ -61,10 +61,10 @@ def print_main(text: str):
 
 
 def distribute(model, device):
-    """The model under DistributedDataParallel if there are several ranks, which averages gradients and sends no buffer.
+    """The model in DistributedDataParallel if there are several ranks; it averages gradients and sends no buffers.
 
-    The queue is the same on all ranks by construction, and large; BatchNorm's running statistics serve evaluation
-    alone, which takes rank 0's.
+    The queue is the same on all ranks by construction, and large; BatchNorm's running statistics are only used
+    by evaluation, which takes rank 0's.
     """
     if get_world_size() == 1:
         return model
@@ -90,7 +90,7 @@ def gather_objects(value) -> list:
 
 
 def broadcast_buffers(model):
-    """Gives all ranks rank 0's BatchNorm statistics, which are those that checkpoints hold."""
+    """Gives all ranks rank 0's BatchNorm statistics, which are also those in checkpoints."""
     if get_world_size() > 1:
         for name, buffer in model.named_buffers():
             if "queue" not in name:  # the same on all ranks by construction, and large
@@ -99,7 +99,7 @@ def broadcast_buffers(model):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """Raises a UserError of any rank within the block on all of them, with the message of the first."""
+    """If any rank raises UserError within the block, raises it on all of them, with the message of the first."""
     message = None
     try:
         yield

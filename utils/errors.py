@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: its one line names the file, line or flag and says how.
+    """A mistake that the user can correct: its one line names the file, line or flag and says how.
 
     on_all_ranks: whether every rank of the run raises the same error, so that rank 0 alone prints it.
     """
@@ -12,15 +12,15 @@ class UserError(Exception):
         self.on_all_ranks = on_all_ranks
 
     def __str__(self):
-        """On one line whatever a file's name holds."""
+        """On one line, whatever characters a file's name contains."""
         return printable(super().__str__())
 
 
 def printable(text: str) -> str:
-    """The text with line ends, a terminal's commands and bytes that are no text written as Python writes them."""
+    """The text with line breaks, terminal commands and undecodable bytes escaped as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """The system's word for an error, or its text on one line of at most 200 characters, or the name of its class."""
+    """The system's message for an error, else its text on one line of at most 200 characters, else its class name."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__

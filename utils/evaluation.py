@@ -1,4 +1,4 @@
-"""Evaluation of a list: exact counts, every image once, whatever the number of processes."""
+"""Evaluation of a list: exact counts, every image once, for any number of processes."""
 
 import torch
 
@@ -13,8 +13,8 @@ from .metrics import ShotAccuracy
 def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -> dict[str, dict]:
     """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
 
-    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of the classifiers
-    in order and perhaps more; loader: this rank's (views, labels, indices); train_counts: int (C,), training images
+    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple that starts with the logits
+    of the classifiers in order; loader: this rank's (views, labels, indices); train_counts: int (C,), training images
     per class. All ranks take rank 0's BatchNorm statistics. Raises Stopped, after a save, if a stop was asked for.
     """
     defer_stop()

@@ -1,4 +1,4 @@
-r"""A checkpoint of any stage in a form that other programs read.
+r"""Exports a checkpoint of any stage to a file that other programs read.
 
     python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.pth --classifier soft
     python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.onnx --format onnx
@@ -6,8 +6,8 @@ r"""A checkpoint of any stage in a form that other programs read.
 
 torchvision: a plain state dict, which torchvision's network of the same arch loads with strict=True. Stage II's scales
 are folded into its classifier. onnx: the same network, images (N, 3, S, S) to logits (N, classes), for any N; needs
-the packages onnx and onnxscript. published: all of the stage, as the published scripts resume it, in the file format
-before PyTorch 1.6.
+the packages onnx and onnxscript. published: the whole network and its optimizer, as the published scripts resume
+them, in the file format before PyTorch 1.6.
 """
 
 import json
@@ -39,7 +39,7 @@ def get_parser():
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("--classifier", default="hard", choices=("hard", "soft"),
-        help="which classifier of a stage III checkpoint (default: %(default)s); published: both, always")
+        help="which classifier of a stage III checkpoint (default: %(default)s); the format published always has both")
     parser.add_argument("--format", default="torchvision", choices=("torchvision", "onnx", "published"),
         help="see above (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -70,9 +70,9 @@ def plain_network(model, arch: str, classifier: str = "hard") -> nn.Module:
 
 
 def onnx_model(network: nn.Module, transform, classes) -> bytes:
-    """An ONNX file of a network with the input `images` and the output `logits`, whose first dimension may be any.
+    """An ONNX file of a network with the input `images` and the output `logits`, for any batch size.
 
-    transform, classes: models.load's; they stand in its metadata as JSON (image_size, mean, std, classes). Raises
+    transform, classes: models.load's; they are in its metadata as JSON (image_size, mean, std, classes). Raises
     UserError if a package is missing.
     """
     try:
@@ -83,7 +83,7 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
     example = torch.zeros(2, 3, transform.size, transform.size)  # a batch of one would be taken as fixed
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about PyTorch's own code
+        warnings.simplefilter("ignore")  # they are about PyTorch's own code
         program = torch.onnx.export(
             network, (example,), dynamo=True, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
@@ -138,7 +138,7 @@ def write(out, content, **options):
 
 
 def run(args):
-    """Writes the file, and says what its network takes."""
+    """Writes the file, and prints what its network takes."""
     if args.format == "published" and "classifier" in args.given:
         raise UserError("--classifier: --format published keeps the whole network; leave it out")
     model, found, content = load_network(args.checkpoint, args.classifier)

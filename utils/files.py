@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves the old file or the whole new one."""
+"""Writing files so that a crash at any moment leaves the old file or the complete new one."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path, before_replacing=lambda: None, sync=True):
-    """Opens a temporary file beside `path` for writing bytes; if the block ends well, it replaces path.
+    """Opens a temporary file beside `path` for writing bytes; if the block succeeds, it replaces path.
 
     The file and then its folder are flushed to the disk. If the block raises, path stays as it was and the temporary
-    file is removed. before_replacing is called once the new file is whole. sync=False: without flushing to the disk,
-    which takes milliseconds per file; for many files that can be made again. Raises OSError.
+    file is removed. before_replacing is called when the new file is complete. sync=False skips flushing to the disk,
+    which takes milliseconds per file; use it for many files that can be made again. Raises OSError.
     """
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -30,7 +30,7 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
 
 
 def apply_umask(path):
-    """Gives a temporary file, which is private when it is made, the permissions of any new file."""
+    """Gives a temporary file, which is private at first, the permissions of an ordinary new file."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
@@ -47,7 +47,7 @@ def replace(source, target):
 
 
 def link(source, target):
-    """Gives a file that is never written in place a second name; makes a copy if the file system has no links."""
+    """Gives a file, which must never change in place, a second name; copies it if the file system has no links."""
     temporary = Path(f"{target}.link")
     temporary.unlink(missing_ok=True)
     try:
@@ -60,11 +60,11 @@ def link(source, target):
                 os.fsync(copy.fileno())
         replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)  # replacing a name of the same file does nothing
+        temporary.unlink(missing_ok=True)  # os.replace does nothing if both are the same file
 
 
 def remove_temporary_files(folder, *names: str):
-    """Removes what a process that was killed while it wrote one of the named files left behind."""
+    """Removes what a process left behind that was killed while it wrote one of the named files."""
     for name in names:
         for file in [*Path(folder).glob(f".{name}.{'?' * 8}"), Path(folder) / f"{name}.link"]:
             file.unlink(missing_ok=True)

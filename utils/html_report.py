@@ -1,4 +1,4 @@
-"""Runs on one HTML page that needs no other file: tables, plots, arguments and versions."""
+"""Runs on one HTML page that refers to no other file: tables, plots, arguments and versions."""
 
 import base64
 import html
@@ -11,8 +11,8 @@ from .report import CLASS_COLUMNS, class_cells, class_rows, few_note, summary_ce
 from .runs import Run, read_args
 from .seeds import Group, mean_rows
 
-LEFT_OUT = ("environment", "dist_url")  # of the arguments: they have a table of their own, or are addresses
-OPEN_UP_TO = 30  # classes; longer tables are folded
+LEFT_OUT = ("environment", "dist_url")  # of the arguments: they have their own table, or are addresses
+OPEN_UP_TO = 30  # classes; longer tables are collapsed
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -90,7 +90,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 
 def write_page(file, runs: list[Run], groups: list[Group] | None):
-    """Writes the page; groups: of runs that differ in their seed alone, None for no such table.
+    """Writes the page; groups: of runs that differ only in their seed, or None for no table of means.
 
     Raises UserError if the file cannot be written.
     """
@@ -143,7 +143,7 @@ def data_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def number_class(column: int) -> str:
-    """The attribute of a cell in the column of a table whose first column is text."""
+    """The class attribute of a cell in a column, for a table whose first column is text."""
     return ' class="number"' if column else ""
 
 
@@ -159,7 +159,7 @@ def plots_of(run: Run) -> str:
 
 
 def classes_of(run: Run) -> str:
-    """A run's tables of classes, one per classifier that has accuracies per class."""
+    """A run's tables of classes, one for each classifier that has accuracies per class."""
     tables = []
     for record in run.records:
         if record["per_class"]:
@@ -171,7 +171,7 @@ def classes_of(run: Run) -> str:
 
 
 def class_table(rows: list[dict]) -> str:
-    """A table of classes that a click on a column's head sorts."""
+    """A table of classes, sortable by a click on the head of a column."""
     keys = ("class", "train_images", "test_images", "accuracy", "mistake")
     kinds = ["", " class=number", " class=number", " class=number", ""]
     head = "".join(
@@ -192,7 +192,7 @@ def class_table(rows: list[dict]) -> str:
 
 
 def settings_of(runs: list[Run]) -> str:
-    """Tables of the runs' arguments and versions, a column per run; rows in which the runs differ come first."""
+    """Tables of the runs' arguments and versions, one column per run; rows in which the runs differ come first."""
     args = [read_args(run.folder) for run in runs]
     if not any(args):
         return ""
@@ -210,7 +210,7 @@ def settings_of(runs: list[Run]) -> str:
 
 
 def settings_table(names: list[str], columns: list[dict]) -> str:
-    """A table of settings: a row per name that any of the columns holds."""
+    """A table of settings: one row for each name in any of the columns."""
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         values = [as_text(column.get(name)) for column in columns]

@@ -1,4 +1,4 @@
-"""What a run leaves to read: progress on screen, and log.txt, args.json and TensorBoard's files in its folder."""
+"""What a run writes for people: progress on screen, and log.txt, args.json and TensorBoard's files in its folder."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from .files import atomic_write
 
 
 class Progress:
-    """One bar on a terminal, elsewhere a line every `every` steps; nothing on ranks other than 0.
+    """A bar on a terminal, otherwise a line every `every` steps; nothing on ranks other than 0.
 
-    The bar fits 80 columns. It closes with the block, or with close_progress().
+    The bar fits into 80 columns. It closes with the block, or with close_progress().
     """
 
     open_bar = None  # the one on the screen
@@ -61,7 +61,7 @@ class Progress:
 
 
 def close_progress():
-    """Takes the bar off the screen, before a message."""
+    """Removes the bar from the screen, before a message."""
     if Progress.open_bar is not None:
         Progress.open_bar.close()
         Progress.open_bar = None
@@ -80,11 +80,11 @@ def write_json(path, value):
         with atomic_write(path) as file:
             file.write((to_json(value) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); the file before it is kept") from None
+        raise UserError(f"{path}: cannot be written ({one_line(error)}); the earlier file is kept") from None
 
 
 def to_json(value, margin: str = "\n") -> str:
-    """JSON with one line per entry, but a list of plain values on one line: a confusion matrix has a line per row."""
+    """JSON with one line per entry, and lists of plain values on one line: a confusion matrix has one line per row."""
     inner = f"{margin} "
     if isinstance(value, dict) and value:
         entries = [f"{json.dumps(key)}: {to_json(entry, inner)}" for key, entry in value.items()]
@@ -107,7 +107,7 @@ def append_epoch(folder, record: dict):
 
 
 def truncate_log(folder, epochs: int):
-    """Drops the lines of log.txt from the given number of epochs on, and a line that a crash cut short."""
+    """Removes the lines of log.txt after the given number of epochs, and a line that a crash cut short."""
     path, kept = Path(folder) / "log.txt", []
     try:
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -123,7 +123,7 @@ def truncate_log(folder, epochs: int):
 
 
 def create_summary_writer(folder, first_epoch: int):
-    """TensorBoard's writer, less what a former run wrote from first_epoch on. Raises UserError without tensorboard."""
+    """TensorBoard's writer; what an earlier run wrote from first_epoch on is dropped. Raises UserError without it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

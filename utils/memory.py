@@ -1,4 +1,4 @@
-"""Whether a training step fits into memory: a lower bound of what it needs, held against what there is."""
+"""Whether a training step fits into memory: a lower bound of what it needs, compared with what is available."""
 
 import copy
 import itertools
@@ -17,40 +17,40 @@ from .distributed import gather_objects, get_dist_info, get_world_size, print_ma
 from .errors import UserError
 from .numerics import AUTOCAST
 
-WARN_ABOVE = 0.7  # of what there is; workspaces, the allocator's gaps and data workers need memory too
+WARN_ABOVE = 0.7  # of the available memory; workspaces, fragmentation and data workers need some too
 SMALLEST_BATCH = 2  # images per process
-# Of a control group: limit, use, and in memory.stat what of the use are cached files.
+# Files of a control group: limit, usage, and the entries of memory.stat that count cached files.
 V1_FILES = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
 V2_FILES = "memory.max", "memory.current", ("active_file", "inactive_file")
 
 
 class StepMemory(NamedTuple):
-    """Bytes that a training step holds in one process, by kind; storages that tensors share are counted once."""
+    """Bytes that a training step holds in one process, by kind; shared storages are counted once."""
 
-    model: int  # parameters and buffers: key encoder or teacher and the queue, too
+    model: int  # parameters and buffers, including key encoder or teacher and the queue
     momentum: int
     gradients: int
     buckets: int  # of DistributedDataParallel, which copies the gradients
     images: int
     saved: int  # for the backward pass
-    widest: int  # input and output of the module that has the largest ones
+    widest: int  # input and output of the module for which they are largest
 
     @property
     def constant(self) -> int:
-        """What is held throughout a step."""
+        """What is in memory throughout a step."""
         return self.model + self.momentum + self.buckets
 
     def total(self) -> int:
-        """What is needed at the least: after the forward pass or after the backward pass, whichever is more."""
+        """What is needed at least: after the forward pass or after the backward pass, whichever is more."""
         return self.constant + max(self.gradients, self.images + max(self.saved, self.widest))
 
 
 def check_memory(model, batch_size: int, args, device):
-    """Raises UserError, the same on all ranks, if a training step cannot fit into memory; warns if it hardly can.
+    """Raises UserError, the same on all ranks, if a training step cannot fit into memory; warns if it barely can.
 
     model: as prepare_model returns it, before its optimizer exists; it is not changed, and no random number is drawn.
-    batch_size: images per step of one process. Nothing is said under --evaluate, with --no-memory-check, or on a system
-    that does not tell how much memory there is.
+    batch_size: images per step of one process. Does nothing under --evaluate, with --no-memory-check, or on a system
+    that does not say how much memory there is.
     """
     if args.evaluate or not args.memory_check:
         return
@@ -60,9 +60,9 @@ def check_memory(model, batch_size: int, args, device):
     if not found:
         return
     free, source = min(found)
-    there = free + step.model  # which is there already
-    sizes = f"a training step needs at least {gibibytes(step.total())} per process, {gibibytes(there)} can be had"
-    if args.compile or step.total() <= there:  # compiled backbones compute anew what is cheap, and save less
+    there = free + step.model  # which is in memory already
+    sizes = f"a training step needs at least {gibibytes(step.total())} per process, {gibibytes(there)} are available"
+    if args.compile or step.total() <= there:  # compiled backbones recompute what is cheap, and save less
         if step.total() > WARN_ABOVE * there:
             print_main(f"warning: {sizes} ({source}); lower --batch-size if memory runs out")
         return
@@ -71,7 +71,7 @@ def check_memory(model, batch_size: int, args, device):
     advice = "none can fit" if not most else f"at most {most} can fit" + (f", {roomy} leaves room" if roomy else "")
     raise UserError(
         f"--batch-size {args.batch_size}: {sizes} ({source}); {advice}; smaller --image-size, smaller --arch and "
-        "--amp bf16 need less; --no-memory-check goes on",
+        "--amp bf16 need less; --no-memory-check skips this check",
         on_all_ranks=True,
     )
 
@@ -84,7 +84,7 @@ def gibibytes(size: int) -> str:
 
 
 def step_memory(model, batch_size: int, args, device) -> StepMemory:
-    """A lower bound of what a training step of so many images needs in this process; nothing is computed or allocated.
+    """A lower bound of what a training step of batch_size images needs in this process; nothing is allocated.
 
     The stage's forward pass and loss run on a copy of the model that holds fake tensors, which have a shape but no
     values; hooks count what autograd saves.
@@ -117,14 +117,14 @@ def step_memory(model, batch_size: int, args, device) -> StepMemory:
 def count_forward(model, images, labels, args, held: set) -> tuple[int, int]:
     """(bytes saved for the backward pass, bytes of the largest module's input and output) of one forward pass.
 
-    held: the storages that count for neither.
+    held: the storages to leave out.
     """
     saved, widest, seen = 0, 0, set(held)
 
     def pack(tensor):
         nonlocal saved
         saved += storage_bytes([tensor], seen)
-        return tensor.detach()  # keeps the storage, whose address therefore no other one takes
+        return tensor.detach()  # keeps the storage, so that no other one gets its address
 
     def note_module(module, inputs, output):
         nonlocal widest
@@ -134,8 +134,8 @@ def count_forward(model, images, labels, args, held: set) -> tuple[int, int]:
     for module in itertools.islice(model.modules(), 1, None):
         module.register_forward_hook(note_module)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step_loss(model, images, labels, args, enqueue=False)  # a trial's batch may be larger than the queue
-    del loss  # it held the graph, and with it what was saved, until all is counted
+        loss = step_loss(model, images, labels, args, enqueue=False)  # the batch may be larger than the queue
+    del loss  # it kept the graph, and so what was saved, until everything is counted
     return saved, widest
 
 
@@ -153,7 +153,7 @@ def step_loss(model, images, labels, args, **options) -> torch.Tensor:
 
 
 def storage_bytes(tensors, seen: set) -> int:
-    """Bytes of the tensors' storages that are not in `seen`, where they are then added."""
+    """Bytes of the tensors' storages that are not in `seen`; adds these to `seen`."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -164,9 +164,9 @@ def storage_bytes(tensors, seen: set) -> int:
 
 
 def largest_batches(model, args, device, limits) -> list[int]:
-    """For each number of bytes the largest number of images per process whose step fits into them, 0 if none does.
+    """For each limit in bytes, the largest number of images per process whose step fits, 0 if none does.
 
-    Images, what is saved and what the widest module holds grow linearly with the batch: two sizes tell all others.
+    Images, what is saved and the widest module grow linearly with the batch: two sizes determine all others.
     """
     few, more = SMALLEST_BATCH, 2 * SMALLEST_BATCH
     small, large = (step_memory(model, size, args, device) for size in (few, more))
@@ -180,14 +180,14 @@ def largest_batches(model, args, device, limits) -> list[int]:
     ]
 
 
-# ---- what there is
+# ---- what is available
 
 
 def available_memory(device, local_world_size: int = 1) -> tuple[int, str] | None:
-    """(bytes that this process can still take, what says so), or None if the system does not tell.
+    """(bytes that this process can still allocate, their source), or None if the system does not say.
 
-    On the host the least of what the kernel, the control groups and the limit of the address space leave. All but the
-    last are shared by the processes of this node.
+    On the host it is the smallest of what the kernel, the control groups and the limit of the address space leave. All
+    but the last are shared by the processes of this node.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -207,7 +207,7 @@ def free_memory(proc: Path = Path("/proc")):
 def free_in_cgroups(proc: Path = Path("/proc"), mounted: Path = Path("/sys/fs/cgroup")):
     """Yields what each control group of this process, of version 1 or 2, leaves below its limit.
 
-    Cached files count as use there, although the kernel drops them first: they are left out of it.
+    Control groups count cached files as used, although the kernel can drop them: they are subtracted.
     """
     for line in read_lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -235,7 +235,7 @@ def free_in_group(group: Path, limit: str, usage: str, cache: tuple[str, ...]):
 def free_address_space(proc: Path = Path("/proc")):
     """Yields what the limit of this process's address space leaves."""
     try:
-        import resource  # Unix alone has it
+        import resource  # only Unix has it
     except ImportError:
         return
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -246,7 +246,7 @@ def free_address_space(proc: Path = Path("/proc")):
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel, none if it cannot be read."""
+    """The lines of a file of the kernel, an empty list if it cannot be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

@@ -16,12 +16,12 @@ MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in f
 
 
 class MetricLogger:
-    """Means over an epoch's steps, summed on the device, so that nothing but reading them waits for it."""
+    """Means over an epoch's steps, summed on the device, so that only reading them waits for it."""
 
     def __init__(self, device):
         self.device, self.names, self.sums, self.steps = device, (), None, 0
         self.source = None  # the file that the sums so far were read from
-        # since the epoch began or was resumed: images of all ranks, seconds in all, and of them waiting for data
+        # since the epoch began or was resumed: images of all ranks, seconds, and the seconds of waiting for data
         self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
@@ -59,7 +59,7 @@ class MetricLogger:
         }
 
     def load_state_dict(self, state: dict, source):
-        """Goes on from a state_dict, also of another number of processes: each then takes an equal part.
+        """Continues from a state_dict, also one of another number of processes: each then takes an equal part.
 
         source: the file that it was read from, for messages.
         """
@@ -107,7 +107,7 @@ class ShotAccuracy:
     """Counts of one classifier's predictions, per class and between classes (groups: Liu et al., 2019).
 
     train_counts: int (C,), training images per class; classes: their names, or None. Memory depends on the number of
-    classes alone: C x C counts for up to 1,000 classes, beyond it those between the three groups of classes.
+    classes alone: C x C counts for up to 1,000 classes, beyond that, counts between the three groups of classes.
     """
 
     def __init__(self, train_counts: torch.Tensor, device, classes: list[str] | None = None):
@@ -133,8 +133,8 @@ class ShotAccuracy:
         """Accuracies in [0, 1] over all ranks, None if there is nothing to average; all ranks must call it, once.
 
         overall and top5 are over images; class_mean, many, medium and few are means of the accuracies of those classes
-        that have test images. confusion_groups[i][j]: images of group i that were taken for group j; confusion, for up
-        to 1,000 classes: the same of classes.
+        that have test images. confusion_groups[i][j]: images of group i that were predicted as group j; confusion, for
+        up to 1,000 classes: the same for classes.
         """
         flat = all_reduce(torch.cat([self.top1, self.top5, self.images, self.confusion])).cpu()
         top1, top5, images = flat[: -(self.side**2)].view(3, -1)
@@ -164,8 +164,8 @@ class ShotAccuracy:
 def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
     """Mean of the accuracies of the classes that have images, None if there are none; correct, images: int (classes,).
 
-    It is computed exactly and rounded once: with as many images in every class it is the very float of
-    correct / images, and of equal accuracies none is better by a rounding error.
+    It is computed exactly and rounded once: if all classes have the same number of images, it is exactly the float
+    sum(correct) / sum(images), and equal means never differ by a rounding error.
     """
     sums = Counter()
     for c, n in zip(correct.tolist(), images.tolist(), strict=True):

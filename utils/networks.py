@@ -1,4 +1,4 @@
-"""Trained networks for the command lines that take them away: predict and export."""
+"""Loads trained networks for the commands predict and export."""
 
 from torch import nn
 
@@ -12,8 +12,8 @@ from .errors import UserError
 def load_network(path, classifier: str) -> tuple[nn.Module, dict, dict]:
     """(network, what infer_stage_and_arch found, content) of a checkpoint of any stage, on the CPU, in eval mode.
 
-    classifier: "hard" or "soft", which has to be there. Raises UserError, in one line, if it is not, or if the
-    checkpoint cannot be read.
+    classifier: "hard" or "soft". Raises UserError, in one line, if the network does not have it, or if the checkpoint
+    cannot be read.
     """
     content = checkpoint.read(path, "CKPT")
     try:

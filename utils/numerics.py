@@ -1,4 +1,4 @@
-"""Precision, determinism, seeds, and the watch for losses that are not finite."""
+"""Precision, determinism, seeds, and the check for losses that are not finite."""
 
 import os
 import random
@@ -12,7 +12,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_numerics(args):
-    """Allows TF32 only with --tf32; takes deterministic algorithms with --seed, else cuDNN's choice of the fastest."""
+    """Allows TF32 only with --tf32; uses deterministic algorithms with --seed, else those that cuDNN finds fastest."""
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = not args.deterministic

@@ -1,4 +1,4 @@
-"""A run's curves: losses and accuracies by epoch, accuracy against class frequency, confusion, class counts.
+"""A run's plots: losses and accuracies by epoch, accuracy against class frequency, confusion, class counts.
 
 matplotlib is optional, and imported only when something is drawn.
 """
@@ -11,9 +11,9 @@ from .errors import UserError, one_line
 from .metrics import FEW_BELOW, GROUPS, MANY_ABOVE
 from .runs import Run, is_accuracy, mean, read_log
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everybody
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito, for all color vision
 SHADES = {"many": "#dcebf7", "medium": "#e3f2e1", "few": "#fdebd8"}
-NO_LOSSES = ("epoch", "lr", "images_per_second", "seconds")  # numbers of log.txt that are no losses
+NO_LOSSES = ("epoch", "lr", "images_per_second", "seconds")  # numbers of log.txt that are not losses
 SIZE = (5.4, 3.6)  # inches
 DPI = 150
 
@@ -55,7 +55,7 @@ def to_png(plot: Plot) -> bytes:
 
 
 def draw(run: Run):
-    """Yields a run's plots, those that its files hold the numbers of."""
+    """Yields a run's plots, as far as its files contain the numbers for them."""
     log = read_log(run.folder)
     losses = loss_curves(log)
     if losses:
@@ -73,7 +73,7 @@ def draw(run: Run):
             yield Plot(f"per_class_{record['classifier']}", caption, draw_per_class(record))
     for record in run.records:
         if record["confusion_groups"]:
-            caption = f"Test images of each group taken for classes of each group, {record['classifier']} classifier"
+            caption = f"Test images of each group predicted as classes of each group, {record['classifier']} classifier"
             yield Plot(f"confusion_{record['classifier']}", caption, draw_confusion(record))
 
 
@@ -90,7 +90,7 @@ def loss_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
 def accuracy_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
     """Name -> epochs from 1 and per cent: top-1 in training, and the mean over classes in validation.
 
-    Logs of former versions have no class mean: their overall accuracy is taken.
+    Logs of earlier versions have no class mean: their overall accuracy is used.
     """
     curves = {}
     for record in log:
@@ -121,7 +121,7 @@ def add_point(curves: dict, name: str, epoch: int, value: float):
 
 
 def new_axes(**labels):
-    """(figure, axes) without the upper and the right line."""
+    """(figure, axes) without the upper and the right border."""
     figure = require_matplotlib("--plots")(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     axes.set(**labels)
@@ -130,7 +130,7 @@ def new_axes(**labels):
 
 
 def draw_curves(curves: dict[str, tuple[list, list]], label: str):
-    """A line per name over the epochs; those of validation are drawn broad, those of training dashed."""
+    """One line per name over the epochs; training accuracies are dashed."""
     figure, axes = new_axes(xlabel="epoch", ylabel=label)
     colors = {}
     for name, (epochs, values) in curves.items():
@@ -146,15 +146,15 @@ def draw_curves(curves: dict[str, tuple[list, list]], label: str):
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib draws as it stands, instead of reading formulas in it."""
+    """Text that matplotlib draws unchanged, without reading formulas in it."""
     return text.replace("$", r"\$")
 
 
 def running_mean(counts: list[int], accuracies: list[float]) -> tuple[list[int], list[float]]:
     """The classes' mean accuracy around each number of training images, as (numbers, means).
 
-    The mean is over the classes next in order of their numbers, a tenth of all but at least 3, fewer at the ends;
-    classes with the same number of images get one mean.
+    The mean is over the neighbors in order of these numbers, a tenth of all classes but at least 3, fewer at the ends;
+    classes with the same number of images share one mean.
     """
     pairs = sorted(zip(counts, accuracies, strict=True))
     half = max(3, len(pairs) // 10) // 2
@@ -165,12 +165,12 @@ def running_mean(counts: list[int], accuracies: list[float]) -> tuple[list[int],
 
 
 def group_of(count: int) -> str:
-    """The shot group of a class with so many training images."""
+    """The shot group of a class with count training images."""
     return GROUPS[(count <= MANY_ABOVE) + (count < FEW_BELOW)]
 
 
 def draw_per_class(record: dict):
-    """Points: a class's accuracy against its training images; a line: the running mean; shades: the shot groups."""
+    """Accuracy of each class against its training images, with the running mean; shaded by shot group."""
     points = [(n, 100 * a) for n, a in zip(record["train_counts"], record["per_class"], strict=True) if a is not None]
     counts, accuracies = [n for n, _ in points], [a for _, a in points]
     figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)", ylim=(-3, 103))
@@ -202,13 +202,13 @@ def draw_per_class(record: dict):
 
 
 def plain_numbers(axis):
-    """Writes a logarithmic axis' numbers as 1, 10, 100."""
+    """Labels a logarithmic axis with plain numbers: 1, 10, 100."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def draw_confusion(record: dict):
-    """A square per pair of groups: how many per cent of a group's test images were taken for each group."""
-    figure, axes = new_axes(xlabel="taken for a class of", ylabel="test images of")
+    """One cell per pair of groups: the share of a group's test images predicted as each group, in per cent."""
+    figure, axes = new_axes(xlabel="predicted as a class of", ylabel="test images of")
     rows = record["confusion_groups"]
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
@@ -222,7 +222,7 @@ def draw_confusion(record: dict):
 
 
 def draw_class_counts(train_counts: list[int]):
-    """Training images per class, largest class first; shades: the shot groups."""
+    """Training images per class, largest class first; shaded by shot group."""
     figure, axes = new_axes(xlabel="class, by its number of training images", ylabel="training images")
     counts = sorted(train_counts, reverse=True)
     axes.set_yscale("symlog", linthresh=1)

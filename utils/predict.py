@@ -1,11 +1,11 @@
-r"""Classes of images, predicted by a checkpoint of any stage.
+r"""Predicts the classes of images with a checkpoint of any stage.
 
     python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar photo.jpg
     python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar --classifier soft --csv photos/ > classes.csv
 
-Folders are searched for image files, in sorted order. The checkpoint brings image size, mean, standard deviation and
-the names of the classes; without names their numbers are printed. An image that cannot be read is named on stderr and
-passed over; the exit status is then 1.
+Folders are searched for image files, in sorted order. Image size, mean, standard deviation and the names of the
+classes come from the checkpoint; without names the class numbers are printed. An image that cannot be read is named on
+stderr and skipped; the exit status is then 1.
 """
 
 import csv
@@ -49,7 +49,7 @@ def get_parser():
 
 
 def find_images(paths) -> list[str]:
-    """The files among the paths, and the image files in the folders among them and below.
+    """The files among the paths, and the image files in and below the folders among the paths.
 
     Raises UserError for a path that does not exist and for a folder without images.
     """
@@ -71,7 +71,7 @@ def find_images(paths) -> list[str]:
 def read_batches(files: list[str], view, batch_size: int, workers: int):
     """Yields, batch by batch, (file, uint8 image (3, S, S), or a UserError if it cannot be read) of each file.
 
-    view: what is done to the PIL image. The next batch is read while one is used.
+    view: a transform of the PIL image. The next batch is read while the current one is used.
     """
 
     def read(file):
@@ -153,9 +153,9 @@ def run(args) -> int:
     writer = (CsvWriter if args.csv else TextWriter)(model.classes, topk)
     with tqdm(total=len(files), desc="predicting", unit="img", leave=False, dynamic_ncols=True, disable=None) as bar:
         for file, result in predictions(model, files, args, topk, device):
-            with bar.external_write_mode(sys.stdout):  # the bar makes way for the line
+            with bar.external_write_mode(sys.stdout):  # hides the bar while a line is printed
                 if isinstance(result, UserError):
-                    print(f"passed over {result}", file=sys.stderr)
+                    print(f"skipped {result}", file=sys.stderr)
                     unreadable += 1
                 else:
                     writer.write(file, *result)

@@ -14,14 +14,14 @@ from models.ssd import strip_module, strip_prefix
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
-TORCHVISION = "torchvision"  # the value that stands for torchvision's default weights
+TORCHVISION = "torchvision"  # the value that means torchvision's default weights
 
 
 def load_backbone(args) -> dict | None:
-    """The state dict of a backbone of args.arch that --pretrained names, without its classifier; None without the flag.
+    """The state dict of the backbone that --pretrained names, without a classifier; None without the flag.
 
     On every node the first process downloads torchvision's weights, if they are not in its cache yet. Raises UserError,
-    on all ranks, if they cannot be had or do not fit.
+    on all ranks, if they cannot be obtained or do not fit args.arch.
     """
     if args.pretrained is None:
         return None
@@ -57,7 +57,7 @@ def download(arch: str, wanted: bool = True) -> str:
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; another checksum
             reason = one_line(getattr(error, "reason", None) or error)
             raise UserError(
-                f"--pretrained: {url} cannot be downloaded ({reason}); bring it to {file}, or name a file "
+                f"--pretrained: {url} cannot be downloaded ({reason}); put it at {file}, or name a file "
                 "(--pretrained PATH)"
             ) from None
     return file

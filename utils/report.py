@@ -1,11 +1,11 @@
-"""Results as people read them: accuracies by group of classes, in per cent.
+"""Tables of results: accuracies by group of classes, in per cent.
 
 python -m utils.report RUN [RUN ...]                    one table of several runs' results.json
 python -m utils.report RUNS --mean                      mean and standard deviation over the seeds
-python -m utils.report RUN --per-class                  every class, the worst first, and its commonest mistake
+python -m utils.report RUN --per-class                  every class, the worst first, and its most common mistake
 python -m utils.report RUNS --plots OUT --html FILE     curves as PNG and PDF, and all of it on one page (matplotlib)
 
-RUN is an --output_dir, or a folder with several of them somewhere below it.
+RUN is an --output_dir, or a folder that has several of them below it.
 """
 
 import csv
@@ -28,7 +28,7 @@ COLUMNS = {
     "overall": "Overall",
     "top5": "Top-5",
 }
-HANDFUL = 50  # test images of few-shot classes, below which a table says how many there are
+HANDFUL = 50  # test images of few-shot classes; with fewer, a table says how many there are
 
 
 def percent(value) -> str:
@@ -44,7 +44,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def few_note(records: list[dict]) -> list[str]:
-    """The lines below a table whose few-shot accuracies rest on a handful of test images, if they do."""
+    """The lines below a table if its few-shot accuracies come from a handful of test images, else none."""
     numbers = set()
     for record in records:
         classes = zip(record.get("train_counts") or (), record.get("test_counts") or (), strict=False)
@@ -57,7 +57,7 @@ def few_note(records: list[dict]) -> list[str]:
 
 
 def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
-    """A Markdown table; the columns with the numbers in texts are aligned to the left, the others to the right."""
+    """A Markdown table; texts: the numbers of the columns to align left; the others are aligned right."""
     rows = [header, *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.ljust if i in texts else str.rjust for i in range(len(widths))]
@@ -70,7 +70,7 @@ def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = 
 
 
 def summary_rows(runs: list[Run]) -> list[dict]:
-    """A row per run and classifier: run, classifier, accuracies in [0, 1]."""
+    """One row per run and classifier: run, classifier, accuracies in [0, 1]."""
     return [
         {"run": run.name, "classifier": record["classifier"]} | {name: record[name] for name in ACCURACIES}
         for run in runs
@@ -95,10 +95,10 @@ def spread(row: dict, key: str) -> str:
 
 
 def class_rows(run: Run, record: dict) -> list[dict]:
-    """A row per class of one classifier, the worst first: class, images, accuracy, and the commonest mistake.
+    """One row per class of a classifier, the worst first: class, images, accuracy, and the most common mistake.
 
-    mistake is the class that most images of this one were wrongly taken for, mistake_images their number. Classes of
-    the same accuracy are sorted by training images; those without test images come last. Raises UserError if
+    mistake is the class that most images of this class were wrongly predicted as, mistake_images their number. Classes
+    with the same accuracy are sorted by training images; those without test images come last. Raises UserError if
     results.json has no accuracies per class.
     """
     accuracies, names = record["per_class"], record["classes"]
@@ -122,7 +122,7 @@ def class_rows(run: Run, record: dict) -> list[dict]:
     return sorted(rows, key=lambda row: (row["accuracy"] is None, row["accuracy"], row["train_images"] or 0))
 
 
-CLASS_COLUMNS = ["Class", "Training images", "Test images", "Accuracy", "Commonest mistake"]
+CLASS_COLUMNS = ["Class", "Training images", "Test images", "Accuracy", "Most common mistake"]
 
 
 def class_cells(rows: list[dict]) -> list[list[str]]:
@@ -151,18 +151,18 @@ def get_parser() -> ArgumentParser:
     parser.add_argument("folders", nargs="+", metavar="RUN",
         help="an --output_dir that holds results.json, or a folder with several of them below it")
     parser.add_argument("--mean", action="store_true",
-        help="one row for runs that differ in their seed alone: mean and sample standard deviation")
+        help="one row for runs that differ only in their seed: mean and sample standard deviation")
     parser.add_argument("--per-class", action="store_true",
-        help="per classifier a table of all classes, the worst first: training and test images, accuracy, and the "
-        "class that it is most often taken for, with the number of these images")
+        help="one table of all classes per classifier, the worst first: training and test images, accuracy, and the "
+        "class that it is most often mistaken for, with the number of these images")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--csv", action="store_true",
-        help="print the table as CSV, accuracies in [0, 1] and in full")
+        help="print the table as CSV, accuracies in [0, 1] with all digits")
     formats.add_argument("--json", action="store_true", help="print the table as a JSON list, likewise")
     parser.add_argument("--plots", type=filled, metavar="OUT",
         help="draw each run's curves into this folder, as PNG and PDF (pip install matplotlib)")
     parser.add_argument("--html", type=filled, metavar="FILE",
-        help="write tables, curves and arguments to one page that needs no other file (pip install matplotlib)")
+        help="write tables, curves and arguments to one page that refers to no other file (pip install matplotlib)")
     # fmt: on
     return parser
 
@@ -172,7 +172,7 @@ def report(args):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and ± on a terminal that cannot show them
     if args.mean and args.per_class:
-        raise UserError("--per-class: is of single runs, and contradicts --mean; leave one of them out")
+        raise UserError("--per-class: shows single runs, and contradicts --mean; leave one of them out")
     if args.plots or args.html:
         from . import html_report, plots  # they need matplotlib
 
@@ -193,7 +193,7 @@ def report(args):
 
 
 def write_tables(args, runs: list[Run], groups):
-    """Prints the table, or those of the classes, in the format that was asked for."""
+    """Prints the table, or the tables of classes, in the requested format."""
     if args.per_class:
         tables = [class_rows(run, record) for run in runs for record in run.records]
     else:

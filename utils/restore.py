@@ -1,4 +1,4 @@
-"""Restoring a run from a checkpoint: weights, momentum, gradient scaler, metrics, and where in its epoch it stopped."""
+"""Restores a run from a checkpoint: weights, momentum, gradient scaler, metrics, and the position in its epoch."""
 
 import math
 
@@ -15,8 +15,8 @@ from .metrics import MetricLogger
 def restore(loaded: LoadedCheckpoint | None, state, data):
     """Restores model, optimizer, scaler, metrics, epoch, step and best class mean of a training state, if resumed.
 
-    An evaluation takes the model alone. data: the run's Data. Raises UserError, on all ranks, if what was saved does
-    not fit.
+    For an evaluation, restores only the model. data: the run's Data. Raises UserError, on all ranks, if what was saved
+    does not fit.
     """
     if loaded is None:
         return
@@ -39,10 +39,11 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
 
 
 def check_position(loaded: LoadedCheckpoint, state, train_loader):
-    """Finds where in its epoch a run goes on, also with another number of processes or of images per step.
+    """Sets the position in the epoch at which a run continues, also with other numbers of processes or images per step.
 
-    Stages I and III then go on after the images that were seen; stage II, whose draws depend on the ranks, starts the
-    epoch anew. Raises UserError if the epoch has fewer images here than were seen, or if there are none of the steps'.
+    Stages I and III then continue after the images that were seen; stage II, whose draws depend on the ranks, starts
+    the epoch over. Raises UserError if the epoch has fewer images here than were seen, or if only one of the saved
+    numbers of steps and images is 0.
     """
     world_size = get_world_size()
     per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
@@ -61,23 +62,23 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
         return
     if train_loader.depends_on_ranks:
         state.step, state.images, state.metrics = 0, 0, MetricLogger(state.device)
-        print_main(f"warning: epoch {state.epoch + 1} starts anew, since its batches are others now")
+        print_main(f"warning: epoch {state.epoch + 1} starts over, since its batches are different now")
     else:
-        print_main(f"warning: epoch {state.epoch + 1} goes on after its first {state.images} images")
+        print_main(f"warning: epoch {state.epoch + 1} continues after its first {state.images} images")
 
 
 def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
     """The best class mean so far, as saved.
 
-    Of checkpoints that do not say which accuracy theirs is, such as published ones, it is the one over all images: on a
-    balanced validation list this is the class mean, on another the best starts anew.
+    In checkpoints that do not say which accuracy it is, such as published ones, it is the one over all images: on a
+    balanced validation list this is the class mean; on an unbalanced one, the best starts over at 0.
     """
     best = float(loaded.content.get("best_acc1", 0.0))
     if loaded.content.get("best_metric") == BEST_METRIC or balanced or not best:
         return best
     print_main(
         f"{loaded.path}: its best accuracy is not a class mean, which now chooses {BEST}, and the validation list is "
-        "not balanced: the best starts anew"
+        "not balanced: the best starts over at 0"
     )
     return 0.0
 
@@ -101,19 +102,19 @@ def restore_model(loaded: LoadedCheckpoint, model):
 
 
 def restore_momentum(optimizer, saved: dict | None):
-    """Takes the momentum buffers of SGD's state_dict, and nothing else: every setting is the run's."""
+    """Takes the momentum buffers of SGD's state_dict, and nothing else: all settings are those of the run."""
     if not saved:
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(parameters):
-        raise ValueError(f"it is of {len(numbers)} parameters, here are {len(parameters)}")
+        raise ValueError(f"it has {len(numbers)} parameters, this run has {len(parameters)}")
     for number, parameter in zip(numbers, parameters, strict=True):
         momentum = saved["state"].get(number, {}).get("momentum_buffer")
         if momentum is None:
             continue
         if momentum.layout != torch.strided or momentum.shape != parameter.shape:
-            raise ValueError(f"a momentum of {tuple(momentum.shape)} for {tuple(parameter.shape)}")
+            raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, not {tuple(parameter.shape)}")
         if not momentum.is_floating_point() or not momentum.isfinite().all():
             raise ValueError("a momentum that is not finite")
         optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
@@ -123,5 +124,5 @@ def restore_scaler(scaler, saved: dict | None):
     """Takes the loss scale of --amp fp16."""
     if saved and scaler.is_enabled():
         if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values()):
-            raise ValueError("a value that is no positive number")
+            raise ValueError("a value that is negative or not finite")
         scaler.load_state_dict(saved)

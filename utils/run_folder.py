@@ -1,4 +1,4 @@
-"""The folder of a run: claimed for this run alone, and what is written there beside the checkpoints."""
+"""The folder of a run: locked against other runs, and what is written there besides the checkpoints."""
 
 import fcntl
 from pathlib import Path
@@ -12,9 +12,9 @@ from .summary import next_commands, run_summary
 
 
 class RunFolder:
-    """The run's --output_dir, to be used in a with block, which keeps other runs out of it.
+    """The run's --output_dir; a with block on it keeps other runs out of the folder.
 
-    Rank 0 writes; an evaluation writes results.json alone, and only if --output_dir was given. Entering raises
+    Rank 0 writes; an evaluation writes only results.json, and only if --output_dir was given. Entering raises
     UserError, on all ranks, if the folder cannot be written, another run uses it, or it holds a checkpoint that this
     run neither continues nor may overwrite.
     """
@@ -54,7 +54,7 @@ class RunFolder:
         if present and not (self.args.evaluate or self.args.overwrite or self._continues()):
             raise UserError(
                 f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
-                "start anew with --overwrite, or choose another folder"
+                "start over with --overwrite, or choose another folder"
             )
 
     def _continues(self) -> bool:
@@ -64,7 +64,7 @@ class RunFolder:
     def start(self, state, data):
         """Prints the run's settings, and begins what it writes: args.json, log.txt so far, TensorBoard's files.
 
-        It is called when all else is checked, for --overwrite removes the former run's checkpoints here.
+        It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
         print_main(run_summary(state, data))
         first_epoch = state.epoch

@@ -1,4 +1,4 @@
-"""Finished runs as their folders hold them: results.json, args.json and log.txt, checked as they are read."""
+"""Reads and checks the files of finished runs: results.json, args.json and log.txt."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from .errors import UserError, one_line, printable
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
-MAX_COUNT = 2**53  # images; beyond, a number is no count
+MAX_COUNT = 2**53  # images; a larger number is not a count
 
 
 class Run(NamedTuple):
-    """A run: the shortest name that tells it from the others, its folder, and results.json's record per classifier."""
+    """A run: the shortest name that distinguishes it from the others, its folder, and one record per classifier."""
 
     name: str
     folder: Path
@@ -53,7 +53,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def distinct_names(paths: list[tuple[str, ...]]) -> list[str]:
-    """For each path, given by its parts, the fewest of its last parts that no other path ends with."""
+    """For each path, given as a tuple of parts, its shortest end that no other path has."""
     names = []
     for i, path in enumerate(paths):
         others = paths[:i] + paths[i + 1 :]
@@ -63,7 +63,7 @@ def distinct_names(paths: list[tuple[str, ...]]) -> list[str]:
 
 
 def read_json(file: Path, hint: str):
-    """What a JSON file holds. Raises UserError, ending with the hint, if it cannot be read."""
+    """The content of a JSON file. Raises UserError, ending with the hint, if it cannot be read."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -75,16 +75,16 @@ def read_records(file: Path) -> list[dict]:
     records = read_json(file, "finish the run first")
     try:
         if not isinstance(records, list) or not records:
-            raise ValueError("it is no list of records")
+            raise ValueError("it is not a list of records")
         return [checked_record(record) for record in records]
     except ValueError as error:
         raise UserError(f"{file}: is not the results.json of a run: {error}; name another folder") from None
 
 
 def checked_record(record) -> dict:
-    """A record with all its entries: those that it lacks are computed or None. Raises ValueError saying what is wrong.
+    """A record with all its entries: missing ones are computed or None. Raises ValueError saying what is wrong.
 
-    Results of former versions have no class_mean, test_counts, classes and confusion.
+    Results of earlier versions have no class_mean, test_counts, classes and confusion.
     """
     if not isinstance(record, dict) or not str(record.get("classifier", "")).isidentifier():
         raise ValueError("a record has no classifier")
@@ -115,7 +115,7 @@ def checked_record(record) -> dict:
 
 
 def class_mean(record: dict) -> float | None:
-    """The mean of the classes' accuracies: as it is recorded, else computed, None if that cannot be."""
+    """The mean of the classes' accuracies, as recorded or else computed; None if neither is possible."""
     if record.get("class_mean") is not None:
         return record["class_mean"]
     return mean([value for value in record.get("per_class") or [] if value is not None])
@@ -127,7 +127,7 @@ def mean(values: list[float]) -> float | None:
 
 
 def is_accuracy(value) -> bool:
-    """Whether a value is a number of [0, 1] or None."""
+    """Whether a value is a number in [0, 1] or None."""
     return value is None or (type(value) in (int, float) and 0 <= value <= 1)
 
 
@@ -158,7 +158,7 @@ def read_args(folder: Path) -> dict:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The epochs' records in log.txt, sorted by epoch, less what a crash left of a line; [] without that file."""
+    """The epochs' records in log.txt, sorted by epoch, without incomplete lines; [] without that file."""
     file = folder / "log.txt"
     try:
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []

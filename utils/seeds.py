@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, and the mean and standard deviation of their accuracies."""
+"""Groups of runs that differ only in their seed, with mean and standard deviation of their accuracies."""
 
 import itertools
 import os
@@ -9,24 +9,24 @@ from typing import NamedTuple
 from .errors import printable
 from .runs import ACCURACIES, Run, distinct_names, mean, read_args
 
-# What does not change the method: where things are, how they are printed, what the run is started on.
+# Arguments that do not change the method: paths, printing, devices and processes.
 IGNORED = {
     *("data", "train_list", "val_list", "test_list", "output_dir", "overwrite", "resume", "evaluate", "plots"),
     *("workers", "eval_batch_size", "print_freq", "save_every_steps", "tensorboard", "deterministic", "device", "gpu"),
     *("rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "memory_check", "environment"),
 }
-CHECKPOINTS = ("last_stage_ckpt", "teacher_ckpt")  # where a run starts from: compared by the run that they belong to
+CHECKPOINTS = ("last_stage_ckpt", "teacher_ckpt")  # that a run starts from: compared by the run that wrote them
 
 
 class Settings(NamedTuple):
-    """What makes a run's numbers, less its seeds: name -> value, and seeds: those of the run and of the runs before."""
+    """What determines a run's numbers: name -> value, and the seeds of the run and of those that it started from."""
 
     values: dict
     seeds: tuple
 
 
 class Group(NamedTuple):
-    """Runs that differ in their seed alone, under one name."""
+    """Runs that differ only in their seed, under one name."""
 
     name: str
     runs: list[Run]
@@ -38,7 +38,7 @@ def read_settings(run: Run) -> Settings | None:
     if not _collect(run.folder, "", values, seeds, set()):
         return None
     for record in run.records:
-        for name in ("train_counts", "count"):  # the data, wherever they lie
+        for name in ("train_counts", "count"):  # the data, wherever they are
             values[f"{record['classifier']} {name}"] = record.get(name)
     return Settings(values, tuple(sorted(seeds.items())))
 
@@ -61,7 +61,7 @@ def _collect(folder: Path, prefix: str, values: dict, seeds: dict, seen: set) ->
 
 
 def checkpoint_folder(folder: Path, output_dir, checkpoint: str) -> Path:
-    """The folder of the checkpoint that a run started from, also if both were moved together, or trained elsewhere."""
+    """The folder of the checkpoint that a run started from, even if both folders were moved together."""
     if isinstance(output_dir, str):
         moved = folder / os.path.relpath(os.path.dirname(checkpoint), output_dir)
         if moved.is_dir():
@@ -70,7 +70,7 @@ def checkpoint_folder(folder: Path, output_dir, checkpoint: str) -> Path:
 
 
 def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
-    """The runs in groups that differ in their seed alone, in the order given, and notes on what was not averaged."""
+    """Groups of runs that differ only in their seed, in the given order, and notes on what was not averaged."""
     settings = [read_settings(run) for run in runs]
     groups, notes = [], []
     for i, run in enumerate(runs):
@@ -86,18 +86,18 @@ def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
         f"{run.name}: has no args.json; not averaged" for run, found in zip(runs, settings, strict=True) if not found
     ]
     if len(runs) > 1 and len(groups) == len(runs) and not notes:
-        notes.append("no two runs differ in their seed alone; " + difference(runs, settings))
+        notes.append("no two runs differ only in their seed; " + difference(runs, settings))
     names = distinct_names([pattern([runs[i].folder for i in group]) for group in groups])
     return [Group(printable(name), [runs[i] for i in group]) for name, group in zip(names, groups, strict=True)], notes
 
 
 def same_values(settings: list[Settings], i: int, j: int) -> bool:
-    """Whether two runs have the same settings but for their seeds."""
+    """Whether two runs have the same settings apart from their seeds."""
     return settings[i].values == settings[j].values
 
 
 def difference(runs: list[Run], settings: list[Settings]) -> str:
-    """Says in which settings the two runs differ that differ in the fewest."""
+    """Names the settings that differ between the two most similar runs."""
 
     def names(i, j):
         one, other = settings[i].values, settings[j].values
@@ -128,15 +128,15 @@ def _braces(names: list[str]) -> str:
 
 
 def common_length(texts: list[str]) -> int:
-    """The number of characters with which all texts begin."""
+    """The length of the longest common prefix of the texts."""
     same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
     return sum(1 for _ in same)
 
 
 def mean_rows(groups: list[Group]) -> list[dict]:
-    """A row per group and classifier: run, classifier, seeds, and each accuracy's mean and, as NAME_std, its deviation.
+    """One row per group and classifier: run, classifier, seeds, each accuracy's mean, its deviation as NAME_std.
 
-    The deviation is the sample's (n - 1), None for a single seed.
+    It is the sample standard deviation (n - 1), None for a single seed.
     """
     rows = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""What a run prints at its start, its settings, and at its end, its files and the next command."""
+"""What a run prints: its settings at the start, and the next commands at the end."""
 
 import shlex
 
@@ -45,19 +45,19 @@ def run_summary(state, data) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """The word, with an ending if there are several."""
+    """The word, in the plural unless count is 1."""
     return word if count == 1 else word + ("es" if word.endswith("s") else "s")
 
 
 def device_name(device) -> str:
-    """What a device is called."""
+    """The name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
 
 
 def next_commands(state, source: str | None) -> list[str]:
-    """The command lines that come after a training, with the flags of this run that the next stage has as well.
+    """The commands that follow a training, with the flags of this run that the next stage has as well.
 
     source: the stage whose checkpoint the run started from, if any.
     """

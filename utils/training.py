@@ -1,4 +1,4 @@
-"""The state of a training and the parts of a step that every stage takes: batches, precision, gradients, epochs."""
+"""The state of a training and the parts that all stages share: batches, precision, gradients, epochs."""
 
 import math
 import time
@@ -30,7 +30,7 @@ def prepare_model(model, device, args):
 
 
 def learning_rate(epoch: int, lr: float, epochs: int, cos: bool, schedule=()) -> float:
-    """The rate of an epoch, from 0: half a cosine from lr on, or a tenth of it from each epoch in schedule on."""
+    """The learning rate of an epoch, from 0: half a cosine from lr on, or divided by 10 at each epoch in schedule."""
     if cos:
         return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
@@ -43,7 +43,7 @@ def set_lr(optimizer, epoch: int, args):
 
 
 class TrainState:
-    """What a training has come to: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
+    """The progress of a training: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
 
     stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to;
     classes: the classes' names, or None.
@@ -56,13 +56,13 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.metrics = MetricLogger(device)
         self.images = 0  # of all ranks, seen in this epoch
-        self.flags = None  # what the ranks agree on in the step under way
-        self.loader = None  # where the images of the step under way come from
+        self.flags = None  # what the ranks agree on in the current step
+        self.loader = None  # where the images of the current step come from
 
     def batches(self, loader):
-        """(views, labels) of the epoch's remaining steps, on the device, each with random numbers of its own.
+        """(views, labels) of the epoch's remaining steps, on the device, each with its own random numbers.
 
-        The numbers depend on seed, epoch, step and rank alone: a resumed epoch goes on as if it had not stopped.
+        The numbers depend on seed, epoch, step and rank alone: a resumed epoch continues as if it had not stopped.
         """
         args, images_before = self.args, self.images
         started = waiting = time.perf_counter()
@@ -73,7 +73,7 @@ class TrainState:
         with Progress(title, total, args.print_freq, self.step) as progress:
             for views, labels, _ in loader:
                 seed_everything(args.seed, self.epoch, self.step, get_rank())
-                self.optimizer.zero_grad(set_to_none=True)  # before the activations come, to lower the peak
+                self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, to lower the peak memory
                 self.metrics.data_seconds += time.perf_counter() - waiting
                 yield views, labels
                 self.metrics.seconds, self.metrics.images = time.perf_counter() - started, self.images - images_before
@@ -82,7 +82,7 @@ class TrainState:
                 waiting = time.perf_counter()
 
     def _bar_text(self) -> str:
-        """What the bar says: loss, rate, speed, time left of the whole run, best validation so far."""
+        """The text of the bar: loss, rate, speed, time left of the whole run, best validation so far."""
         metrics, lr = self.metrics, self.optimizer.param_groups[0]["lr"]
         speed = metrics.images / metrics.seconds
         per_epoch = self.loader.images_per_epoch * get_world_size()
@@ -91,7 +91,7 @@ class TrainState:
         return f"loss {metrics.means()['loss']:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
 
     def _line_text(self) -> str:
-        """What a line says: means of the epoch so far, accuracies in per cent, speed, and waiting for data per step."""
+        """The text of a line: means of the epoch so far, accuracies in per cent, speed, wait for data per step."""
         metrics = self.metrics
         means = [
             f"{name} {percent(mean)} %" if name.startswith("top") else f"{name} {mean:.4g}"
@@ -121,14 +121,14 @@ class TrainState:
             )
 
     def optimizer_step(self):
-        """Moves the weights, and counts the step."""
+        """Updates the weights, and counts the step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self.images += self.loader.images_per_step * get_world_size()
 
     def end_epoch(self, results: dict[str, dict], best: str):
-        """Logs the epoch and saves it, as best too if the classifier named `best` has its best class mean.
+        """Logs the epoch and saves it, also as best if the classifier named `best` has its best class mean.
 
         results: classifier -> its record of the validation list. Raises Stopped if a stop was asked for.
         """

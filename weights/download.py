@@ -1,10 +1,10 @@
-"""Gets the released checkpoint, and verifies it before it is put in place.
+"""Downloads the released checkpoint, and verifies it before it is put in place.
 
     python -m weights.download stage_iii                 from Google Drive; needs gdown: python -m pip install gdown
     python -m weights.download stage_iii --from FILE     a file on disk, for example one downloaded in a browser
 
 stage_iii is the last checkpoint of stage III: ResNeXt-50 32x4d on ImageNet-LT. It goes to
-weights/stage_iii_released/, beside the folder of your own run; existing files are never replaced.
+weights/stage_iii_released/, next to the folder of your own run; existing files are never replaced.
 """
 
 import filecmp
@@ -45,16 +45,16 @@ def fetch(name: str, folder: Path) -> Path:
         raise ValueError("gdown is missing, which downloads from Google Drive: python -m pip install gdown")
     try:
         download_file_from_google_drive(RELEASES[name]["google_drive_id"], folder, name)
-    except Exception as error:  # gdown has exceptions of its own, and requests below it too
+    except Exception as error:  # gdown has its own exceptions, and so has requests, which it uses
         raise ValueError(f"the download failed ({one_line(error)})") from None
     return folder / name
 
 
 def verify(name: str, file: Path) -> str:
-    """The SHA-256 of a file with the release in it. Raises ValueError, in one line, if anything else is in it."""
+    """The SHA-256 of a file that contains the release. Raises ValueError, in one line, if it contains anything else."""
     with open(file, "rb") as opened:
         if opened.read(1024).lstrip()[:1] == b"<":
-            raise ValueError("an HTML page (of a quota or a login), not a checkpoint")
+            raise ValueError("an HTML page (about a quota or a login), not a checkpoint")
     try:
         state_dict = state_dict_of(file, read_checkpoint(file))
     except ValueError as error:
@@ -71,17 +71,17 @@ def verify(name: str, file: Path) -> str:
 
 
 def describe(found: dict | None) -> str:
-    """In words what models.infer_stage_and_arch found."""
+    """What models.infer_stage_and_arch found, in words."""
     if found is None:
-        return "names of no stage"
+        return "names that belong to no stage"
     return f"stage {found['stage'].upper()}, {found['arch'] or 'an unknown backbone'}, {found['num_classes']} classes"
 
 
 def obtain(name: str, source: Path | None, out: Path) -> str:
-    """Brings a release to out, from source or else from Google Drive; returns its SHA-256.
+    """Puts a release at out, from source or else from Google Drive; returns its SHA-256.
 
-    An existing file is verified and kept. Raises UserError if the release cannot be obtained, or if out is another
-    file; out then stays as it was.
+    An existing file is verified and kept. Raises UserError if the release cannot be obtained, or if out exists
+    and is another file; out then stays as it was.
     """
     if source is not None and not source.is_file():
         raise UserError(f"--from {source}: no such file")
@@ -104,7 +104,7 @@ def verify_existing(name: str, source: Path | None, out: Path) -> str:
     if not out.is_file():
         raise UserError(f"{out}: exists already, and is not a regular file; {mend}")
     if source is not None and not filecmp.cmp(source, out, shallow=False):
-        raise UserError(f"{out}: exists already, and is not {source}; {mend}")
+        raise UserError(f"{out}: exists already, and differs from {source}; {mend}")
     try:
         return verify(name, out)
     except ValueError as error:

@@ -69,7 +69,7 @@ def prepare_published(args):
     if absent:
         message = f"not there yet: {', '.join(absent)}"
         if args.root:
-            raise UserError(f"{message}; get them first, without --from or with another")
+            raise UserError(f"{message}; get them first, without --from or with another folder")
         print(message)
     if args.root:
         splits = find_tree(args.root, files, sort_flat=args.link is not None)
@@ -103,11 +103,11 @@ def prepare_small(args):
         f"{len(data.test_labels)} test images of {len(counts)} classes (seed {args.seed})"
     )
     if not args.held_out:
-        print("The head classes leave no unused images, so the test list serves as validation list too.")
+        print("The head classes leave no unused images, so the test list is used as validation list too.")
 
 
 def prepare_folder(args):
-    """A tree of class folders of the user's own."""
+    """The user's own tree of class folders."""
     if sum(wanted for wanted in (args.val, args.test) if isinstance(wanted, float)) >= 1:
         raise UserError(f"--val {args.val} --test {args.test}: leave no images to train on; their sum must be below 1")
     if not args.val and not args.test:
@@ -127,9 +127,9 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
 
     replace = ArgumentParser(add_help=False)
-    replace.add_argument("--overwrite", action="store_true", help="replace files of other content")
+    replace.add_argument("--overwrite", action="store_true", help="replace files that have other content")
     seed = ArgumentParser(add_help=False)
-    seed.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="picks the images (default 0)")
+    seed.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the selection (default 0)")
 
     published = ArgumentParser(add_help=False)
     published.add_argument("--out", type=Path, default=PROJECT / "data", help="folder for the lists (default data/)")
@@ -138,7 +138,7 @@ def build_parser() -> ArgumentParser:
     published.add_argument("--root", type=Path, metavar="DIR", help="folder of the images: checks that all are there")
     for name in ("imagenet-lt", "places-lt", "inaturalist18"):
         command = commands.add_parser(name, parents=[published, replace], help=f"the published lists: {name}")
-        command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images there")
+        command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images here")
         command.set_defaults(run=prepare_published)
 
     small = ArgumentParser(add_help=False)
@@ -161,7 +161,7 @@ def build_parser() -> ArgumentParser:
     folder.add_argument("--out", type=Path, help="folder for the lists (default DIR)")
     rule = (
         "share of each class's images to {}, such as 0.1, or their number, such as 5 (default 0.1); a share takes at "
-        "least 5 images, if these are no more than a quarter of the class; 0: the {} images serve for both"
+        "least 5 images, if these are no more than a quarter of the class; 0: the {} images are used for both"
     )
     folder.add_argument(
         "--val", type=share_or_number, default=0.1, metavar="N", help=rule.format("validate on", "test")
@@ -175,5 +175,5 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> int:
     """Returns the exit status: 0, 2 after a mistake that one line on stderr names, 130 after Ctrl-C."""
-    interrupted = "stopped; run the same command again to go on"
+    interrupted = "stopped; run the same command again to continue"
     return run_command(lambda args: args.run(args), build_parser(), argv, interrupted)

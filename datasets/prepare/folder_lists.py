@@ -14,15 +14,15 @@ from ..splits import SPLITS, Split, class_folders
 from .list_writer import list_content, write_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
-COARSE, SHOWN = 10, 10  # test images below which a class is named, and how many are
+COARSE, SHOWN = 10, 10  # test images below which a class is named; classes named at most
 
 
 def split_class(count: int, val: float, test: float) -> tuple[int, int]:
     """(validation, test) images of a class of count images; val, test: shares of it (float), numbers (int), or 0.
 
-    A share gives at least a quarter of the class or LEAST images, whichever is less; a number is cut to an equal part
-    for every split; both give at least one image. One image at least is left for training. A class of two images has
-    one for training and one for testing, a class of one image only that for training.
+    A share gives at least a quarter of the class or LEAST images, whichever is less; a number is limited to an equal
+    part for every split; both give at least one image. At least one image is left for training. A class of two images
+    has one for training and one for testing, a class of one image only that for training.
     """
     if count < 3:
         return (0, count // 2) if test else (count // 2, 0)
@@ -90,12 +90,12 @@ def split_folder(root: Path, val: float, test: float, seed: int):
     for split, other in (("val", "test"), ("test", "val")):
         if not kept[split]:
             entries[split] = entries[other]
-            notes.append(f"{split}: none of its own (--{split} 0), so the {other} images serve")
+            notes.append(f"{split}: no images of its own (--{split} 0), so the {other} images are used")
     return list(images), entries, notes
 
 
 def coarse_note(classes: list[str], tested) -> list[str]:
-    """The line that names classes of few test images, the fewest first; tested: the entries of the test list."""
+    """The line that names classes with few test images, the fewest first; tested: the entries of the test list."""
     counts = np.bincount([label for _, label in tested], minlength=len(classes)).tolist()
     coarse = sorted((count, name) for count, name in zip(counts, classes, strict=True) if count < COARSE)
     if not coarse:
@@ -106,7 +106,7 @@ def coarse_note(classes: list[str], tested) -> list[str]:
 
 
 def other_files(root: Path, folders) -> list[str]:
-    """One line per ending of files that torchvision does not read as images, such as .heic; without hidden files."""
+    """One line per file name ending that torchvision does not read as an image, such as .heic; skips hidden files."""
     files = [file for name in folders for file in (root / name).rglob("*") if file.is_file()]
     endings = Counter(f.suffix.lower() or "none" for f in files if not f.name.startswith("."))
     kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
@@ -118,18 +118,18 @@ def other_files(root: Path, folders) -> list[str]:
 
 
 def own_splits(root: Path):
-    """As split_folder, for a tree of train/, val/ and test/; if one of the last two is absent, the other serves."""
+    """As split_folder, for a tree of train/, val/ and test/; if val/ or test/ is absent, the other is used for both."""
     there = [split for split in SPLITS if (root / split).is_dir()]
     entries, classes = {}, None
     for split in there:  # train comes first: it numbers the classes
         index, classes = class_folders(root, split, classes)
         Split(split, str(root), index, missing=tuple(missing_entries(index, root, as_listed, split))).require()
         entries[split] = [(index.path(i), int(index.labels[i])) for i in range(len(index))]
-    notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: lists of these"]
+    notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: these splits are kept"]
     for split, other in (("val", "test"), ("test", "val")):
         if split not in entries:
             entries[split] = entries[other]
-            notes.append(f"{split}: there is no {split}/, so the {other} images serve")
+            notes.append(f"{split}: there is no {split}/, so the {other} images are used")
     return classes, entries, notes
 
 

@@ -25,10 +25,10 @@ def bar(what: str):
 
 
 def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> dict[str, Split]:
-    """The splits of the lists, all of whose files are below root.
+    """The splits of the lists, after a check that all their files are below root.
 
-    sort_flat: accept test images without class folders. Raises UserError if files are missing: one line with the first,
-    their number and the likely cause.
+    sort_flat: accept test images without class folders. Raises UserError if files are missing: one line with the first
+    ones, their number and the likely cause.
     """
     splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
     for name, split in splits.items():
@@ -37,7 +37,7 @@ def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> di
             if len(missing) < len(split.missing):
                 splits[name] = split = split._replace(layout=flat, missing=missing)
         if split.missing:
-            raise UserError(f"{split.missing_message()}; it looks like this: {diagnose(split)}")
+            raise UserError(f"{split.missing_message()}; it looks like {diagnose(split)}")
     return splits
 
 
@@ -52,7 +52,7 @@ def diagnose(split: Split) -> str:
         return any((folder / path).is_file() for path in paths)
 
     if any((root / file).exists() for file in files):
-        return "something that is no regular file, such as a FIFO, with an image's name; replace it by the image"
+        return "something that is not a regular file, such as a FIFO, with an image's name; replace it with the image"
     if split.layout is not flat and any_in(root, [flat(path, split.name) for path in paths]):
         return f"an unsorted validation folder, images without class folders; {SORTING}"
     if len(split.missing) == len(index):
@@ -81,9 +81,9 @@ def diagnose(split: Split) -> str:
 def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     """Makes symbolic links below out to the images of the splits, and returns how many were not there yet.
 
-    layout: where below out the link of an entry lies, a function of datasets.layout. Run again, it makes the links that
-    are missing, and corrects those of a tree that has moved. Raises UserError if two images would have one name, or if
-    a file that is no link has it.
+    layout: where the link of an entry lies below out, a function of datasets.layout. When run again, it makes the links
+    that are missing, and corrects those of a tree that has moved. Raises UserError if two images would have the same
+    link, or if something else exists in a link's place.
     """
     links = {}
     for name, split in splits.items():
@@ -103,7 +103,7 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
                 continue
             link.unlink()
         elif link.exists():
-            raise UserError(f"{link}: a file that is no link; use another folder for --link")
+            raise UserError(f"{link}: exists and is not a link; use another folder for --link")
         link.symlink_to(image)
         made += 1
     return made

@@ -1,4 +1,4 @@
-"""Writing list files: they read back exactly, are written whole, and replace another list only on request."""
+"""Writes list files that read back exactly, completely or not at all, and overwrites others only on request."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool)
 def write_files(folder: Path, files: dict[str, bytes], overwrite: bool = False) -> list[str]:
     """Writes {name: content} into the folder and returns the names of those that were not there already.
 
-    Raises UserError, before anything is written, as refuse_other_content does.
+    Before anything is written, raises UserError as refuse_other_content does.
     """
     refuse_other_content(folder, files, overwrite)
     written = []

@@ -27,7 +27,7 @@ CIFAR = {10: CIFAR10, 100: CIFAR100}
 def long_tail_counts(largest: int, imbalance, num_classes: int) -> list[int]:
     """Images per class, floor(largest * imbalance^(-c / (C-1))), the exponential profile of CIFAR-LT.
 
-    imbalance: a number of at least 1, or its text. Exact: rounding never makes a count one too small.
+    imbalance: a number of at least 1, or a string of one. Exact: rounding never makes a count one too small.
     """
     ratio, last = Fraction(imbalance), num_classes - 1
     counts = []
@@ -78,7 +78,7 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
             except UserError:
                 raise
             except Exception as error:  # the reader raises nearly anything on a damaged file
-                raise UserError(f"{file}: damaged, or no idx file ({one_line(error)})") from None
+                raise UserError(f"{file}: damaged, or not an idx file ({one_line(error)})") from None
 
     data = SmallImages(
         FashionMNIST.classes,
@@ -117,14 +117,14 @@ def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallIm
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")  # refuses members that would land outside
+                tar.extractall(unpacked, filter="data")  # refuses members that would be written outside
         except Exception as error:  # truncated, not an archive, disk full
             raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
         return load_cifar(original, Path(unpacked), named=archive)
 
 
 def load_cifar(original, root: Path, named=None) -> SmallImages:
-    """Reads the unpacked files below root; named: what messages call them."""
+    """Reads the unpacked files below root; named: their name in messages."""
     try:
         train, test = original(str(root), train=True), original(str(root), train=False)
     except RuntimeError as error:
@@ -152,8 +152,8 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
     """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
 
     largest: images of the largest class, by default all. held_out: validation images per class, taken from the training
-    images that are left; 0: the test images serve as validation too. Files that exist are kept. Raises UserError if the
-    data do not have that many images, or if out holds a different selection and overwrite is not set.
+    images that are left; 0: the test images are used for validation too. Files that exist are kept. Raises UserError if
+    the data do not have that many images, or if out holds a different selection and overwrite is not set.
     """
     available = np.bincount(data.train_labels, minlength=len(data.classes)).tolist()
     most = min(available) - held_out
@@ -193,7 +193,7 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):
-    """Removes images of another selection, which a reader of class folders would take for this one's."""
+    """Removes images of another selection, which a reader of class folders would take for images of this one."""
     for split in ("train", "val", "test"):
         for file in out.glob(f"{split}/*/*.png"):
             if file.relative_to(out).as_posix() in images:

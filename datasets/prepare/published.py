@@ -1,4 +1,4 @@
-"""The published lists of data/manifest.json: downloaded or taken from disk, put in place once they are verified."""
+"""The published lists of data/manifest.json: downloaded or taken from disk, verified, and only then put in place."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
     facts: a split of the manifest.
     """
     if content.lstrip()[:1] == b"<":
-        raise UserError(f"{source}: an HTML page, not a list (an error or login page?); fetch it by hand, then --from")
+        raise UserError(f"{source}: an HTML page, not a list (an error or login page?); fetch it by hand, use --from")
     lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if lines != facts["lines"]:
         raise UserError(f"{source}: {lines} lines, {facts['file']} has {facts['lines']}: cut short, or another list")
@@ -50,7 +50,7 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
     if git_blob_id(content) not in facts["git_blobs"]:
         raise UserError(
             f"{source}: git blob id {git_blob_id(content)}, that of {facts['file']} is {facts['git_blobs'][0]}: "
-            "an altered list, or one with other line ends"
+            "an altered list, or one with other line endings"
         )
     return index
 
@@ -83,7 +83,7 @@ def download(url: str, file: str):
 
 
 def find_on_disk(given: Path, facts: dict, name: str) -> Path | None:
-    """The list in given: the file itself if its name or id matches, or the usual places of a folder such as a clone."""
+    """The list in given: the file itself if its name or id matches, else a file in a usual place below it."""
     if given.is_file():
         known = given.name == facts["file"] or git_blob_id(given.read_bytes()) in facts["git_blobs"]
         return given if known else None

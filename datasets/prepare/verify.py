@@ -32,8 +32,8 @@ from ..splits import SPLITS, Split, find_splits
 from .image_tree import bar, diagnose, flat
 
 MAX_SHOWN = 20
-MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to bound the memory
-LARGE_IMAGE = Lock()  # held while one is decoded
+MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to limit memory
+LARGE_IMAGE = Lock()  # held while a large image is decoded
 FORMAT_OF_SUFFIX = Image.registered_extensions()
 LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganised", flat: "flat"}
 
@@ -85,7 +85,7 @@ def decode_entry(i: int, file: str, findings: Findings):
 
 
 def examine(split: Split, decode: bool) -> Findings:
-    """Finds the images of the split whose links lead out of the root and, if decode, those with other content."""
+    """Finds the images of the split whose links lead out of the root and, if decode, those that cannot be read."""
     root = os.path.realpath(split.root)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
     missing = set(split.missing)
@@ -183,12 +183,12 @@ def describe(split: Split, found: Findings):
         print(f"{name}: information: {len(found.outside)} links lead out of {split.root}; the first: {first}")
     if found.renamed:
         number = len(found.renamed)
-        print(f"{name}: information: {number} images are not what their name says; training reads them anyway")
+        print(f"{name}: information: {number} images have another format than their name says; training reads them all")
         show([f"{entry(split, i)}: {kind}" for i, kind in found.renamed])
     converted = {mode: number for mode, number in found.modes.items() if mode != "RGB"}
     if converted:
         modes = ", ".join(f"{number} {mode}" for mode, number in sorted(converted.items()))
-        print(f"{name}: information: images of other modes, which training converts to RGB: {modes}")
+        print(f"{name}: information: images of modes that training converts to RGB: {modes}")
 
 
 def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findings]):
@@ -235,7 +235,7 @@ def given_lists(args) -> dict[str, str | None]:
     for file in args.lists:
         split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
         if split is None:
-            raise UserError(f"{file}: its name ends in none of train, val, test; give it with --train-list, ...")
+            raise UserError(f"{file}: its name does not end in train, val or test; give it with --train-list, ...")
         if given[split] is not None:
             raise UserError(f"{file}: a second {split} list, after {given[split]}")
         given[split] = file

@@ -1,4 +1,4 @@
-"""A training that is killed again and again, at any moment, ends as the one that never was."""
+"""A training that is killed repeatedly, at random moments, ends like one that was not killed."""
 
 import random
 import shutil
@@ -11,15 +11,14 @@ from tests.helpers import log_of, train
 from tests.helpers_processes import TWO, Job, alive
 from tests.test_resume import assert_same_run
 
-FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves as well
+FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves, too
 
 
 def kill_and_resume(plain_tree, run, whole, kills, *flags, seed=0):
-    """Runs with --resume auto and kills the run, all of its processes, `kills` times; then lets it end.
+    """Starts a run with --resume auto and kills all its processes, `kills` times; then lets it finish.
 
-    The moments are random, such that all together take a quarter or so of the time that the whole run took here;
-    every second one is then put off until a save is under way. Returns how many kills hit (once the training is done,
-    there is nothing left to hit), and how many left a half-written file.
+    The moments are random, and add up to about a quarter of the time that the undisturbed run took; every second kill
+    then waits for a save. Returns how many kills hit a running process, and how many left a half-written file.
     """
     moments, hits, halves = random.Random(seed), 0, 0
     latest = sum(record["seconds"] for record in log_of(whole)) / (2 * kills)
@@ -36,7 +35,7 @@ def kill_and_resume(plain_tree, run, whole, kills, *flags, seed=0):
             job.note()
         halves += bool(half_written(run))
         for text in (job.stderr, job.stdout):
-            assert "Traceback" not in text and "passed over" not in text
+            assert "Traceback" not in text and "skipped" not in text
     with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
         outcome = job.end()
     assert (outcome.status, outcome.err) == (0, "")
@@ -48,7 +47,7 @@ def half_written(run) -> list:
 
 
 def assert_nothing_is_left(run, whole):
-    """No temporary file of any of the killed runs."""
+    """Checks that the killed runs left no temporary file."""
     assert {file.name for file in run.iterdir()} == {file.name for file in whole.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on a full disk, without permission, or killed during a save: the earlier ones stay whole."""
+"""Saving on a full disk, without permission, or killed halfway: the earlier checkpoints stay intact."""
 
 import contextlib
 import errno
@@ -22,13 +22,13 @@ PREVIOUS, BEST = under_test.PREVIOUS, under_test.BEST
 
 
 def state(number) -> dict:
-    """What save takes; large enough that a writer needs more than one block."""
+    """The content of a checkpoint, large enough that writing it takes more than one block."""
     return {"epoch": number, "state_dict": {"module.w": torch.full((20000,), float(number))}}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """With three saves behind it, the second the best."""
+    """A folder after three saves, the second of which is the best."""
     for number in (1, 2, 3):
         under_test.write(tmp_path, state(number), is_best=number == 2)
     return tmp_path
@@ -55,7 +55,7 @@ def test_copies_are_made_if_the_file_system_has_no_links(folder, monkeypatch):
 
 
 def test_linking_twice_leaves_no_temporary_file(folder):
-    """Where a save was killed after it had named the last checkpoint previous, both are one file."""
+    """If a save was killed after it linked the last checkpoint as previous, both are the same file."""
     under_test.link(folder / LAST, folder / PREVIOUS)
     under_test.link(folder / LAST, folder / PREVIOUS)
     assert epochs(folder) == {LAST: 3, PREVIOUS: 3, BEST: 2}
@@ -101,11 +101,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, fault):
-    place, number, told = FAULTS[fault]
+    place, number, reason = FAULTS[fault]
     before = contents(folder)
     with monkeypatch.context() as patch:
         patch.setattr(place, failing(number))
-        with pytest.raises(UserError, match=told) as caught:
+        with pytest.raises(UserError, match=reason) as caught:
             under_test.write(folder, state(4), is_best=True)
     assert str(folder / LAST) in str(caught.value) or str(folder) in str(caught.value)
     assert "\n" not in str(caught.value) and contents(folder) == before
@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch,
 
 @contextlib.contextmanager
 def file_size_limit(size):
-    """No file of this process may grow beyond it: a disk that is full after so many bytes, as the kernel tells it."""
+    """Limits the size of files that this process writes, like a disk that is full after `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -123,7 +123,7 @@ def file_size_limit(size):
 
 
 @pytest.mark.parametrize("size", [0, 1000, 50_000])
-def test_a_write_that_ends_half_way(folder, size):
+def test_a_write_that_stops_half_way_leaves_every_earlier_checkpoint(folder, size):
     before = contents(folder)
     with pytest.raises(UserError, match="File too large") as caught, file_size_limit(size):
         under_test.write(folder, state(4))
@@ -133,7 +133,7 @@ def test_a_write_that_ends_half_way(folder, size):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 KiB, where this user may mount one."""
+    """A file system of 400 KiB; skips the test if this user may not mount one."""
     root = tmp_path / "disk"
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", root]
@@ -143,10 +143,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", root], check=True)
 
 
-def test_a_full_disk(small_disk):
+def test_a_full_disk_leaves_every_earlier_checkpoint(small_disk):
     for number in (1, 2):
         under_test.write(small_disk, state(number))
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize  # which hangs on the size of a page
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize  # depends on the size of a page
     (small_disk / "other").write_bytes(b"x" * (free - 40_000))
     before = contents(small_disk)
     with pytest.raises(UserError, match="No space left on device"):
@@ -157,7 +157,7 @@ def test_a_full_disk(small_disk):
     assert epochs(small_disk) == {LAST: 3, PREVIOUS: 2}
 
 
-def test_a_read_only_disk(small_disk):
+def test_a_read_only_disk_leaves_every_earlier_checkpoint(small_disk):
     under_test.write(small_disk, state(1))
     before = contents(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
@@ -167,8 +167,8 @@ def test_a_read_only_disk(small_disk):
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "os.link", "os.replace"])
-def test_a_kill_during_a_save(folder, monkeypatch, moment):
-    """Before the flush, before previous gets its name, before last does: nothing is lost, and no rest stays."""
+def test_a_kill_during_a_save_loses_nothing_and_its_leftovers_are_removed(folder, monkeypatch, moment):
+    """The kills come before the flush, before the link to previous, and before the rename to last."""
     before = contents(folder)
     pid = os.fork()
     if pid == 0:
@@ -176,7 +176,7 @@ def test_a_kill_during_a_save(folder, monkeypatch, moment):
         under_test.write(folder, state(4))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert set(contents(folder)) - set(before), "there has to be a rest for this test to mean anything"
+    assert set(contents(folder)) - set(before), "the kill must leave a file for this test to mean anything"
     assert {name: contents(folder)[name] for name in before} == before
     under_test.remove_leftovers(folder)
     assert contents(folder) == before
@@ -194,7 +194,7 @@ def test_only_temporary_files_are_removed(folder):
     assert set(contents(folder)) == before
 
 
-# ---- which one goes on
+# ---- which checkpoint --resume auto takes
 
 
 @pytest.mark.parametrize("spoilt", [(LAST,), (LAST, PREVIOUS)])
@@ -238,8 +238,8 @@ def test_a_readable_checkpoint_is_not_renamed(folder):
 # ---- in a run
 
 
-def test_a_run_whose_disk_fills_stops_and_can_go_on(trained, plain_tree, tmp_path):
-    """Its second checkpoint of an epoch does not fit any more; the first is kept."""
+def test_a_run_whose_disk_fills_stops_and_can_continue(trained, plain_tree, tmp_path):
+    """The checkpoint of its second epoch does not fit; that of the first is kept."""
     run = tmp_path / "run"
 
     class FullAtTheSecond(io.StringIO):
@@ -269,7 +269,7 @@ def test_logs_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, na
     before = (run / LAST).read_bytes()
 
     class InTheWay(io.StringIO):
-        """A folder of the file's name appears, when training has begun."""
+        """Makes a folder with the file's name after training has begun."""
 
         def write(self, text):
             if text.startswith("epoch 2/2 [1/"):
@@ -299,7 +299,7 @@ def test_a_resumed_run_renames_a_damaged_last_checkpoint(trained, plain_tree, tm
     (run / LAST).unlink()
     (run / LAST).write_bytes(b"foreign")
     outcome = run_stage("i", plain_tree, run, "--cos", "--resume", "auto")
-    assert outcome.status == 0 and outcome.err.startswith(f"passed over {run / LAST}")
+    assert outcome.status == 0 and outcome.err.startswith(f"skipped {run / LAST}")
     assert (run / f"{LAST}.unreadable").read_bytes() == b"foreign"
     assert same(checkpoint(run), checkpoint(trained["i"]))
     assert checkpoint(run, PREVIOUS)["epoch"] == 1
@@ -313,7 +313,7 @@ def test_more_epochs_continue_a_finished_run(trained, plain_tree, tmp_path):
     assert same(checkpoint(run, PREVIOUS)["state_dict"], checkpoint(trained["i"])["state_dict"])
 
 
-def test_two_processes_with_a_full_disk(plain_tree, tmp_path):
+def test_two_processes_with_a_full_disk_end_in_one_line(plain_tree, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 

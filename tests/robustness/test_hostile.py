@@ -40,47 +40,47 @@ def assert_refused(outcome, *words, status=2):
 # ---- lists
 
 LISTS = {
-    "up and out": (b"../../../../etc/passwd 0", "leaves the image root"),
-    "down, up and out": (b"train/class0/../../../x.png 0", "leaves the image root"),
-    "up at the end": (b"train/.. 0", "leaves the image root"),
-    "up in Windows' way": (b"train\\..\\..\\x.png 0", "leaves the image root"),
-    "absolute": (b"/etc/passwd 0", "absolute"),
-    "absolute after spaces": (b"   /etc/passwd 0", "absolute"),
-    "absolute in Windows' way": (b"C:\\windows\\x.png 0", "absolute"),
+    "a path out of the root": (b"../../../../etc/passwd 0", "leaves the image root"),
+    "a path down, up and out of the root": (b"train/class0/../../../x.png 0", "leaves the image root"),
+    "a path that ends in ..": (b"train/.. 0", "leaves the image root"),
+    "a Windows path out of the root": (b"train\\..\\..\\x.png 0", "leaves the image root"),
+    "an absolute path": (b"/etc/passwd 0", "absolute"),
+    "an absolute path after spaces": (b"   /etc/passwd 0", "absolute"),
+    "an absolute Windows path": (b"C:\\windows\\x.png 0", "absolute"),
     "a network share": (b"\\\\server\\share\\x.png 0", "absolute"),
-    "NUL": (b"train/class0/train_0.png\0.txt 0", "NUL"),
-    "no UTF-8": (b"train/class0/\xff\xfe.png 0", "UTF-8"),
+    "a NUL byte": (b"train/class0/train_0.png\0.txt 0", "NUL"),
+    "bytes that are not UTF-8": (b"train/class0/\xff\xfe.png 0", "UTF-8"),
     "UTF-16": ("train/class0/train_0.png 0".encode("utf-16"), "line 1"),
     "gzip": (b"\x1f\x8b\x08\x00" + zlib.compress(b"train/class0/train_0.png 0"), "line 1"),
     "a pickle": (pickle.dumps([("train/class0/train_0.png", 0)]), "line 1"),
     "no label": (b"train/class0/train_0.png", "no label"),
     "a negative label": (b"train/class0/train_0.png -1", "-1"),
     "a label with a sign": (b"train/class0/train_0.png +1", "+1"),
-    "a broken label": (b"train/class0/train_0.png 1.0", "1.0"),
-    "an exponent": (b"train/class0/train_0.png 1e3", "1e3"),
+    "a label with a decimal point": (b"train/class0/train_0.png 1.0", "1.0"),
+    "a label with an exponent": (b"train/class0/train_0.png 1e3", "1e3"),
     "a hexadecimal label": (b"train/class0/train_0.png 0x1", "0x1"),
-    "Python's underscore": (b"train/class0/train_0.png 1_0", "1_0"),
-    "an Arabic digit": ("train/class0/train_0.png \u0663".encode(), "not a whole number"),
+    "a label with an underscore": (b"train/class0/train_0.png 1_0", "1_0"),
+    "a label in Arabic digits": ("train/class0/train_0.png \u0663".encode(), "not a whole number"),
     "a label beyond 32 bits": (b"train/class0/train_0.png 4294967296", "too large"),
     "a label of 100,000 digits": (b"train/class0/train_0.png " + b"9" * 100_000, "too large"),
-    "a label that would cost all memory": (b"train/class0/train_0.png 2147483647", "--num-classes"),
+    "a label that would use up all memory": (b"train/class0/train_0.png 2147483647", "--num-classes"),
     "a name of a megabyte": (b"a" * 2**20 + b".png 0", "1 of 1 files are not in"),
-    "a terminal's commands": (b"train/\x1b[2J\x1b]0;owned\x07.png 0", "1 of 1 files are not in"),
-    "a carriage return": (b"train/a\rb.png 0", "1 of 1 files are not in"),
+    "terminal commands in a path": (b"train/\x1b[2J\x1b]0;owned\x07.png 0", "1 of 1 files are not in"),
+    "a carriage return in a path": (b"train/a\rb.png 0", "1 of 1 files are not in"),
     "a folder": (b"train/class0 0", "1 of 1 files are not in"),
     "a device": (b"train/class0/null 0", "1 of 1 files are not in"),
     "a pipe": (b"train/class0/pipe 0", "1 of 1 files are not in"),
-    "a link to nothing": (b"train/class0/nothing 0", "1 of 1 files are not in"),
+    "a broken link": (b"train/class0/nothing 0", "1 of 1 files are not in"),
     "a link to itself": (b"train/class0/loop 0", "1 of 1 files are not in"),
-    "nothing": (b"", "empty"),
-    "blank lines": (b"\n\r\n \t\n", "empty"),
-    "a byte order mark alone": (b"\xef\xbb\xbf", "empty"),
+    "an empty file": (b"", "empty"),
+    "only blank lines": (b"\n\r\n \t\n", "empty"),
+    "only a byte order mark": (b"\xef\xbb\xbf", "empty"),
 }
 
 
 @pytest.fixture(scope="module")
 def tree(plain_tree, tmp_path_factory):
-    """The small tree by links, with things in it that are no files."""
+    """The small tree, made of links, with some entries that are not regular files."""
     root = tmp_path_factory.mktemp("hostile")
     for name in ("train.txt", "val.txt", "test.txt"):
         (root / name).symlink_to(plain_tree / name)
@@ -101,14 +101,14 @@ def tree(plain_tree, tmp_path_factory):
 
 @pytest.mark.parametrize("case", LISTS)
 def test_a_hostile_list_is_refused_in_one_line(tree, tmp_path, case):
-    content, told = LISTS[case]
+    content, reason = LISTS[case]
     (tmp_path / "list.txt").write_bytes(content)
     outcome = run_stage("i", tree, tmp_path / "run", "--train-list", tmp_path / "list.txt")
-    assert_refused(outcome, tmp_path / "list.txt", told)
+    assert_refused(outcome, tmp_path / "list.txt", reason)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
-def test_what_is_no_list(tree, tmp_path, kind):
+def test_a_folder_pipe_or_device_in_place_of_a_list_is_refused(tree, tmp_path, kind):
     file = {"folder": tmp_path, "pipe": tree / "train/class0/pipe", "device": Path("/dev/zero")}[kind]
     assert_refused(run_stage("i", tree, tmp_path / "run", "--val-list", file), file, "--val-list")
 
@@ -137,9 +137,9 @@ BOMB = "decompression bomb"
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/harm) (w) file closefile\nshowpage\n%%EOF\n"
 
 IMAGES = {
-    "nothing": (b"", "not an image"),
+    "an empty file": (b"", "not an image"),
     "text": (b"no image\n", "not an image"),
-    "a page": (b"<!DOCTYPE html><html>quota exceeded</html>", "not an image"),
+    "an HTML page": (b"<!DOCTYPE html><html>quota exceeded</html>", "not an image"),
     "a script": (b"#!/bin/sh\ntouch /tmp/harm\n", "not an image"),
     "a pickle": (pickle.dumps(os.getcwd), "not an image"),
     "an archive": (b"PK\x05\x06" + bytes(18), "not an image"),
@@ -147,24 +147,24 @@ IMAGES = {
     "PDF": (b"%PDF-1.4\n1 0 obj<</OpenAction 2 0 R>>endobj\n", "not an image"),
     "PostScript": (POSTSCRIPT, "not an image"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
-    "a JPEG's header": (JPEG[:30], "cannot be decoded"),
+    "only a JPEG's header": (JPEG[:30], "cannot be decoded"),
     "half a PNG": (PNG[: len(PNG) // 2], "truncated"),
     "a PNG with a flipped bit": (PNG[:100] + bytes([PNG[100] ^ 1]) + PNG[101:], "cannot be decoded"),
-    "a PNG's header alone": (PNG[:33], "not an image"),
+    "only a PNG's header": (PNG[:33], "not an image"),
     "a PNG of no pixels": (png(0, 0, png_chunk(b"IDAT", zlib.compress(b""))), "i"),
     "half a WebP": (encoded(NOISE, "WEBP", lossless=True)[:2000], "cannot be decoded"),
     "half a GIF": (encoded(NOISE, "GIF")[:900], "truncated"),
     "half a BMP": (encoded(NOISE, "BMP")[:900], "truncated"),
     "half a TIFF": (encoded(NOISE, "TIFF")[:900], "i"),
     "a PNG bomb": (encoded(Image.new("1", (20000, 20000)), "PNG"), BOMB),
-    "a PNG that claims to be one": (png(100_000, 100_000, png_chunk(b"IDAT", zlib.compress(bytes(9)))), BOMB),
-    "a GIF that claims to be one": (b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + bytes(20), "i"),
-    "a BMP that claims to be one": (
+    "a PNG that claims to be a bomb": (png(100_000, 100_000, png_chunk(b"IDAT", zlib.compress(bytes(9)))), BOMB),
+    "a GIF that claims to be a bomb": (b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + bytes(20), "i"),
+    "a BMP that claims to be a bomb": (
         b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, *[0] * 6),
         BOMB,
     ),
-    "a PPM that claims to be one": (b"P6 100000 100000 255\n" + bytes(100), BOMB),
-    "a text bomb": (
+    "a PPM that claims to be a bomb": (b"P6 100000 100000 255\n" + bytes(100), BOMB),
+    "a PNG whose text is a bomb": (
         png(8, 8, *[png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6), 9))] * 70,
             png_chunk(b"IDAT", zlib.compress(bytes(25 * 8)))),
         "cannot be decoded",
@@ -172,7 +172,7 @@ IMAGES = {
 }  # fmt: skip
 
 
-def test_the_images_would_be_read_if_they_were_sound(tmp_path):
+def test_the_images_that_the_hostile_ones_are_made_from_are_read(tmp_path):
     for name, content in {"jpeg": JPEG, "png": png(8, 8, png_chunk(b"IDAT", zlib.compress(bytes(25 * 8))))}.items():
         (tmp_path / name).write_bytes(content)
         assert load_rgb(tmp_path / name).mode == "RGB"
@@ -180,15 +180,15 @@ def test_the_images_would_be_read_if_they_were_sound(tmp_path):
 
 @pytest.mark.parametrize("case", IMAGES)
 def test_a_hostile_image_is_refused_in_one_line(trained, plain_tree, tmp_path, case):
-    """As an image of the test list: the run names file and line."""
-    content, told = IMAGES[case]
+    """It is an image of the test list; the run names file and line."""
+    content, reason = IMAGES[case]
     root = tmp_path / "tree"
     root.mkdir()
     (root / "image.png").write_bytes(content)
     (root / "train.txt").symlink_to(plain_tree / "train.txt")
     (root / "test.txt").write_text("\nimage.png 0\n")
     outcome = run_stage("i", root, tmp_path / "run", "--evaluate", "--resume", trained["i"] / LAST)
-    assert_refused(outcome, root / "image.png", "test.txt, line 2", told)
+    assert_refused(outcome, root / "image.png", "test.txt, line 2", reason)
     assert not Path("/tmp/harm").exists()
 
 
@@ -219,14 +219,14 @@ def changed(whole, file, **entries):
 
 
 def traversing(whole, file):
-    """An archive with an entry whose name leaves any folder that it is unpacked in."""
+    """A checkpoint with an entry whose name leads out of the folder that it is unpacked in."""
     saved(file, whole)
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("../../../../harm", b"harm")
 
 
 def rewritten(whole, file, name, change):
-    """A checkpoint one entry of whose archive is changed."""
+    """A checkpoint with one entry of its archive changed."""
     buffer = io.BytesIO()
     torch.save(whole, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(file, "w") as target:
@@ -256,7 +256,7 @@ def with_weights(whole, file, **entries):
 
 
 def stretched(*shape):
-    """A tensor of any size in four bytes."""
+    """A tensor of any size that takes four bytes."""
     return torch.zeros(1).expand(*shape)
 
 
@@ -267,7 +267,7 @@ def momenta(whole, value):
 
 def nested():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype, says torch
+        warnings.simplefilter("ignore")  # torch warns that it is a prototype
         return torch.nested.nested_tensor([torch.ones(2)])
 
 
@@ -280,7 +280,7 @@ def scaled_momenta(whole, factor):
 
 
 def averages(whole, **changes):
-    """Sums of an epoch's five metrics, as a checkpoint within an epoch holds them."""
+    """Sums of an epoch's five metrics, as in a checkpoint within an epoch."""
     names = ["loss", "cross_entropy", "contrastive", "top1_linear", "top5_linear"]
     return {"names": names, "sums": [[1.0] * len(names)], "steps": 2} | changes
 
@@ -309,7 +309,7 @@ CHECKPOINTS = {
     "code in the optimizer": (lambda w, f: changed(w, f, optimizer={"state": Call(os.mkdir, "/tmp/harm")}), CODE),
     "a bare pickle": (lambda w, f: f.write_bytes(pickle.dumps(Call(os.system, "touch /tmp/harm"))), "not loaded"),
     "an array of objects": (lambda w, f: changed(w, f, extra=np.array([Call(os.getcwd)], dtype=object)), "not loaded"),
-    "a whole module": (lambda w, f: saved(f, torch.nn.Linear(2, 2)), CODE),
+    "a pickled module": (lambda w, f: saved(f, torch.nn.Linear(2, 2)), CODE),
     "a compiled module": (lambda w, f: torch.jit.script(Scripted()).save(str(f)), "not loaded"),
     "an archive without its pickle": (lambda w, f: without(w, f, "data.pkl"), "not loaded"),
     "an archive without its tensors": (lambda w, f: without(w, f, "/data/0", "/data/1"), "not loaded"),
@@ -317,42 +317,42 @@ CHECKPOINTS = {
     "a pickle of noise": (lambda w, f: rewritten(w, f, "data.pkl", lambda c: c[::-1]), "not loaded"),
     "tensors cut short": (lambda w, f: rewritten(w, f, "/data/0", lambda c: c[:2]), "not loaded"),
     "an epoch below 0": (lambda w, f: changed(w, f, epoch=-1), "its epoch"),
-    "an epoch that is none": (lambda w, f: changed(w, f, epoch=float("nan")), "its epoch"),
-    "an endless epoch": (lambda w, f: changed(w, f, epoch=float("inf")), "its epoch"),
-    "half an epoch": (lambda w, f: changed(w, f, epoch=0.5), "its epoch"),
-    "two epochs": (lambda w, f: changed(w, f, epoch=torch.tensor([1, 2])), "its epoch"),
+    "an epoch that is NaN": (lambda w, f: changed(w, f, epoch=float("nan")), "its epoch"),
+    "an infinite epoch": (lambda w, f: changed(w, f, epoch=float("inf")), "its epoch"),
+    "an epoch of 0.5": (lambda w, f: changed(w, f, epoch=0.5), "its epoch"),
+    "an epoch of two numbers": (lambda w, f: changed(w, f, epoch=torch.tensor([1, 2])), "its epoch"),
     "a huge step": (lambda w, f: changed(w, f, step=10**30), "its step"),
-    "a step without its images": (lambda w, f: changed(w, f, epoch=0, step=10), "step 10 after 0 images"),
+    "steps without images": (lambda w, f: changed(w, f, epoch=0, step=10), "step 10 after 0 images"),
     "more images than the epoch has": (lambda w, f: changed(w, f, step=10, images=160), "160 images, an epoch has 154"),
-    "images of text": (lambda w, f: changed(w, f, images="all"), "its images"),
-    "arguments that are none": (lambda w, f: changed(w, f, args=[1]), "its args"),
-    "an argument beyond its bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
-    "an argument of another kind": (lambda w, f: changed(w, f, args={"cos": "yes"}), "--cos is on or off"),
-    "an argument of many values": (lambda w, f: changed(w, f, args={"schedule": 3}), "--schedule has another number"),
+    "a number of images that is text": (lambda w, f: changed(w, f, images="all"), "its images"),
+    "arguments that are a list": (lambda w, f: changed(w, f, args=[1]), "its args"),
+    "an argument out of bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
+    "an argument of another type": (lambda w, f: changed(w, f, args={"cos": "yes"}), "--cos is on or off"),
+    "a number instead of a list": (lambda w, f: changed(w, f, args={"schedule": 3}), "--schedule has another number"),
     "a step below 0": (lambda w, f: changed(w, f, epoch=0, step=-3), "its step"),
-    "a best that is none": (lambda w, f: changed(w, f, best_acc1=torch.tensor(float("nan"))), "its best_acc1"),
-    "a metric that is none": (lambda w, f: changed(w, f, best_metric=1), "its best_metric"),
-    "a name that is none": (lambda w, f: changed(w, f, classes=[None] * 6), "its classes"),
-    "names that are one text": (lambda w, f: changed(w, f, classes="abcdef"), "its classes"),
-    "a name too few": (lambda w, f: changed(w, f, classes=list("abcde")), "names 5 classes, and has 6"),
-    "a best of text": (lambda w, f: changed(w, f, best_acc1="all"), "its best_acc1"),
-    "a run that is none": (lambda w, f: changed(w, f, run=[1]), "its run"),
-    "a seed of text": (lambda w, f: changed(w, f, run={"seed": "x"}), "its run"),
-    "averages that are none": (lambda w, f: changed(w, f, averages="none"), "its averages"),
-    "averages of other lengths": (
+    "a best accuracy that is NaN": (lambda w, f: changed(w, f, best_acc1=torch.tensor(float("nan"))), "its best_acc1"),
+    "a name of the best metric that is a number": (lambda w, f: changed(w, f, best_metric=1), "its best_metric"),
+    "class names that are None": (lambda w, f: changed(w, f, classes=[None] * 6), "its classes"),
+    "class names in one string": (lambda w, f: changed(w, f, classes="abcdef"), "its classes"),
+    "one class name too few": (lambda w, f: changed(w, f, classes=list("abcde")), "names 5 classes, and has 6"),
+    "a best accuracy that is text": (lambda w, f: changed(w, f, best_acc1="all"), "its best_acc1"),
+    "a record of the run that is a list": (lambda w, f: changed(w, f, run=[1]), "its run"),
+    "a seed that is text": (lambda w, f: changed(w, f, run={"seed": "x"}), "its run"),
+    "averages that are text": (lambda w, f: changed(w, f, averages="none"), "its averages"),
+    "averages of different lengths": (
         lambda w, f: changed(w, f, averages={"names": ["a"], "sums": [[1.0, 2.0]], "steps": 1}), "its averages",
     ),
     "averages that are not finite": (lambda w, f: changed(w, f, averages=sums(w, math.nan)), "its averages"),
-    "averages of text": (lambda w, f: changed(w, f, averages=sums(w, "high")), "its averages"),
+    "averages with text as sums": (lambda w, f: changed(w, f, averages=sums(w, "high")), "its averages"),
     "averages with numbers as names": (lambda w, f: changed(w, f, averages=averages(w, names=[1] * 5)), "its averages"),
     "averages over 2.0 steps": (lambda w, f: changed(w, f, averages=averages(w, steps=2.0)), "its averages"),
-    "averages of other names": (
+    "averages of unknown metrics": (
         lambda w, f: changed(w, f, step=2, images=32, averages=averages(w, names=list("abcde"))), "averages are of a",
     ),
     "an optimizer that is a list": (lambda w, f: changed(w, f, optimizer=[1]), "its optimizer"),
-    "an optimizer of no group": (lambda w, f: changed(w, f, optimizer=optimizer(w, param_groups=[])), "its optimizer"),
+    "an empty optimizer": (lambda w, f: changed(w, f, optimizer=optimizer(w, param_groups=[])), "its optimizer"),
     "momenta of another shape": (lambda w, f: changed(w, f, optimizer=momenta(w, torch.zeros(3))), "its optimizer"),
-    "momenta of text": (lambda w, f: changed(w, f, optimizer=momenta(w, "fast")), "its optimizer"),
+    "momenta that are text": (lambda w, f: changed(w, f, optimizer=momenta(w, "fast")), "its optimizer"),
     "sparse momenta": (lambda w, f: changed(w, f, optimizer=momenta(w, torch.eye(3).to_sparse())), "its optimizer"),
     "momenta that are not finite": (
         lambda w, f: changed(w, f, optimizer=scaled_momenta(w, math.inf)), "its optimizer",
@@ -363,7 +363,7 @@ CHECKPOINTS = {
     "a variance below 0": (
         lambda w, f: with_weights(w, f, encoder_q__bn1__running_var=torch.full((16,), -1.0)), "bn1.running_var",
     ),
-    "weights of whole numbers": (
+    "weights that are integers": (
         lambda w, f: with_weights(w, f, classifier__bias=torch.ones(CLASSES, dtype=torch.int8)), "int8",
     ),
     "complex weights": (
@@ -373,31 +373,31 @@ CHECKPOINTS = {
         lambda w, f: with_weights(w, f, classifier__bias=nested()), "classifier.bias",
     ),
     "a pickle that unpacks to more than the file": (lambda w, f: compressed(w, f), "compressed"),
-    "a weight too many": (lambda w, f: with_weights(w, f, extra=torch.zeros(1)), "extra"),
+    "one weight too many": (lambda w, f: with_weights(w, f, extra=torch.zeros(1)), "extra"),
     "a weight of another shape": (lambda w, f: with_weights(w, f, encoder_q__bn1__bias=torch.zeros(3)), "its backbone"),
-    "a queue that is stretched": (lambda w, f: with_weights(w, f, queue=stretched(16, 10**9)), "queue"),
-    "a classifier that is stretched": (
+    "a queue expanded beyond its storage": (lambda w, f: with_weights(w, f, queue=stretched(16, 10**9)), "queue"),
+    "a classifier expanded beyond its storage": (
         lambda w, f: with_weights(w, f, classifier__weight=stretched(10**9, 64)), "at classifier.weight",
     ),
-    "a queue of no width": (lambda w, f: with_weights(w, f, queue=torch.zeros(0)), "queue"),
-    "a number of weights": (lambda w, f: changed(w, f, state_dict=3), "no state_dict"),
+    "an empty queue": (lambda w, f: with_weights(w, f, queue=torch.zeros(0)), "queue"),
+    "weights that are a number": (lambda w, f: changed(w, f, state_dict=3), "no state_dict"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def midway(trained):
-    """A checkpoint that training would go on from."""
+    """A checkpoint from which training would continue."""
     return checkpoint(trained["i"], "previous_checkpoint.pth.tar")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_path, case):
-    write, told = CHECKPOINTS[case]
+    write, reason = CHECKPOINTS[case]
     file = tmp_path / "hostile.tar"
     write(midway, file)
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
-    assert_refused(outcome, file, told)
+    assert_refused(outcome, file, reason)
     assert not Path("/tmp/harm").exists() and not list(tmp_path.glob("run/*.tar"))
 
 
@@ -422,12 +422,12 @@ def test_no_setting_of_a_saved_optimizer_reaches_the_run(midway, trained, plain_
     assert same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(trained["i"])["state_dict"])
 
 
-@pytest.mark.parametrize("case", ["weights that are not finite", "a variance below 0", "weights of whole numbers"])
-def test_weights_that_are_not_sound_are_not_evaluated(midway, plain_tree, tmp_path, case):
-    write, told = CHECKPOINTS[case]
+@pytest.mark.parametrize("case", ["weights that are not finite", "a variance below 0", "weights that are integers"])
+def test_invalid_weights_are_not_evaluated(midway, plain_tree, tmp_path, case):
+    write, reason = CHECKPOINTS[case]
     write(midway, tmp_path / "hostile.tar")
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--evaluate", "--resume", tmp_path / "hostile.tar")
-    assert_refused(outcome, tmp_path / "hostile.tar", told)
+    assert_refused(outcome, tmp_path / "hostile.tar", reason)
     assert "Overall" not in outcome.out
 
 
@@ -439,17 +439,17 @@ def test_a_pipe_in_place_of_a_checkpoint_is_refused(plain_tree, tmp_path, stage,
     )
 
 
-def test_a_pipe_in_place_of_the_last_checkpoint_is_passed_over(trained, plain_tree, tmp_path):
+def test_a_pipe_in_place_of_the_last_checkpoint_is_skipped(trained, plain_tree, tmp_path):
     shutil.copytree(trained["i"], tmp_path / "run")
     (tmp_path / "run" / LAST).unlink()
     os.mkfifo(tmp_path / "run" / LAST)
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--cos", "--resume", "auto")
-    assert outcome.status == 0 and f"passed over {tmp_path / 'run' / LAST}" in outcome.err
+    assert outcome.status == 0 and f"skipped {tmp_path / 'run' / LAST}" in outcome.err
     assert same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(trained["i"])["state_dict"])
 
 
 def test_an_archive_is_never_unpacked(midway, plain_tree, tmp_path):
-    """Entries beside the tensors are not looked at, wherever their names point."""
+    """Entries other than the tensors are ignored, whatever their names."""
     file = tmp_path / "a" / "b" / "hostile.tar"
     file.parent.mkdir(parents=True)
     traversing(midway, file)
@@ -470,17 +470,17 @@ def member(name, **facts) -> tarfile.TarInfo:
 
 
 ARCHIVES = {
-    "up and out": member("../harm"),
-    "up and out, deeper": member("cifar-10-batches-py/../../harm"),
-    "a link out": member("cifar-10-batches-py/link", type=tarfile.SYMTYPE, linkname="/etc"),
-    "a hard link out": member("cifar-10-batches-py/link", type=tarfile.LNKTYPE, linkname="../../harm"),
+    "a path out of the folder": member("../harm"),
+    "a path down, up and out of the folder": member("cifar-10-batches-py/../../harm"),
+    "a link out of the folder": member("cifar-10-batches-py/link", type=tarfile.SYMTYPE, linkname="/etc"),
+    "a hard link out of the folder": member("cifar-10-batches-py/link", type=tarfile.LNKTYPE, linkname="../../harm"),
     "a device": member("cifar-10-batches-py/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
 }
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
 def test_a_hostile_archive_is_refused_in_one_line(tmp_path, monkeypatch, capsys, case):
-    """As CIFAR's, given with --source."""
+    """It is given as CIFAR's, with --source."""
     (tmp_path / "tmp" / "unpacked").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp" / "unpacked"))
     archive = tmp_path / "cifar-10-python.tar.gz"
@@ -506,47 +506,47 @@ FLAGS = {
     "a huge batch": (["-b", 10**30], "--batch-size"),
     "a huge image": (["--image-size", 10**30], "--image-size"),
     "a huge seed": (["--seed", 10**30], "--seed"),
-    "a wait without end": (["--dist-timeout", "inf"], "--dist-timeout"),
-    "a wait of ages": (["--dist-timeout", 1e300], "--dist-timeout"),
-    "a wait that is none": (["--dist-timeout", "nan"], "--dist-timeout"),
-    "a rate beyond all numbers": (["--lr", "1e400"], "--lr 1e400"),
-    "a queue beyond all memory": (["--moco-k", 2**31 - 1, "--moco-dim", 4096], "out of memory"),
-    "a width beyond all memory": (["--moco-dim", 2**31 - 1], "out of memory"),
-    "a width beyond all numbers": (["--moco-dim", 10**12], "--moco-dim"),
+    "an infinite timeout": (["--dist-timeout", "inf"], "--dist-timeout"),
+    "a huge timeout": (["--dist-timeout", 1e300], "--dist-timeout"),
+    "a timeout that is NaN": (["--dist-timeout", "nan"], "--dist-timeout"),
+    "a learning rate that overflows": (["--lr", "1e400"], "--lr 1e400"),
+    "a queue larger than any memory": (["--moco-k", 2**31 - 1, "--moco-dim", 4096], "out of memory"),
+    "a dimension larger than any memory": (["--moco-dim", 2**31 - 1], "out of memory"),
+    "a dimension out of bounds": (["--moco-dim", 10**12], "--moco-dim"),
     "two lines in a flag's value": (["--amp", "fp8\nERROR: all is lost"], "--amp"),
     "two lines in a folder's name": (["--resume", "x\nERROR: y"], "--resume"),
-    "a terminal's commands": (["--resume", "\x1b[2J\x1b[31m"], "--resume"),
-    "a name of no text": (["--resume", os.fsdecode(b"\xff\xfe")], "--resume"),
-    "a name that is too long": (["--output_dir", "x" * 300], "--output_dir"),
-    "a run in a device": (["--output_dir", "/dev/null/run"], "--output_dir"),
-    "a flag twice removed": (["--moco--k", 5], "--moco--k"),
-    "half a flag": (["--epo", 5], "--epo"),
+    "terminal commands in a path": (["--resume", "\x1b[2J\x1b[31m"], "--resume"),
+    "a path that is not UTF-8": (["--resume", os.fsdecode(b"\xff\xfe")], "--resume"),
+    "a file name that is too long": (["--output_dir", "x" * 300], "--output_dir"),
+    "an output folder in a device": (["--output_dir", "/dev/null/run"], "--output_dir"),
+    "a flag with a doubled dash": (["--moco--k", 5], "--moco--k"),
+    "an abbreviated flag": (["--epo", 5], "--epo"),
     "a flag without its value": (["--epochs", "--cos"], "--epochs"),
     "a stray word": (["rm", "-rf"], "unrecognized arguments"),
-    "a list in a folder that is a file": (["--val-list", "/etc/passwd/val.txt"], "--val-list"),
-    "a node beyond the last": (["--world-size", 2, "--rank", 2, "--dist-url", "tcp://127.0.0.1:1"], "--rank 2"),
-    "a port beyond the last": (["--world-size", 2, "--rank", 1, "--dist-url", "tcp://127.0.0.1:65536"], "--dist-url"),
-    "a temperature beyond all numbers": (["--moco-t", 1e300], "--moco-t 1e+300"),
-    "a weight decay beyond all numbers": (["--wd", 1e300], "--wd 1e+300"),
-    "more nodes than there are": (["--world-size", "9" * 30], "--world-size"),
+    "a list below a file": (["--val-list", "/etc/passwd/val.txt"], "--val-list"),
+    "a rank out of bounds": (["--world-size", 2, "--rank", 2, "--dist-url", "tcp://127.0.0.1:1"], "--rank 2"),
+    "a port out of bounds": (["--world-size", 2, "--rank", 1, "--dist-url", "tcp://127.0.0.1:65536"], "--dist-url"),
+    "a temperature out of bounds": (["--moco-t", 1e300], "--moco-t 1e+300"),
+    "a weight decay out of bounds": (["--wd", 1e300], "--wd 1e+300"),
+    "a huge number of nodes": (["--world-size", "9" * 30], "--world-size"),
     "a thousand workers": (["-j", 1000], "--workers 1000"),
-    "a URL of a file": (["--world-size", 2, "--rank", 1, "--dist-url", "file:///etc/passwd"], "--dist-url"),
+    "a file URL": (["--world-size", 2, "--rank", 1, "--dist-url", "file:///etc/passwd"], "--dist-url"),
 }
 
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_a_hostile_flag_is_refused_in_one_line(plain_tree, tmp_path, case):
-    flags, told = FLAGS[case]
+    flags, reason = FLAGS[case]
     with limited_memory():
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
-    assert_refused(outcome, told)
+    assert_refused(outcome, reason)
 
 
 ENVIRONMENTS = {
-    "a rank of text": {"TORCHELASTIC_RUN_ID": "x", "RANK": "first", "WORLD_SIZE": "2"},
-    "a rank alone": {"TORCHELASTIC_RUN_ID": "x", "RANK": "0"},
-    "half of SLURM": {"SLURM_STEP_NUM_TASKS": "2"},
-    "tasks of text": {"SLURM_STEP_NUM_TASKS": "two"},
+    "a rank that is text": {"TORCHELASTIC_RUN_ID": "x", "RANK": "first", "WORLD_SIZE": "2"},
+    "a rank without a world size": {"TORCHELASTIC_RUN_ID": "x", "RANK": "0"},
+    "an incomplete SLURM environment": {"SLURM_STEP_NUM_TASKS": "2"},
+    "a number of tasks that is text": {"SLURM_STEP_NUM_TASKS": "two"},
 }
 
 
@@ -558,7 +558,7 @@ def test_a_hostile_environment_is_refused_in_one_line(plain_tree, tmp_path, monk
     assert_refused(run_stage("i", plain_tree, tmp_path / "run"), "environment of the launcher")
 
 
-def test_a_line_is_one_line_whatever_it_quotes():
+def test_a_message_is_one_line_whatever_it_quotes():
     assert str(UserError("a\nb\x1b[2J\r\udcff é 漢")) == "a\\nb\\x1b[2J\\r\\udcff é 漢"
 
 
@@ -566,8 +566,8 @@ def test_a_line_is_one_line_whatever_it_quotes():
 
 
 SHELL = [
-    ("list", "up and out"), ("image", "a PNG bomb"), ("checkpoint", "os.system"),
-    ("flags", "two lines in a flag's value"), ("list", "a terminal's commands"), ("list", "NUL"),
+    ("list", "a path out of the root"), ("image", "a PNG bomb"), ("checkpoint", "os.system"),
+    ("flags", "two lines in a flag's value"), ("list", "terminal commands in a path"), ("list", "a NUL byte"),
     ("image", "PostScript"), ("image", "half a JPEG"), ("checkpoint", "exec, old format"),
     ("checkpoint", "a pickle of noise"),
 ]  # fmt: skip
@@ -576,7 +576,7 @@ SHELL = [
 @pytest.mark.parametrize(
     ("kind", "case"), [case if i < 2 else pytest.param(*case, marks=pytest.mark.full) for i, case in enumerate(SHELL)]
 )
-def test_the_shell_gets_one_line_of_hostile_input(trained, midway, plain_tree, tree, tmp_path, kind, case):
+def test_hostile_input_through_the_shell_ends_in_one_line(trained, midway, plain_tree, tree, tmp_path, kind, case):
     data, flags = plain_tree, []
     if kind == "list":
         (tmp_path / "input").write_bytes(LISTS[case][0])
@@ -592,6 +592,6 @@ def test_the_shell_gets_one_line_of_hostile_input(trained, midway, plain_tree, t
         flags = ["--resume", tmp_path / "input"]
     else:
         flags = FLAGS[case][0]
-    told = {"list": LISTS, "image": IMAGES, "checkpoint": CHECKPOINTS, "flags": FLAGS}[kind][case][1]
-    assert_refused(run_shell("i", data, tmp_path / "run", *flags), told)
+    reason = {"list": LISTS, "image": IMAGES, "checkpoint": CHECKPOINTS, "flags": FLAGS}[kind][case][1]
+    assert_refused(run_shell("i", data, tmp_path / "run", *flags), reason)
     assert not Path("/tmp/harm").exists()

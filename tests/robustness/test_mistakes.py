@@ -1,4 +1,4 @@
-"""Every mistake of a user's ends in status 2 and one line naming the file and line or the flag, and harms nothing."""
+"""Every mistake of a user ends in status 2 and one line that names file and line, or the flag, and harms nothing."""
 
 import fcntl
 import multiprocessing
@@ -98,17 +98,17 @@ def assert_mistake(outcome, *words):
         *((stage, ["--evaluate", "--resume", "auto"], ["--resume auto"]) for stage in STAGES),
     ],
 )
-def test_a_senseless_value_is_refused_by_its_flag(plain_tree, tmp_path, stage, flags, words):
+def test_an_invalid_value_is_refused_in_one_line_that_names_the_flag(plain_tree, tmp_path, stage, flags, words):
     assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", *flags), *words)
     assert not list(tmp_path.glob("**/*.tar"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the device exists")
-def test_a_device_that_is_not_there(plain_tree, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_does_not_exist_is_refused(plain_tree, tmp_path):
     assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--device", "cuda"), "--device cuda")
 
 
-def test_no_folder_at_all():
+def test_a_command_without_a_data_folder_is_refused():
     assert_mistake(call("i", []), "DIR")
 
 
@@ -120,23 +120,23 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate_and_the_batch(plain_t
 # ---- data
 
 
-def test_no_such_folder(tmp_path):
+def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
     assert_mistake(run_stage("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none", "DIR")
 
 
-def test_a_file_in_the_folders_place(plain_tree, tmp_path):
+def test_a_file_in_place_of_the_data_folder_is_named(plain_tree, tmp_path):
     assert_mistake(run_stage("i", plain_tree / "train.txt", tmp_path / "run"), plain_tree / "train.txt", "DIR")
 
 
 @pytest.mark.parametrize("flag", ["--train-list", "--val-list", "--test-list"])
-def test_no_such_list(plain_tree, tmp_path, flag):
+def test_a_list_that_does_not_exist_is_named(plain_tree, tmp_path, flag):
     outcome = run_stage("i", plain_tree, tmp_path / "run", flag, tmp_path / "none.txt")
     assert_mistake(outcome, tmp_path / "none.txt", flag)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A tree of its own, to be spoilt."""
+    """A tree that the test may damage."""
     return write_tree(tmp_path / "tree", COUNTS | {"train": (20, 4, 4, 4, 4, 4)})
 
 
@@ -144,14 +144,14 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_list_of_the_folder_is_missing(tree, tmp_path, split):
+def test_a_missing_list_of_the_data_folder_is_named(tree, tmp_path, split):
     (tree / f"{split}.txt").unlink()
     assert_mistake(run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", f"--{split}-list")
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("line", ["train/class0/train_0.png", "train/class0/train_0.png zero", "/etc/passwd 0"])
-def test_a_malformed_line(tree, tmp_path, split, line):
+def test_a_malformed_line_is_named(tree, tmp_path, split, line):
     spoil_list(tree / f"{split}.txt", line)
     assert_mistake(run_stage("i", tree, tmp_path / "run"), f"{tree / split}.txt, line 3:")
 
@@ -163,25 +163,25 @@ def spoil_list(file, line, number=3):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_an_empty_list(tree, tmp_path, split):
+def test_an_empty_list_is_named(tree, tmp_path, split):
     (tree / f"{split}.txt").write_text("\n")
     assert_mistake(run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", "empty")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_label_that_training_does_not_have(tree, tmp_path, split):
+def test_a_label_that_training_does_not_have_is_named(tree, tmp_path, split):
     spoil_list(tree / f"{split}.txt", "train/class0/train_0.png 6")
     outcome = run_stage("i", tree, tmp_path / "run")
     assert_mistake(outcome, f"{tree / split}.txt, line 3:", "label 6", "--num-classes 7")
 
 
-def test_a_label_out_of_range_of_the_classes(tree, tmp_path):
+def test_a_label_beyond_num_classes_is_named(tree, tmp_path):
     outcome = run_stage("i", tree, tmp_path / "run", "--num-classes", 3)
     assert_mistake(outcome, f"{tree}/train.txt, line 37:", "--num-classes 6")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_missing_images(tree, tmp_path, split):
+def test_missing_images_are_named(tree, tmp_path, split):
     lines = (tree / f"{split}.txt").read_text().splitlines()[:2]
     for line in lines:
         (tree / line.split()[0]).unlink()
@@ -191,7 +191,7 @@ def test_missing_images(tree, tmp_path, split):
 
 
 def spoil_image(tree, split, content=None):
-    """Cuts the first image of a split short, or puts other content in its place; returns the file."""
+    """Truncates the first image of a split, or replaces its content; returns the file."""
     file = tree / (tree / f"{split}.txt").read_text().split()[0]
     file.write_bytes(file.read_bytes()[:500] if content is None else content)
     return file
@@ -199,14 +199,14 @@ def spoil_image(tree, split, content=None):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_truncated_image(tree, tmp_path, split, workers):
+def test_a_truncated_image_is_named_with_its_list_line(tree, tmp_path, split, workers):
     file = spoil_image(tree, split)
     outcome = run_stage("i", tree, tmp_path / "run", "-j", workers, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, f"{split}.txt, line 1")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all"])
-def test_a_file_that_is_no_image(tree, tmp_path, content):
+def test_a_file_that_is_not_an_image_is_named_with_its_list_line(tree, tmp_path, content):
     file = spoil_image(tree, "test", content)
     assert_mistake(run_stage("i", tree, tmp_path / "run", "--epochs", 1), file, "test.txt, line 1")
 
@@ -222,13 +222,13 @@ def start_from(flag, file, data, out, *flags):
 
 
 @every_flag
-def test_no_such_checkpoint(plain_tree, tmp_path, flag):
+def test_a_checkpoint_that_does_not_exist_is_named(plain_tree, tmp_path, flag):
     assert_mistake(start_from(flag, tmp_path / "none.tar", plain_tree, tmp_path / "run"), tmp_path / "none.tar", flag)
     assert_mistake(start_from(flag, tmp_path, plain_tree, tmp_path / "run"), tmp_path, flag)
 
 
 class RunsCode:
-    """Unpickled, it would make a folder."""
+    """Makes a folder if it is unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -238,7 +238,7 @@ class RunsCode:
 
 
 def spoilt_checkpoint(kind, whole: Path, folder: Path) -> Path:
-    """A file of a kind that is no good, by the side of a whole checkpoint."""
+    """Writes an invalid checkpoint of the given kind, made from the valid one `whole`."""
     file, content = folder / "spoilt.tar", whole.read_bytes()
     if kind == "truncated":
         file.write_bytes(content[: len(content) // 2])
@@ -260,7 +260,7 @@ def spoilt_checkpoint(kind, whole: Path, folder: Path) -> Path:
         torch.save({"epoch": 1}, file)
     elif kind == "weights of something else":
         torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, file)
-    elif kind == "weights that are none":
+    elif kind == "weights that are numbers":
         torch.save({"state_dict": {"module.conv1.weight": 3}}, file)
     return file
 
@@ -270,24 +270,24 @@ def spoilt_checkpoint(kind, whole: Path, folder: Path) -> Path:
     "kind",
     [
         "truncated", "a byte short", "empty", "text", "pickle", "archive that runs code", "old format that runs code",
-        "list", "no weights", "weights of something else", "weights that are none",
+        "list", "no weights", "weights of something else", "weights that are numbers",
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_checkpoint(trained, plain_tree, tmp_path, flag, kind):
+def test_a_file_that_is_not_a_valid_checkpoint_is_refused(trained, plain_tree, tmp_path, flag, kind):
     file = spoilt_checkpoint(kind, trained[FLAGS[flag][1]] / LAST, tmp_path)
     assert_mistake(start_from(flag, file, plain_tree, tmp_path / "run"), file, flag)
     assert not (tmp_path / "harm").exists()
 
 
 @every_flag
-def test_a_checkpoint_of_another_arch(trained, plain_tree, tmp_path, flag):
+def test_a_checkpoint_of_another_arch_is_refused(trained, plain_tree, tmp_path, flag):
     file = trained[FLAGS[flag][1]] / LAST
     outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--arch", "resnet20")
     assert_mistake(outcome, file, "resnet8", "resnet20", "--arch", flag)
 
 
 @every_flag
-def test_a_checkpoint_of_another_number_of_classes(trained, plain_tree, tmp_path, flag):
+def test_a_checkpoint_of_another_number_of_classes_is_refused(trained, plain_tree, tmp_path, flag):
     file = trained[FLAGS[flag][1]] / LAST
     outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--num-classes", 9)
     assert_mistake(outcome, file, "6 classes", "9", "--num-classes", flag)
@@ -300,20 +300,20 @@ def test_a_checkpoint_of_another_number_of_classes(trained, plain_tree, tmp_path
         ("ii", "--last_stage_ckpt", "ii"), ("iii", "--teacher_ckpt", "i"), ("iii", "--teacher_ckpt", "iii"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_another_stage(trained, plain_tree, tmp_path, stage, flag, given):
+def test_a_checkpoint_of_another_stage_is_refused(trained, plain_tree, tmp_path, stage, flag, given):
     file = trained[given] / LAST
     outcome = run_stage(stage, plain_tree, tmp_path / "run", flag, file)
     assert_mistake(outcome, file, f"stage {given.upper()};", flag)
 
 
-def test_a_soft_classifier_of_stage_one(trained, plain_tree, tmp_path):
+def test_the_soft_classifier_of_a_stage_i_checkpoint_is_refused(trained, plain_tree, tmp_path):
     file = trained["i"] / LAST
     outcome = run_stage("ii", plain_tree, tmp_path / "run", "--last_stage_ckpt", file, "--classifier", "soft")
     assert_mistake(outcome, file, "--last_stage_ckpt")
 
 
 @pytest.mark.parametrize("flags", [["--moco-k", 64], ["--moco-dim", 8]])
-def test_another_queue(trained, plain_tree, tmp_path, flags):
+def test_a_queue_of_another_size_is_refused(trained, plain_tree, tmp_path, flags):
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", trained["i"] / LAST, "--epochs", 3, *flags)
     assert_mistake(outcome, trained["i"] / LAST, "--moco-k 50 --moco-dim 16")
 
@@ -326,7 +326,7 @@ def changed(run, file, change):
 
 
 @every_flag
-def test_a_checkpoint_that_lacks_weights(trained, plain_tree, tmp_path, flag):
+def test_a_checkpoint_that_lacks_weights_is_refused(trained, plain_tree, tmp_path, flag):
     made_by = FLAGS[flag][1]
     name = {"i": "module.classifier.weight", "ii": "module.classifier.fc.weight"}[made_by]
     file = changed(trained[made_by], tmp_path / "lacks.tar", lambda content: content["state_dict"].pop(name))
@@ -334,7 +334,7 @@ def test_a_checkpoint_that_lacks_weights(trained, plain_tree, tmp_path, flag):
     assert_mistake(outcome, file, flag)
 
 
-def test_an_optimizer_that_does_not_fit(trained, plain_tree, tmp_path):
+def test_an_optimizer_that_does_not_fit_is_refused(trained, plain_tree, tmp_path):
     source, file = checkpoint(trained["ii"])["optimizer"], tmp_path / "other.tar"
     changed(trained["i"], file, lambda content: content.update(optimizer=source))
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file, "--epochs", 3)
@@ -356,13 +356,13 @@ def test_a_finished_run_is_not_written_over(trained, plain_tree, tmp_path, name)
     folder.mkdir()
     shutil.copy(trained["i"] / name, folder)
     before = (folder / name).read_bytes()
-    for flags in ([], ["--resume", trained["i"] / LAST, "--epochs", 3]):  # not even by resuming another run
+    for flags in ([], ["--resume", trained["i"] / LAST, "--epochs", 3]):  # nor by resuming another run
         outcome = run_stage("i", plain_tree, folder, *flags)
         assert_mistake(outcome, f"--output_dir {folder}", name, "--overwrite", "--resume")
     assert (folder / name).read_bytes() == before
 
 
-def test_overwrite_starts_anew(finished, trained, plain_tree):
+def test_overwrite_starts_from_scratch(finished, trained, plain_tree):
     train("i", plain_tree, finished, "--cos", "--overwrite", "--epochs", 1)
     assert [record["epoch"] for record in log_of(finished)] == [0]
     assert checkpoint(finished)["epoch"] == 1 and not (finished / "previous_checkpoint.pth.tar").exists()
@@ -372,22 +372,22 @@ def test_overwrite_starts_anew(finished, trained, plain_tree):
 @pytest.mark.parametrize(
     "flags", [["--test-list", "none.txt"], ["--num-classes", 3], ["-b", 1000], ["--arch", "none"], ["--resume", "none"]]
 )
-def test_a_mistake_does_not_cost_the_run_to_be_overwritten(finished, plain_tree, flags):
+def test_a_mistake_leaves_the_run_that_would_be_overwritten(finished, plain_tree, flags):
     before = {file: file.read_bytes() for file in finished.glob("[!.]*")}
     assert run_stage("i", plain_tree, finished, "--overwrite", *flags).status == 2
     assert {file: file.read_bytes() for file in finished.glob("[!.]*")} == before
 
 
-def test_a_file_in_the_output_folders_place(plain_tree, tmp_path):
+def test_a_file_in_place_of_the_output_folder_is_named(plain_tree, tmp_path):
     (tmp_path / "file").touch()
     assert_mistake(run_stage("i", plain_tree, tmp_path / "file"), f"--output_dir {tmp_path / 'file'}")
     assert_mistake(run_stage("i", plain_tree, tmp_path / "file" / "run"), f"--output_dir {tmp_path / 'file' / 'run'}")
 
 
-def test_an_output_folder_that_cannot_be_written(plain_tree, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_named(plain_tree, tmp_path):
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):  # root may write anywhere but here
+    if os.access(folder, os.W_OK):  # as root, only /proc cannot be written
         folder = Path("/proc")
     assert_mistake(run_stage("i", plain_tree, folder), f"--output_dir {folder}")
 
@@ -399,7 +399,7 @@ def hold(file, ready, done):
         done.wait(60)
 
 
-def test_two_runs_in_one_folder(plain_tree, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(plain_tree, tmp_path):
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path / ".lock", ready, done))
@@ -410,14 +410,14 @@ def test_two_runs_in_one_folder(plain_tree, tmp_path):
     other.join()
 
 
-# ---- through the shell, where nothing else may be on stderr either
+# ---- through the shell, where stderr may contain nothing else
 
 
-def test_shell_no_such_folder(tmp_path):
+def test_shell_a_data_folder_that_does_not_exist_ends_in_one_line(tmp_path):
     assert_mistake(run_shell("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none")
 
 
-def test_shell_truncated_image_in_a_worker(tree, tmp_path):
+def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path):
     file = spoil_image(tree, "train")
     outcome = run_shell("i", tree, tmp_path / "run", "-j", 2, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, "train.txt, line 1")
@@ -426,18 +426,18 @@ def test_shell_truncated_image_in_a_worker(tree, tmp_path):
 TWO = ["--multiprocessing-distributed", "--nproc", 2]
 
 
-def test_shell_truncated_image_in_one_of_two_processes(tree, tmp_path):
+def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, tmp_path):
     file = spoil_image(tree, "val")
     outcome = run_shell("i", tree, tmp_path / "run", *TWO, "-j", 2, "--epochs", 1)
     assert_mistake(outcome, file, "val.txt, line 1")
 
 
-def test_shell_one_image_a_process(plain_tree, tmp_path):
+def test_shell_fewer_than_two_images_per_process_end_in_one_line(plain_tree, tmp_path):
     outcome = run_shell("i", plain_tree, tmp_path / "run", *TWO, "-b", 3)
     assert_mistake(outcome, "--batch-size 3", "2 processes", "at least 4")
 
 
-def test_shell_pickle_in_two_processes(trained, plain_tree, tmp_path):
+def test_shell_a_pickle_given_to_two_processes_ends_in_one_line(trained, plain_tree, tmp_path):
     file = spoilt_checkpoint("pickle", trained["i"] / LAST, tmp_path)
     outcome = run_shell("ii", plain_tree, tmp_path / "run", *TWO, "--last_stage_ckpt", file)
     assert_mistake(outcome, file, "--last_stage_ckpt")

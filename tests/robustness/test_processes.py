@@ -1,6 +1,6 @@
-"""Processes that are asked to stop, are stuck, die, or never meet: one line, a telling status, no process left behind.
+"""Processes that are asked to stop, are stuck, die, or never meet: one line, the right exit status, no process left.
 
-No test depends on how fast a process is: those that a test has to find at a certain step wait for it there (gate).
+No test depends on the speed of a process: if a test must find one at a certain step, the process waits there (gate).
 """
 
 import contextlib
@@ -45,7 +45,7 @@ LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
 LONG = ["--cos", "--epochs", 1000]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-# parser and argv of two processes, for launch
+# parser and argv that start two processes, for launch
 SMALL_RUN = (
     training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none"),
     [*map(str, TWO), "--device", "cpu", str(ROOT)],
@@ -66,13 +66,13 @@ def assert_one_line(outcome, status, *words):
 
 
 def assert_stopped(outcome):
-    """In either epoch: how far a run comes before its signal reaches it is the machine's affair."""
+    """Checks that a run stopped, in either epoch: how far it gets before the signal arrives depends on the machine."""
     assert_one_line(outcome, 75, "stopped on request at epoch ", ", step ", "--resume auto")
 
 
 @pytest.fixture
 def interface_is_chosen_by_the_run(monkeypatch):
-    """As for a user: removes what the tests set for gloo."""
+    """Removes what the tests set for gloo, so that the run chooses as for a user."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
@@ -80,7 +80,7 @@ def interface_is_chosen_by_the_run(monkeypatch):
 
 
 def test_a_signal_to_all_processes_stops_the_run(trained, plain_tree, tmp_path, interface_is_chosen_by_the_run):
-    """As a scheduler and a terminal send it: the data workers get it too, and must not die of it."""
+    """Schedulers and terminals signal every process: the data workers get the signal too, and must survive it."""
     run = tmp_path / "run"
     with Job("i", plain_tree, run, "--cos", *SEVERAL_WORKERS, gate=2) as job:
         job.wait_for(r"epoch 1/2 \[1/")
@@ -100,23 +100,23 @@ def test_a_signal_to_all_processes_stops_the_run(trained, plain_tree, tmp_path, 
     ],
 )
 def test_a_signal_to_one_of_two_processes_stops_both(
-    whole_of_two, plain_tree, tmp_path, number, rank, interface_is_chosen_by_the_run
+    run_of_two_processes, plain_tree, tmp_path, number, rank, interface_is_chosen_by_the_run
 ):
-    """Or to their parent (None)."""
+    """If rank is None, the signal goes to their parent."""
     run = tmp_path / "run"
     with Job("i", plain_tree, run, "--cos", *TWO, *SEVERAL_WORKERS, gate=2) as job:
         job.wait_for(r"epoch 1/2 \[1/")
         assert len(job.ranks()) == 2 and listening(job.note()) == {LOOPBACK}
         job.send(number, None if rank is None else job.ranks()[rank])
         assert_stopped(job.end())
-    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
+    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), run_of_two_processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, number):
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        wait_until(lambda: listening([job.pid]), "the meeting place")
+        wait_until(lambda: listening([job.pid]), "the key-value store to listen")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run").exists()
 
@@ -124,7 +124,7 @@ def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, num
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
 def test_a_signal_ends_processes_that_are_starting(plain_tree, tmp_path, number):
     with Job("i", plain_tree, tmp_path / "run", *TWO, gate="start") as job:
-        wait_until(lambda: len(job.ranks()) == 2, "the processes")
+        wait_until(lambda: len(job.ranks()) == 2, "the processes to start")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run" / LAST).exists()
 
@@ -135,7 +135,7 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
     with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, "--save-every-steps", 1) as job:
         job.wait_for(r"epoch 1/1000 \[2/")
         ranks = job.ranks() or [job.pid]
-        for pid in ranks:  # they cannot answer the first before the second comes
+        for pid in ranks:  # they cannot react to the first before the second comes
             os.kill(pid, signal.SIGSTOP)
         for pid in {*ranks, job.pid}:
             for _ in range(2):
@@ -152,7 +152,7 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
 
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
+def test_torchrun_passes_a_stop_on(run_of_two_processes, plain_tree, tmp_path, number):
     run = tmp_path / "run"
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # else torchrun kills the ranks after 30 s
     with Job("i", plain_tree, run, "--cos", launcher=TORCHRUN, gate=2, env=patience) as job:
@@ -160,15 +160,15 @@ def test_torchrun_passes_a_stop_on(whole_of_two, plain_tree, tmp_path, number):
         outcome = job.send(number).end()
     assert outcome.status == 1  # torchrun's own
     assert outcome.err.count("stopped on request at epoch ") == 1
-    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), whole_of_two)
+    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), run_of_two_processes)
 
 
 @pytest.mark.parametrize("flags", [SEVERAL_WORKERS, pytest.param(TWO, marks=pytest.mark.full)])
 def test_a_process_that_is_stuck_in_a_system_call_obeys_a_signal(plain_tree, tmp_path, flags):
     with Job("i", plain_tree, tmp_path / "run", "--cos", *flags, gate="hang") as job:
-        wait_until(lambda: list(tmp_path.glob("run.gate.*")), "a process that hangs")
+        wait_until(lambda: list(tmp_path.glob("run.gate.*")), "a process to hang")
         outcome = job.send(signal.SIGTERM).end()
-    assert_one_line(outcome, 75, "nothing had moved for 1 s", "the last checkpoint is whole", "--resume auto")
+    assert_one_line(outcome, 75, "no progress for 1 s", "the last checkpoint is intact", "--resume auto")
 
 
 def test_a_run_stopped_in_the_test_evaluation_resumes(trained, plain_tree, tmp_path):
@@ -198,7 +198,7 @@ def test_a_stop_during_a_save_waits_for_its_end(trained, plain_tree, tmp_path, m
         patch.setattr(os, "fsync", fsync)
         outcome = run_stage("i", plain_tree, run, "--cos", "--save-every-steps", 4)
     assert_stopped(outcome)
-    assert checkpoint(run)["step"] == 5  # the step after the save that it came in
+    assert checkpoint(run)["step"] == 5  # the step after the save during which the signal came
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
@@ -212,7 +212,7 @@ def test_a_run_stopped_in_validation_trains_no_step_again(trained, plain_tree, t
 
 
 def stop_all_ranks(seconds, args, device):
-    """A main_worker: every rank stops, rank 0 once it has saved for some seconds."""
+    """A main_worker: every rank stops, rank 0 after some seconds, as if it were saving."""
     defer_stop()
     if get_dist_info().rank == 0:
         time.sleep(seconds)
@@ -238,7 +238,7 @@ def test_a_process_that_is_killed_ends_the_run(plain_tree, tmp_path, rank):
 
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
 def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
-    """One line, on a single core too, of which torch says that more than one worker is too many."""
+    """One line, also on a single core, for which torch warns of too many workers."""
 
     def on_one_core():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -267,7 +267,7 @@ def test_data_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, 
     with Job("i", plain_tree, run, "--cos", "--save-every-steps", 1, *flags, *SEVERAL_WORKERS, gate=6) as job:
         job.wait_for(r"epoch 1/2 \[2/")
         ranks, workers = job.ranks(), job.workers()
-        for pid in ranks or [job.pid]:  # so that it does not end before its time
+        for pid in ranks or [job.pid]:  # so that it does not end too early
             os.kill(pid, signal.SIGSTOP)
         assert_one_line(run_stage("i", plain_tree, run, "--cos", "--resume", "auto"), 2, "another run is writing there")
         for worker in workers:  # as if they were stuck in a slow read
@@ -286,8 +286,8 @@ def test_data_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, 
         assert_same_run(run, trained["i"])
 
 
-def test_out_of_memory_is_one_line(plain_tree, tmp_path):
-    """Of the system's allocator."""
+def test_out_of_memory_ends_in_one_line(plain_tree, tmp_path):
+    """The error comes from the system's allocator."""
     with limited_memory():
         outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 2**31 - 1, "--moco-dim", 4096)
     assert_one_line(outcome, 2, "out of memory")
@@ -310,14 +310,14 @@ def fail_on_rank_1(kind, args, device):
     ],
 )
 def test_the_message_is_that_of_the_rank_that_failed(capfd, kind, status, words):
-    """It is shown, not that of the others, which only lost contact with it."""
+    """The messages of the others, which only lost contact with it, are not printed."""
     assert launch(functools.partial(fail_on_rank_1, kind), *SMALL_RUN) == status
     err = capfd.readouterr().err
     assert all(word in err for word in words) and "lost contact" not in err
     assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # an unknown failure has a traceback
 
 
-def test_half_a_report_is_no_report():
+def test_an_incomplete_report_is_ignored():
     receive, send = multiprocessing.Pipe(duplex=False)
     assert spawn.read_report(receive) is None
     send.send((1, "a message"))
@@ -330,7 +330,7 @@ def test_half_a_report_is_no_report():
 
 
 def test_launch_calls_main_worker_itself(capfd):
-    """The reader of a traceback finds nothing between the two."""
+    """A traceback has no other frame between the two."""
     parser, _ = SMALL_RUN
     assert launch(lambda args, device: 1 / 0, parser, ["--device", "cpu", str(ROOT)]) == 1
     assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
@@ -371,7 +371,7 @@ def detect(monkeypatch):
         (TASKS, ["--dist-url", "tcp://a:1"], (3, 4, 1, 2, "srun", "tcp://a:1")),
     ],
 )
-def test_flags_and_environment_say_who_a_process_is(detect, env, flags, info):
+def test_flags_and_environment_determine_rank_world_size_and_launcher(detect, env, flags, info):
     assert detect(env, *flags) == info
 
 
@@ -394,7 +394,7 @@ def test_flags_and_environment_say_who_a_process_is(detect, env, flags, info):
         (TASKS | {"SLURM_JOB_ID": ""}, [], "SLURM_JOB_ID is missing"),
     ],
 )
-def test_nonsense_of_a_launcher_is_one_line(detect, env, flags, words):
+def test_invalid_values_from_a_launcher_are_named(detect, env, flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         detect(env, *flags)
 
@@ -416,7 +416,7 @@ def mute_port():
     [
         (0, "tcp://127.0.0.1:FREE", ["the 2 processes did not meet within --dist-timeout 1 s"]),
         (1, "tcp://127.0.0.1:FREE", ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
-        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # nobody's address
+        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # an address that nobody has
         (0, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "cannot listen there"]),
         (0, "tcp://127.0.0.1:MUTE", ["cannot listen there (Address already in use)"]),
         (1, "tcp://no.such.host.invalid:2345", ["no.such.host.invalid is not known"]),
@@ -428,10 +428,10 @@ def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_po
     url = url.replace("FREE", str(free_port())).replace("MUTE", str(mute_port))
     flags = ["--world-size", 2, "--rank", rank, "--dist-url", url, "--dist-timeout", 1]
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, *words)
-    assert capfd.readouterr().err == ""  # not from torch.distributed's C++ either
+    assert capfd.readouterr().err == ""  # nor does torch.distributed's C++ print anything
 
 
-def test_a_silent_listener_at_the_port_is_given_up(plain_tree, tmp_path, mute_port):
+def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, mute_port):
     flags = ["--world-size", 2, "--rank", 1, "--dist-url", f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1]
     with Job("i", plain_tree, tmp_path / "run", *flags) as job:
         assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
@@ -455,7 +455,7 @@ def test_spawned_processes_that_cannot_meet_say_why(plain_tree, tmp_path, capfd,
 
 
 def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path, monkeypatch):
-    """Debian's /etc/hosts has the machine's own name so. The run is refused rather than listening everywhere."""
+    """Debian's /etc/hosts maps the machine's own name to 127.0.1.1. The run must not listen everywhere instead."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", "tcp://node0:2345"]
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
@@ -489,8 +489,8 @@ LAUNCHES = {
     "launch",
     [name if name == "nodes of one process" else pytest.param(name, marks=pytest.mark.full) for name in LAUNCHES],
 )
-def test_two_nodes_train_as_one(whole_of_two, plain_tree, tmp_path, launch, interface_is_chosen_by_the_run):
-    """They listen on the given address alone; a stop of one stops both; the result is that of one node."""
+def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, launch, interface_is_chosen_by_the_run):
+    """They listen only on the given address; stopping one stops both; the result is that of one node."""
     url = f"tcp://127.0.0.1:{free_port()}"
     run, local_batch = tmp_path / "run", "8"
 
@@ -511,6 +511,6 @@ def test_two_nodes_train_as_one(whole_of_two, plain_tree, tmp_path, launch, inte
     assert saved["run"]["world_size"] == 2 and saved["epoch"] < 2
     again = train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto")
     for name in ("state_dict", "optimizer", "best_acc1"):
-        assert same(checkpoint(again)[name], checkpoint(whole_of_two)[name]), name
-    assert log_of(again, timed=False) == log_of(whole_of_two, timed=False)
-    assert results_of(again) == results_of(whole_of_two)
+        assert same(checkpoint(again)[name], checkpoint(run_of_two_processes)[name]), name
+    assert log_of(again, timed=False) == log_of(run_of_two_processes, timed=False)
+    assert results_of(again) == results_of(run_of_two_processes)

@@ -1,8 +1,8 @@
-"""Runs main_worker(args, device) on every rank, and says in one line how the run ended.
+"""Runs main_worker(args, device) on every rank, and says in one line why a run failed.
 
-Four ways lead to the same code: a plain call (one process, no process group), --multiprocessing-distributed (this
+There are four ways to start a run: a plain call (one process, no process group), --multiprocessing-distributed (this
 process starts one process per GPU, or --nproc of them, and watches them: spawn.py), torchrun and srun (they start the
-processes). rendezvous.py says which way it is and joins the processes; signals.py stops a run.
+processes). rendezvous.py detects the way and joins the processes; signals.py stops a run.
 """
 
 import os
@@ -28,7 +28,7 @@ def launch(main_worker, parser, argv=None) -> int:
     0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 1 after any
     other failure. The reason is printed on stderr, in one line if it is known.
     """
-    from .spawn import run_processes  # not above: it imports this module
+    from .spawn import run_processes  # not at the top, since it imports this module
 
     status, message = 0, ""
     with handle_stop_signals(parser.prog):
@@ -57,7 +57,7 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         status = USER_ERROR if isinstance(error, UserError) else os.EX_TEMPFAIL
         return status, "" if error.on_all_ranks and get_dist_info().rank > 0 else text
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; what was saved before is whole: continue with --resume auto"
+        return INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
@@ -68,7 +68,7 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
 
 
 def leave(status: int):
-    """Ends the process without the interpreter's clean-up, which a broken process group would abort."""
+    """Ends the process without the interpreter's cleanup, which would abort on a broken process group."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -44,7 +44,7 @@ def interfaces() -> dict[str, str]:
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
+            with contextlib.suppress(OSError):  # it has no address
                 packed = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
                 addresses[name] = socket.inet_ntoa(packed[20:24])
     return addresses
@@ -59,7 +59,7 @@ def interface_address(name: str) -> str:
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface whose address this machine uses towards host; None if that cannot be told."""
+    """The network interface whose address this machine uses towards host; None if that is unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, UnicodeError):
         probe.connect((host, 9))  # for a datagram socket this sends nothing, it only picks the route
         address = probe.getsockname()[0]
@@ -79,7 +79,7 @@ def wait_for_listener(host: str, port: int, timeout: float):
 
 
 def call_within(timeout: float, function):
-    """function(), in a thread that is given up after `timeout` seconds; raises what it raises, or TimeoutError."""
+    """function(), in a thread that is abandoned after `timeout` seconds; raises its exceptions, or TimeoutError."""
     result = concurrent.futures.Future()
 
     def call():

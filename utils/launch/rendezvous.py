@@ -1,4 +1,4 @@
-"""Who a process is among those of the run, and how they meet: DistInfo, device, key-value store, process group."""
+"""How the processes of a run find each other: rank and world size, device, key-value store, process group."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from . import network
 
 
 def detect_launcher(args) -> DistInfo:
-    """Who this process is, by flags and environment; for --multiprocessing-distributed, the first one of this node."""
+    """Rank and world size, from flags and environment; --multiprocessing-distributed: of this node's first process."""
     url = args.dist_url if "dist_url" in args.given else None
     if "TORCHELASTIC_RUN_ID" in os.environ or (url == "env://" and "RANK" in os.environ):
         return torchrun_info()
@@ -98,7 +98,7 @@ def process_group(args, info: DistInfo):
 
 
 def init_process_group(args, info: DistInfo, device):
-    """Meets the other processes at the store, and makes a group that listens on one network interface alone."""
+    """Meets the other processes at the store, and makes a group that listens on one network interface only."""
     if device.type == "cpu" and args.dist_backend == "nccl":
         args.dist_backend = "gloo"
         if info.rank == 0:
@@ -116,7 +116,7 @@ def init_process_group(args, info: DistInfo, device):
             os.environ.setdefault(variable, interface)
     meeting = {"init_method": "env://"}
     if info.launcher != "torchrun":
-        is_master = info.rank == 0 and info.launcher != "spawn"  # else the parent is
+        is_master = info.rank == 0 and info.launcher != "spawn"  # in that case the parent is
         meeting = {"store": open_store(args, info, is_master), "rank": info.rank, "world_size": info.world_size}
     try:
         with network.hide_native_messages():
@@ -132,7 +132,7 @@ def open_store(args, info: DistInfo, is_master: bool):
     """The key-value store at which the processes meet; the master holds it.
 
     It listens on loopback if there is one node, else on --dist-interface or the address of --dist-url:
-    torch.distributed has no authentication. Raises UserError if the port cannot be had or reached.
+    torch.distributed has no authentication. Raises UserError if it cannot listen at the port or reach it.
     """
     host, port = network.resolve(info.url) if info.url else ("127.0.0.1", 0)
     if info.nodes == 1:
@@ -154,7 +154,7 @@ def open_store(args, info: DistInfo, is_master: bool):
         else:
             network.wait_for_listener(host, port, args.dist_timeout)
             connect = dist.TCPStore
-        with network.hide_native_messages():  # something else may listen there, for whose answer it would wait forever
+        with network.hide_native_messages():  # something else may listen there and never answer
             return network.call_within(
                 args.dist_timeout, lambda: connect(host, port, timeout=timeout, wait_for_workers=False)
             )

@@ -1,9 +1,9 @@
 """Signals that ask a run to stop, and how a process obeys them.
 
 Until defer_stop() there is nothing to save: the process leaves at once with status 75, even if it is waiting for
-others. From then on a signal is noted for stop_requested(), so that the run leaves after its checkpoint. If the run
-then shows no heartbeat() for STUCK_AFTER seconds, it is stuck, in a system call say, and the process leaves at once.
-A second SIGINT raises KeyboardInterrupt.
+others. From then on a signal is noted for stop_requested(), so that the run leaves after its checkpoint. If there
+is then no heartbeat() for STUCK_AFTER seconds, it is stuck, for instance in a system call, and the process leaves at
+once. A second SIGINT raises KeyboardInterrupt.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STUCK_AFTER = 120  # seconds
 STOPPED_EARLY = "stopped on request before the first step; start again with the same command"
 STOPPED_STUCK = (
-    "stopped on request, at once, since nothing had moved for {:g} s; the last checkpoint is whole: "
+    "stopped on request, at once, since there was no progress for {:g} s; the last checkpoint is intact: "
     "continue with --resume auto"
 )
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and what there was to save is written.
+    """The run was asked to stop, and has saved what there was to save.
 
-    on_all_ranks: whether every rank raises the same, so that rank 0 alone prints it.
+    on_all_ranks: whether every rank raises the same, so that only rank 0 prints it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = False):
@@ -34,11 +34,11 @@ class Stopped(Exception):
 
 
 class _State:
-    """What is known of stops in this process."""
+    """What this process knows about requests to stop."""
 
     def __init__(self):
         self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
-        self.interactive = False  # whether somebody at a terminal reads what this process says
+        self.interactive = False  # whether stderr is a terminal
 
 
 _state = _State()
@@ -61,7 +61,7 @@ def heartbeat():
 
 @contextlib.contextmanager
 def block_signals():
-    """Keeps STOP_SIGNALS from this thread until the end, and for good from the processes that are started within."""
+    """Blocks STOP_SIGNALS in this thread during the block, and permanently in processes that are started within it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -71,7 +71,7 @@ def block_signals():
 
 @contextlib.contextmanager
 def handle_stop_signals(program: str = "", report=None):
-    """Installs the handlers; outside the main thread, where Python allows none, it does nothing.
+    """Installs the handlers; does nothing outside the main thread, where Python does not allow it.
 
     report(message) is called when the process leaves at once; without it the message goes to stderr.
     """
@@ -112,7 +112,7 @@ def _note(number, frame):
 
 
 def _watch(receive: int, state: _State, report):
-    """Ends the process when that is due. It runs in a thread, since the main thread may be stuck in a system call."""
+    """Ends the process at the right time; runs in a thread, since the main thread may be stuck in a system call."""
     while (number := os.read(receive, 1)[0]) not in STOP_SIGNALS:
         if number == 0:
             return
@@ -124,7 +124,7 @@ def _watch(receive: int, state: _State, report):
                 return
     try:
         report(message)
-        for worker in multiprocessing.active_children():  # a data worker that is stuck would outlive this process
+        for worker in multiprocessing.active_children():  # a stuck data worker would outlive this process
             worker.kill()
     finally:
         os._exit(os.EX_TEMPFAIL)

@@ -15,18 +15,18 @@ from . import LOST_CONTACT, describe_failure, leave
 from .rendezvous import open_store, process_group
 from .signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
 
-GRACE = 5  # seconds in which the others may still report, once a process has failed
-POLL = 0.1  # seconds between two looks at stop_requested()
+GRACE = 5  # seconds for the others to report, after a process has failed
+POLL = 0.1  # seconds between two checks of stop_requested()
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
 
-    Of several outcomes the most telling one counts: a user's mistake, another failure, a stop, a lost contact.
+    Of several outcomes the most informative is returned: a user's mistake, another failure, a stop, a lost contact.
     """
     store = open_store(args, info, is_master=info.rank == 0)
-    defer_stop()  # from now on a signal is passed on to the processes, and this one leaves after them
+    defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
     try:
         pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
@@ -36,7 +36,7 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
             arguments = (main_worker, args, info, [send for _, send in pipes])
             context = mp.start_processes(run_rank, arguments, len(pipes), join=False, start_method="spawn")
         killed = watch(context.processes)
-    except BaseException as error:  # a second SIGINT, say, or too many files for this system
+    except BaseException as error:  # for instance a second SIGINT, or too many open files
         kill(mp.active_children())
         if isinstance(error, OSError):
             raise UserError(f"--nproc {info.local_world_size}: cannot be started ({one_line(error)})") from None
@@ -53,7 +53,7 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
 def watch(processes) -> set:
     """Waits until all processes have ended. Those left GRACE seconds after a failure are killed, and returned.
 
-    A stop is no failure: it is passed on, and each process may take its time to save.
+    A stop is not a failure: it is passed on, and each process may take as long as it needs to save.
     """
     running, stopping, deadline = set(processes), False, None
     while running and (deadline is None or time.monotonic() < deadline):
@@ -78,7 +78,7 @@ def kill(processes):
 
 
 def read_report(channel) -> tuple[int, str] | None:
-    """What a process has reported; None if it ended before it had done so."""
+    """What a process has reported; None if it ended before."""
     os.set_blocking(channel.fileno(), False)  # there may be half a report
     try:
         return channel.recv()
@@ -93,9 +93,9 @@ def describe_death(rank: int, code: int) -> str:
 
 
 def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
-    """A started process: joins the others, works, and reports (exit status, message). It dies with its parent."""
+    """A started process: runs main_worker, and reports (exit status, message). It ends if its parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # else data workers would be spawned as it was
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # otherwise data workers would be spawned, too
     info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
     report = channels[local_rank].send
     with handle_stop_signals(report=lambda message: report((os.EX_TEMPFAIL, message))):
