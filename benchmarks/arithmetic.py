@@ -106,12 +106,12 @@ def tables(args, argv) -> list[common.Table]:
     )  # fmt: skip
     (pil_one, pil_two), (device_one, device_two) = args.pil_ms, args.device_ms
     assumed = (
-        f"{title}: assumed are {args.gpu_tflops:g} TFLOP/s per GPU, {args.network_gbit:g} Gbit/s per node and "
+        f"{title}; assumed are {args.gpu_tflops:g} TFLOP/s per GPU, {args.network_gbit:g} Gbit/s per node and "
         f"{args.image_kb:g} kB per image; time per image at a worker, for one view and for two: {pil_one:g} and "
         f"{pil_two:g} ms (pil), {device_one:g} and {device_two:g} ms (device)"
     )
     return [
-        common.Table("network", f"{title}: bytes per step of {args.batch} images", network, network_rows(args)),
+        common.Table("network", f"{title}; bytes per step of {args.batch} images", network, network_rows(args)),
         common.Table("demand", assumed, demand, demand_rows(args)),
     ]
 

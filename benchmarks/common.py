@@ -203,7 +203,9 @@ def command(module: str, argv) -> str:
     if "--write" in words:
         at = words.index("--write")
         del words[at : at + 2]
-    return "`" + " ".join(["python -m", module, *words]) + "`"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    start = f"OMP_NUM_THREADS={threads} python -m" if threads else "python -m"
+    return "`" + " ".join([start, module, *words]) + "`"
 
 
 def mib(size: float | None) -> str:
@@ -219,5 +221,5 @@ def machine(device) -> str:
         name = found[1] if found else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.device(device).type == "cuda" else ""
     capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return f"{name}, {os.cpu_count()} cores, {capability}, {threads} threads{gpu}, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return f"{name}, {os.cpu_count()} cores, {capability}, {threads}{gpu}, torch {torch.__version__}"
