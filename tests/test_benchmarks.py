@@ -52,13 +52,16 @@ def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():
     assert 2 * ours < plain and plain > 32 * common.MIB
 
 
-def test_all_writes_its_tables_at_their_marks(tmp_path, capsys):
+def test_all_writes_its_tables_at_their_marks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of which the command tells
     file = tmp_path / "benchmarks.md"
     file.write_text("Before.\n<!-- table: loss -->\nold\n<!-- end -->\nAfter.\n")
     flags = ["--quick", "--only", "loss", *CPU, "--no-memory", "--write", str(file)]
     assert everything.main(flags) == 0
     text = file.read_text()
-    assert text.startswith("Before.\n<!-- table: loss -->\n`python -m") and text.endswith("<!-- end -->\nAfter.\n")
+    assert text.startswith("Before.\n<!-- table: loss -->\n`OMP_NUM_THREADS=1 python -m") and text.endswith(
+        "<!-- end -->\nAfter.\n"
+    )
     assert "old" not in text and "--write" not in text and table_rows(text) == ROWS["loss"]
     assert everything.main(flags) == 0
     assert table_rows(file.read_text()) == ROWS["loss"]
