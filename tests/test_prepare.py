@@ -275,7 +275,7 @@ def test_from_takes_a_single_file(tmp_path, capsys):
 
     altered = tmp_path / "ImageNet_LT_test.txt"
     altered.write_bytes(content("test").replace(b"\n", b"\r\n"))
-    assert "line ends" in fails(capsys, "imagenet-lt", "--out", out, "--from", altered)
+    assert "line endings" in fails(capsys, "imagenet-lt", "--out", out, "--from", altered)
     given.write_text("something else 0\n")
     assert "holds none of" in fails(capsys, "imagenet-lt", "--out", out, "--from", given)
     assert "no such" in fails(capsys, "imagenet-lt", "--out", out, "--from", tmp_path / "none")
