@@ -21,9 +21,10 @@ MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
 SHARED_ARGS = {  # flags that the stages of a training have in common; backbone and image size come with the checkpoint
-    "cos", "batch_size", "lr", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment", "amp",
-    "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size", "rank",
-    "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard", "plots",
+    "cos", "batch_size", "lr", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment",
+    "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size",
+    "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard",
+    "plots", "memory_check",
 }  # fmt: skip
 
 
