@@ -75,16 +75,16 @@ class RepeatedBatch:
     views: uint8 (N, 3, S, S); labels (N,). Like the Loader, it normalizes the views each time it yields them.
     """
 
-    name, steps = "the benchmark's batch", FAR
+    name = "the benchmark's batch"
 
     def __init__(self, views, labels, device, channels_last: bool = False, count: int = 1):
         self.views, self.labels, self.device, self.channels_last = views, labels, device, channels_last
-        self.count, self.images_per_step = count, len(labels)
+        self.count, self.images_per_step, self.images_per_epoch = count, len(labels), FAR
 
-    def start_at(self, epoch: int, step: int):
+    def start_at(self, epoch: int, position: int):
         """Does nothing: every epoch and step has the same batch."""
 
-    def locate(self, indices) -> str:
+    def locate(self) -> str:
         return self.name
 
     def __len__(self):

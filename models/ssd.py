@@ -214,14 +214,18 @@ def load_entries(module: nn.Module, state_dict: dict, prefix: str):
     entries = strip_prefix(strip_module(state_dict), prefix)
     wrong = mismatched_keys(module, entries)
     if wrong:
-        found, expected = entries.get(wrong[0]), module.state_dict().get(wrong[0])
-        problem = (
-            "is missing" if found is None
-            else "is unknown" if expected is None
-            else f"has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-        )  # fmt: skip
-        raise ValueError(f"{prefix}{wrong[0]} {problem}")
+        shapes = ({name: tuple(value.shape) for name, value in d.items()} for d in (entries, module.state_dict()))
+        raise ValueError(prefix + describe_mismatch(wrong[0], *shapes))
     module.load_state_dict(entries)
+
+
+def describe_mismatch(name: str, found: dict, expected: dict) -> str:
+    """What is wrong with an entry; found, expected: name -> shape."""
+    if name not in found:
+        return f"{name} is missing"
+    if name not in expected:
+        return f"{name} is unknown"
+    return f"{name} has the shape {found[name]}, not {expected[name]}"
 
 
 def infer_stage_and_arch(state_dict: dict) -> dict | None:

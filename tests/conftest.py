@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import LAST, train, write_tree
-from tests.helpers_processes import TWO
+from tests.helpers import LAST, TWO, train, write_tree
 
 for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
     del os.environ[name]  # set by the job that the tests run in

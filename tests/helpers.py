@@ -29,7 +29,9 @@ COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  #
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
 QUEUE = "--moco-k 50 --moco-dim 16 --moco-m 0.9"  # a queue size that is not a multiple of the batch
-LAST = "last_checkpoint.pth.tar"
+LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+TWO = ["--multiprocessing-distributed", "--nproc", 2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
 
 def class_image(random: np.random.Generator, label: int, size: int) -> Image.Image:

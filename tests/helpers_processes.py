@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tests.helpers import ROOT, Outcome, stage_flags
 
-TWO = ["--multiprocessing-distributed", "--nproc", 2]
 PATIENCE = 300  # seconds until a test gives up; far more than needed, since the machine may be busy
 
 

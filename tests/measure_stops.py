@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.helpers import write_tree
-from tests.helpers_processes import TWO, Job
+from tests.helpers import TWO, write_tree
+from tests.helpers_processes import Job
 
 REPEATS = 5
 WORKERS = ["-j", 2]

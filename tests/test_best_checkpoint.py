@@ -5,9 +5,7 @@ import torch
 
 import ssd_stage_i
 import ssd_stage_iii
-from tests.helpers import checkpoint, log_of, results_of, run_stage, train
-
-PREVIOUS, BEST = "previous_checkpoint.pth.tar", "best_checkpoint.pth.tar"
+from tests.helpers import BEST, PREVIOUS, checkpoint, log_of, results_of, run_stage, train
 
 
 @pytest.fixture

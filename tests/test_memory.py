@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.memory import main as measure_memory
 from models import SDL, SLG, SSFL
-from tests.helpers import LAST, checkpoint, limited_memory, log_of, on_ranks, results_of, run_stage, same, train
-from tests.helpers_processes import TWO
+from tests.helpers import LAST, TWO, checkpoint, limited_memory, log_of, on_ranks, results_of, run_stage, same, train
 from utils import memory
 from utils.distributed import DistInfo, set_dist_info
 from utils.errors import UserError

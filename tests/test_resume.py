@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import LAST, STAGES, call, checkpoint, log_of, results_of, run_stage, same, stage_flags, train
-
-PREVIOUS, BEST = "previous_checkpoint.pth.tar", "best_checkpoint.pth.tar"
-TWO = ["--multiprocessing-distributed", "--nproc", 2]
+from tests.helpers import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    STAGES,
+    TWO,
+    call,
+    checkpoint,
+    log_of,
+    results_of,
+    run_stage,
+    same,
+    stage_flags,
+    train,
+)
 
 
 def assert_same_run(folder, reference):

@@ -8,6 +8,8 @@ import torch
 from tests.helpers import (
     IMAGES,
     LAST,
+    PREVIOUS,
+    TWO,
     call,
     checkpoint,
     log_of,
@@ -18,9 +20,6 @@ from tests.helpers import (
     stage_flags,
     train,
 )
-
-PREVIOUS = "previous_checkpoint.pth.tar"
-TWO = ["--multiprocessing-distributed", "--nproc", 2]
 
 
 def evaluate(stage, trained, data, *flags):

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import struct
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from tests.helpers import (
     IMAGES,
     LAST,
     STAGES,
+    TORCHRUN,
     call,
     checkpoint,
     class_image,
@@ -452,8 +452,6 @@ def test_a_flag_may_be_spelled_with_dashes_or_underscores(stage, words, name, va
 
 
 # ---- more than one process
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,6 +10,7 @@ import torch
 
 import models
 from models.load import read_checkpoint, state_dict_of
+from models.preprocess import MAX_SIZE, MIN_SIZE
 
 from .command_line import check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
@@ -155,7 +156,7 @@ def is_run(value) -> bool:
     return (
         isinstance(value, dict)
         and all(isinstance(number, int) and number >= 0 for number in value.values())
-        and 8 <= value.get("image_size", 8) <= 4096
+        and MIN_SIZE <= value.get("image_size", MIN_SIZE) <= MAX_SIZE
     )
 
 

@@ -9,7 +9,7 @@ import torchvision
 import models
 from models.backbones import CIFAR, backbone_shapes, infer_arch
 from models.load import is_dense, read_checkpoint
-from models.ssd import strip_module, strip_prefix
+from models.ssd import describe_mismatch, strip_module, strip_prefix
 
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -88,12 +88,8 @@ def read_backbone(file, arch: str) -> dict:
     shapes = {name: tuple(value.shape) for name, value in entries.items()}
     for name in [*expected, *shapes]:
         if shapes.get(name) != expected.get(name):
-            problem = (
-                "is missing" if name not in shapes
-                else "is unknown" if name not in expected
-                else f"has the shape {shapes[name]}, not {expected[name]}"
-            )  # fmt: skip
-            raise UserError(f"{file}: does not fit {arch}: {prefix}{name} {problem}; correct --arch or --pretrained")
+            problem = prefix + describe_mismatch(name, shapes, expected)
+            raise UserError(f"{file}: does not fit {arch}: {problem}; correct --arch or --pretrained")
     try:
         models.check_weights(entries)
     except ValueError as error:

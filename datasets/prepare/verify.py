@@ -25,6 +25,7 @@ from tqdm import tqdm
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError, one_line
 from utils.metrics import shot_groups
+from utils.plots import require_matplotlib
 
 from ..dataset import load_rgb
 from ..layout import as_listed, by_split
@@ -203,15 +204,6 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findi
                 report.write(f"unreadable\t{name}\t{split.index.path(i)}\t{reason}\n")
 
 
-def plotting():
-    """matplotlib's Figure. Raises UserError if it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: needs matplotlib; pip install matplotlib") from None
-    return Figure
-
-
 def plot(figure_class, file: Path, splits: dict[str, Split]):
     """Draws one curve per split: the number of images per class, largest class first."""
     figure = figure_class(figsize=(7, 4), layout="constrained")
@@ -244,7 +236,7 @@ def given_lists(args) -> dict[str, str | None]:
 
 def verify(args) -> int:
     """Prints the report; returns 1 if something is wrong with the data, else 0."""
-    figure_class = plotting() if args.plot else None
+    figure_class = require_matplotlib("--plot") if args.plot else None
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))

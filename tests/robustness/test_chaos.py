@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.helpers import log_of, train
-from tests.helpers_processes import TWO, Job, alive
+from tests.helpers import TWO, log_of, train
+from tests.helpers_processes import Job, alive
 from tests.test_resume import assert_same_run
 
 FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves, too

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import LAST, call, checkpoint, results_of, run_stage, same, stage_flags, train
-from tests.helpers_processes import TWO, Job
+from tests.helpers import LAST, TWO, call, checkpoint, results_of, run_stage, same, stage_flags, train
+from tests.helpers_processes import Job
 from utils import checkpoint as under_test
 from utils.errors import UserError
 

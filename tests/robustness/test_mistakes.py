@@ -15,6 +15,7 @@ from tests.helpers import (
     COUNTS,
     LAST,
     STAGES,
+    TWO,
     call,
     checkpoint,
     log_of,
@@ -421,9 +422,6 @@ def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path):
     file = spoil_image(tree, "train")
     outcome = run_shell("i", tree, tmp_path / "run", "-j", 2, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, "train.txt, line 1")
-
-
-TWO = ["--multiprocessing-distributed", "--nproc", 2]
 
 
 def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, tmp_path):

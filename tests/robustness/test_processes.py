@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 from types import SimpleNamespace
 
@@ -22,6 +21,8 @@ from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
     ROOT,
+    TORCHRUN,
+    TWO,
     call,
     checkpoint,
     limited_memory,
@@ -32,7 +33,7 @@ from tests.helpers import (
     stage_flags,
     train,
 )
-from tests.helpers_processes import PATIENCE, TWO, Job, alive, listening, wait_until
+from tests.helpers_processes import PATIENCE, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
 from utils.arguments import training_parser
 from utils.distributed import get_dist_info
@@ -44,7 +45,6 @@ from utils.launch.signals import Stopped, defer_stop
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
 LONG = ["--cos", "--epochs", 1000]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 # parser and argv that start two processes, for launch
 SMALL_RUN = (
     training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none"),
