@@ -51,13 +51,18 @@ class TrainState:
 
     def __init__(self, stage: str, model, optimizer, folder, device, args, classes: list[str] | None = None):
         self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
-        self.device, self.classes = device, classes
+        self.classes = classes
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.metrics = MetricLogger(device)
         self.images = 0  # of all ranks, seen in this epoch
         self.flags = None  # what the ranks agree on in the current step
         self.loader = None  # where the images of the current step come from
+
+    @property
+    def device(self):
+        """The device of the model and the batches."""
+        return self.metrics.device
 
     def batches(self, loader):
         """(views, labels) of the epoch's remaining steps, on the device, each with its own random numbers.
