@@ -62,7 +62,7 @@ def train_one_epoch(model, loader, state, args):
     model.train()
     for views, labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
         with state.autocast():
-            logits, contrastive_loss = model(*views, labels=labels)
+            logits, contrastive_loss = model(*views, labels=labels)  # moves the key encoder, fills the queue
             ce_loss = F.cross_entropy(logits, labels)
             loss = ce_loss + args.con_weight * contrastive_loss
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
@@ -90,7 +90,7 @@ def main_worker(args, device):
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
         check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
-        # As published, the optimizer holds the key encoder too, which takes no gradient: its states are exchanged.
+        # The key encoder is in it too, without gradients, as in published checkpoints, which can so be exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device

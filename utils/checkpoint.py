@@ -12,6 +12,7 @@ import models
 from models.load import read_checkpoint, state_dict_of
 from models.preprocess import MAX_SIZE, MIN_SIZE
 
+from .arguments import SHARED_ARGS
 from .command_line import check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -233,6 +234,8 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ..
         if name not in args.given:
             setattr(args, name, value)
             taken.append(option_words(actions[name], value))
+            if name in SHARED_ARGS:
+                args.shared_words.append(taken[-1])
         elif name not in ("arch", "moco_k", "moco_dim"):  # if these differ, the run is refused
             lines.append(
                 f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "

@@ -36,6 +36,11 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
         if content.get("averages"):
             state.metrics.load_state_dict(content["averages"], loaded.path)
         check_position(loaded, state, data.train)
+        if state.step and state.epoch >= state.args.epochs:
+            raise UserError(
+                f"--epochs {state.args.epochs}: {loaded.path} is in epoch {state.epoch + 1}; give at least that many"
+            )
+        print_main(f"continues from {loaded.path}: {state.epoch} epochs are done, and {state.step} steps of the next")
 
 
 def check_position(loaded: LoadedCheckpoint, state, train_loader):

@@ -36,7 +36,8 @@ def run_summary(state, data) -> str:
         rows["checkpoint"] = args.resume
     else:
         per_step = data.train.images_per_step * get_world_size()
-        rows["training"] = f"epochs {state.epoch + 1} to {args.epochs}, {data.train.steps} steps of {per_step} images"
+        epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
+        rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images"
         decay = "cosine" if args.cos else f"a tenth at epochs {', '.join(map(str, args.schedule)) or 'none'}"
         rows["learning rate"] = f"{args.lr:g}, {decay}; momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
         rows["output"] = args.output_dir
@@ -62,7 +63,10 @@ def next_commands(state, source: str | None) -> list[str]:
     source: the stage whose checkpoint the run started from, if any.
     """
     args, last = state.args, f"{state.folder.path}/last_checkpoint.pth.tar"
+    following = {"i": "stage_ii", "ii": "stage_iii"}.get(state.stage)
     shared = [*args.shared_words, shlex.quote(args.data)]
+    if following and "output_dir" in args.given:
+        shared.insert(0, f"--output_dir {shlex.quote(str(state.folder.path.parent / following))}")
     if state.stage == "i":
         return [" ".join(["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last), *shared])]
     report = f"python -m utils.report {shlex.quote(str(state.folder.path.parent))}"
@@ -72,4 +76,5 @@ def next_commands(state, source: str | None) -> list[str]:
         return [" ".join(["python ssd_stage_iii.py --teacher_ckpt", shlex.quote(last), *shared])]
     tuned = shlex.quote(f"{state.folder.path}_tuned")
     start = ["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last)]
-    return [" ".join([*start, "--classifier soft --output_dir", tuned, *shared]), report]
+    soft = ["--classifier soft"] if args.kd_weight > 0 else []  # else it was not trained
+    return [" ".join([*start, *soft, "--output_dir", tuned, *shared]), report]
