@@ -81,10 +81,15 @@ def transform_of(content: dict) -> EvalTransform:
     return EvalTransform(size, *statistics)
 
 
+def is_names(value) -> bool:
+    """Whether a value is None or a list of text."""
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 def classes_of(content: dict) -> list[str] | None:
     """The names of the classes in a checkpoint's content, or None. Raises ValueError if it is anything else."""
     classes = content.get("classes")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+    if not is_names(classes):
         raise ValueError("its classes are not a list of names")
     return classes
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.load import read_checkpoint, state_dict_of
+from models.load import is_names, read_checkpoint, state_dict_of
 from models.preprocess import MAX_SIZE, MIN_SIZE
 
 from .arguments import SHARED_ARGS
@@ -159,11 +159,6 @@ def is_run(value) -> bool:
         and all(isinstance(number, int) and number >= 0 for number in value.values())
         and MIN_SIZE <= value.get("image_size", MIN_SIZE) <= MAX_SIZE
     )
-
-
-def is_names(value) -> bool:
-    """Whether a value is None or a list of text."""
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 PROGRESS = {

@@ -67,7 +67,6 @@ class RunFolder:
         It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
         print_main(run_summary(state, data))
-        first_epoch = state.epoch
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
@@ -77,9 +76,9 @@ class RunFolder:
                 for file in checkpoint.present_in(self.path):
                     file.unlink()
             log.write_json(self.path / "args.json", resolved(self.args) | {"environment": log.environment()})
-            log.truncate_log(self.path, first_epoch if self.args.resume else 0)
+            log.truncate_log(self.path, state.epoch if self.args.resume else 0)
             if self.args.tensorboard:
-                self.summary_writer = log.create_summary_writer(self.path, first_epoch)
+                self.summary_writer = log.create_summary_writer(self.path, state.epoch)
 
     def write_epoch(self, record: dict):
         """Adds an epoch's record to log.txt, and to TensorBoard's files with --tensorboard; on rank 0."""
