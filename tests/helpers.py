@@ -109,6 +109,14 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     return Outcome(done.returncode, *written)
 
 
+def assert_command_mistake(outcome, *words):
+    """That (status, stdout, stderr) of a small command line is a mistake's, in one line that holds the words."""
+    status, out, err = outcome
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+    for word in map(str, words):
+        assert word in err, (word, err)
+
+
 def checkpoint(folder, name=LAST) -> dict:
     return torch.load(Path(folder) / name, weights_only=True)
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 import models
-from tests.helpers import LAST, STAGES
+from tests.helpers import LAST, STAGES, assert_command_mistake
 from tests.test_load import BUILD
 from tests.test_published_checkpoints import PublishedRun
 from utils import export
@@ -27,13 +27,6 @@ def run(capsys):
         return (status, *capsys.readouterr())
 
     return call
-
-
-def assert_mistake(outcome, *words):
-    status, out, err = outcome
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
-    for word in map(str, words):
-        assert word in err, (word, err)
 
 
 def network(stage, arch):
@@ -147,12 +140,14 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):
     write("ii", "resnet18", tmp_path / "checkpoint")
     out = tmp_path / "out.pth"
     out.write_bytes(b"precious")
-    assert_mistake(run(tmp_path / "checkpoint", out), out, "--overwrite")
+    assert_command_mistake(run(tmp_path / "checkpoint", out), out, "--overwrite")
     assert out.read_bytes() == b"precious"
     assert run(tmp_path / "checkpoint", out, "--overwrite")[0] == 0
     assert "fc.weight" in torch.load(out, weights_only=True)
     before = (tmp_path / "checkpoint").read_bytes()
-    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "checkpoint", "--overwrite"), "the checkpoint itself")
+    assert_command_mistake(
+        run(tmp_path / "checkpoint", tmp_path / "checkpoint", "--overwrite"), "the checkpoint itself"
+    )
     assert (tmp_path / "checkpoint").read_bytes() == before
 
 
@@ -164,20 +159,22 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
+    assert_command_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
     of_i, out = trained["i"] / LAST, tmp_path / "out"
     torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, tmp_path / "bare")
-    assert_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
-    assert_mistake(run(of_i, out, "--classifier", "soft", "--format", "onnx"), "--classifier soft", "stage I")
-    assert_mistake(run(trained["iii"] / LAST, out, "--classifier", "soft", "--format", "published"), "--classifier")
-    assert_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
-    assert_mistake(run(of_i, tmp_path / "no" / "out", "--format", "published"), "no folder")
-    assert_mistake(run(of_i, tmp_path, "--format", "published"), "is a folder")
-    assert_mistake(run(tmp_path / "bare", out, "--format", "published"), tmp_path / "bare", "no optimizer")
+    assert_command_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
+    assert_command_mistake(run(of_i, out, "--classifier", "soft", "--format", "onnx"), "--classifier soft", "stage I")
+    assert_command_mistake(
+        run(trained["iii"] / LAST, out, "--classifier", "soft", "--format", "published"), "--classifier"
+    )
+    assert_command_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
+    assert_command_mistake(run(of_i, tmp_path / "no" / "out", "--format", "published"), "no folder")
+    assert_command_mistake(run(of_i, tmp_path, "--format", "published"), "is a folder")
+    assert_command_mistake(run(tmp_path / "bare", out, "--format", "published"), tmp_path / "bare", "no optimizer")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert_mistake(run(of_i, out, "--format", "onnx"), "--format onnx", "pip install")
+    assert_command_mistake(run(of_i, out, "--format", "onnx"), "--format onnx", "pip install")
     assert not out.exists()

@@ -14,7 +14,7 @@ from PIL import Image
 import models
 from datasets.dataset import load_rgb
 from models.preprocess import MEAN, STD, EvalTransform
-from tests.helpers import CLASSES, COUNTS, LAST, ROOT, results_of
+from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_command_mistake, results_of
 from utils import predict
 
 NAMES = ["ant", "bee", "cat", "dog, brown", "eel", "fox"]
@@ -43,13 +43,6 @@ def run(capfd):
         return (status, *capfd.readouterr())
 
     return call
-
-
-def assert_mistake(outcome, *words):
-    status, out, err = outcome
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
-    for word in map(str, words):
-        assert word in err, (word, err)
 
 
 # ---- transform and classes
@@ -214,17 +207,17 @@ def test_mistakes_end_in_one_line(trained, rewritten, plain_tree, tmp_path, run)
     of_i = trained["i"] / LAST
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("no checkpoint")
-    assert_mistake(run(tmp_path / "none", image), tmp_path / "none", "cannot be opened")
-    assert_mistake(run(tmp_path / "text", image), tmp_path / "text", "damaged")
-    assert_mistake(run(of_i, tmp_path / "none.png"), tmp_path / "none.png", "no such file")
-    assert_mistake(run(of_i, tmp_path / "empty"), tmp_path / "empty", "no images")
-    assert_mistake(run(of_i, image, "--classifier", "soft"), "--classifier soft", "stage I")
-    assert_mistake(run(rewritten(args={"kd_weight": 0.0}), image, "--classifier", "soft"), "--kd-weight 0")
-    assert_mistake(run(of_i, image, "--topk", 0), "--topk 0")
-    assert_mistake(run(of_i, image, "--batch-size", 0), "--batch-size 0")
-    assert_mistake(run(of_i), "IMAGE_OR_DIR")
+    assert_command_mistake(run(tmp_path / "none", image), tmp_path / "none", "cannot be opened")
+    assert_command_mistake(run(tmp_path / "text", image), tmp_path / "text", "damaged")
+    assert_command_mistake(run(of_i, tmp_path / "none.png"), tmp_path / "none.png", "no such file")
+    assert_command_mistake(run(of_i, tmp_path / "empty"), tmp_path / "empty", "no images")
+    assert_command_mistake(run(of_i, image, "--classifier", "soft"), "--classifier soft", "stage I")
+    assert_command_mistake(run(rewritten(args={"kd_weight": 0.0}), image, "--classifier", "soft"), "--kd-weight 0")
+    assert_command_mistake(run(of_i, image, "--topk", 0), "--topk 0")
+    assert_command_mistake(run(of_i, image, "--batch-size", 0), "--batch-size 0")
+    assert_command_mistake(run(of_i), "IMAGE_OR_DIR")
     if not torch.cuda.is_available():
-        assert_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
+        assert_command_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
 
 
 def test_a_closed_pipe_ends_the_command_quietly(trained, plain_tree):
