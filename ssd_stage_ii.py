@@ -32,7 +32,7 @@ from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.restore import restore
 from utils.run_folder import RunFolder
-from utils.training import TrainState, prepare_model, set_lr
+from utils.training import TrainState, eval_due, prepare_model, set_lr
 
 
 def get_parser():
@@ -96,7 +96,8 @@ def main_worker(args, device):
         for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, state, args)
-            results = evaluate(model, data.val, classifiers, data.train_counts, state)
+            due = eval_due(epoch, args)  # --eval-freq
+            results = evaluate(model, data.val, classifiers, data.train_counts, state) if due else {}
             state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
         results = evaluate(model, data.test, classifiers, data.train_counts, state)
         folder.finish(state, results, pretrained)  # the table, results.json, and what comes next

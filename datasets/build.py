@@ -70,7 +70,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     loaders = {}
     for name, split in splits.items():
         if name == "train":
-            transform = Views(views, args.image_size, args.seed, args.augment)
+            transform = Views(views, args.image_size, args.seed, args.augment, args.jitter)
         else:
             transform = Views(("eval",), args.image_size)
             sampler = EvalBatchSampler(len(split.index), eval_batch_size, **ranks)

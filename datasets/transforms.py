@@ -30,15 +30,17 @@ class GaussianBlur:
 
 
 class ColorAugment:
-    """Color jitter, grayscale and blur of a view, each with its probability.
+    """Color jitter (None for none), grayscale and blur of a view, each with its probability.
 
     Called with a PIL image, it applies them; draw returns what it would apply, from the same random numbers.
     """
 
-    def __init__(self, jitter: T.ColorJitter, jitter_p=1.0, grayscale_p=0.0, blur_p=0.0):
+    def __init__(self, jitter: T.ColorJitter | None, jitter_p=1.0, grayscale_p=0.0, blur_p=0.0):
         self.jitter, self.jitter_p, self.grayscale_p, self.blur_p = jitter, jitter_p, grayscale_p, blur_p
         self.blur = GaussianBlur()
-        operations = [jitter if jitter_p == 1 else T.RandomApply([jitter], jitter_p)]
+        operations = []
+        if jitter is not None:
+            operations += [jitter if jitter_p == 1 else T.RandomApply([jitter], jitter_p)]
         operations += [T.RandomGrayscale(grayscale_p)] if grayscale_p else []
         operations += [T.RandomApply([self.blur], blur_p)] if blur_p else []
         self.apply = T.Compose(operations)
@@ -49,7 +51,7 @@ class ColorAugment:
     def draw(self) -> torch.Tensor:
         """One row of device_augment's parameters."""
         order, factors, grayscale, radius = range(4), NEUTRAL, False, 0.0
-        if self.jitter_p == 1 or torch.rand(1).item() <= self.jitter_p:
+        if self.jitter is not None and (self.jitter_p == 1 or torch.rand(1).item() <= self.jitter_p):
             ranges = self.jitter.brightness, self.jitter.contrast, self.jitter.saturation, self.jitter.hue
             order, *drawn = self.jitter.get_params(*ranges)
             factors = [neutral if f is None else f for f, neutral in zip(drawn, NEUTRAL, strict=True)]
@@ -76,11 +78,11 @@ class RandomView:
         return self.flip(image), parameters
 
 
-def query_view(size: int) -> RandomView:
-    """Query view of stage I, and the only view of stages II and III: crop, color jitter, flip."""
+def query_view(size: int, jitter: float = 0.4) -> RandomView:
+    """Query view of stage I, and the only view of stages II and III: crop, color jitter (0: none), flip."""
     small = [ResizeTo(size), T.RandomCrop(size, padding=size // 8)]
     crop = small if size <= SMALL else [v2.RandomResizedCrop(size)]
-    return RandomView(crop, ColorAugment(T.ColorJitter(0.4, 0.4, 0.4, 0)))
+    return RandomView(crop, ColorAugment(T.ColorJitter(jitter, jitter, jitter, 0) if jitter else None))
 
 
 def key_view(size: int) -> RandomView:
@@ -96,13 +98,15 @@ VIEWS = {"query": query_view, "key": key_view, "eval": eval_view}
 class Views:
     """Several views of an image; each depends on (seed, epoch, index, draw, number of the view) alone.
 
-    names: keys of VIEWS. Called with (image, sample_key), where sample_key is (epoch, index, draw); returns a tuple of
-    uint8 tensors (3, S, S). With augment="device", a tuple of pairs: such a tensor, and its color parameters for
-    device_augment.to_float. With the same seed, both take the same random decisions.
+    names: keys of VIEWS; jitter: of the query view. Called with (image, sample_key), where sample_key is (epoch, index,
+    draw); returns a tuple of uint8 tensors (3, S, S). With augment="device", a tuple of pairs: such a tensor, and its
+    color parameters for device_augment.to_float. With the same seed, both take the same random decisions.
     """
 
-    def __init__(self, names, size: int, seed: int = 0, augment: str = "pil"):
-        self.views, self.seed, self.augment = [VIEWS[name](size) for name in names], seed, augment
+    def __init__(self, names, size: int, seed: int = 0, augment: str = "pil", jitter: float = 0.4):
+        options = {"query": {"jitter": jitter}}
+        self.views = [VIEWS[name](size, **options.get(name, {})) for name in names]
+        self.seed, self.augment = seed, augment
 
     def __call__(self, image, sample_key):
         if self.augment == "device":  # resizing such a tensor takes half the time of resizing a PIL image

@@ -12,6 +12,7 @@ import torch
 from models import ARCHS
 from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
+from . import recipes
 from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
 from .distributed import gather_objects, print_main
 from .errors import UserError
@@ -24,8 +25,15 @@ SHARED_ARGS = {  # flags that the stages of a training have in common; backbone 
     "cos", "batch_size", "lr", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment",
     "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size",
     "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard",
-    "plots", "memory_check",
+    "plots", "memory_check", "jitter", "eval_freq",
 }  # fmt: skip
+
+
+class Nothing(argparse.Action):
+    """The action of a word that only separates others."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pass
 
 
 class TrainingParser(ArgumentParser):
@@ -50,8 +58,8 @@ class TrainingParser(ArgumentParser):
         return [option_words(actions[name], getattr(args, name)) for name in names]
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in ArgumentParser; a folder after --pretrained is DIR, since weights are a file."""
-        words = list(sys.argv[1:] if args is None else args)
+        """As in ArgumentParser, with recipes; a folder after --pretrained is DIR, since weights are a file."""
+        words = recipes.expand(list(sys.argv[1:] if args is None else args))
         for i, (word, following) in enumerate(pairwise(words)):
             if word == "--pretrained" and os.path.isdir(following):
                 words[i] = "--pretrained=torchvision"
@@ -60,9 +68,12 @@ class TrainingParser(ArgumentParser):
 
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
     """The flags that all stages have; the keywords are the stage's defaults, those of the published scripts."""
-    parser = TrainingParser(doc)
+    parser = TrainingParser(
+        doc, epilog="@FILE stands for the words in the file FILE, such as those in configs/; later flags win."
+    )
     add = parser.add_argument
     # fmt: off
+    run_only(add(recipes.END, nargs=0, dest=argparse.SUPPRESS, action=Nothing, help=argparse.SUPPRESS))
     add("data", metavar="DIR",
         help="image folder that the lists' paths are relative to, or a tree of class folders")
     run_only(add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
@@ -76,7 +87,12 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     add("--lr", "--learning-rate", default=lr, type=number(), metavar="LR", dest="lr",
         help="initial learning rate (default: %(default)s)")
     add("--schedule", default=[120, 160], nargs="*", type=whole_number(), metavar="EPOCH",
-        help="epochs at which the learning rate falls to a tenth, without --cos (default: 120 160)")
+        help="epochs at which the learning rate falls, without --cos (default: 120 160)")
+    add("--schedule-factor", default=0.1, type=number(above=0, most=1), metavar="F",
+        help="what it is multiplied by at each epoch of --schedule (default: %(default)s)")
+    add("--warmup-epochs", default=0, type=whole_number(), metavar="N",
+        help="epochs in which the learning rate rises linearly to --lr, by epoch; the cosine then spans the others "
+        "(default: 0); 5 are usual for large batches and on CIFAR")
     add("--momentum", default=0.9, type=number(most=1), metavar="M", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", default=5e-4, type=number(), metavar="W", dest="weight_decay",
         help="weight decay (default: %(default)s)")
@@ -94,6 +110,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)"))
     run_only(add("--overwrite", action=ON_OFF, default=False,
         help="start over in an --output_dir that already holds a checkpoint"))
+    add("--eval-freq", default=1, type=whole_number(1), metavar="N",
+        help="validate every N epochs, and after the last; the best checkpoint is one of those that were validated "
+        "(default: 1)")
     run_only(add("--save-every-steps", default=0, type=whole_number(), metavar="N",
         help="write a checkpoint every N steps too, not only after every epoch (default: 0, never)"))
     run_only(add("--tensorboard", action=ON_OFF, default=False,
@@ -120,6 +139,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="number of classes (default: the training list's largest label + 1)"))
     run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
         help="images per evaluation step on this node (default: --batch-size)"))
+    data.add_argument("--jitter", default=0.4, type=number(most=1), metavar="J",
+        help="strength of the query view's jitter of brightness, contrast and saturation; 0 leaves it out, as is usual "
+        "on CIFAR (default: %(default)s)")
     data.add_argument("--augment", default="pil", choices=("pil", "device"),
         help="where colors are jittered and views blurred: 'pil' in the workers; 'device' in batches on the training "
         "device, which relieves the workers; the distributions are the same (default: %(default)s)")
@@ -177,6 +199,8 @@ def check_arguments(args):
         raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
+    if args.warmup_epochs >= args.epochs and not args.evaluate:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if args.gpu is not None:

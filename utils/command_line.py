@@ -27,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """As in argparse; args.given has the names of the arguments that were given."""
-        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        defaults = {action.dest: action.default for action in self._actions if has_value(action)}
         parse = super().parse_intermixed_args if self.intermixed else super().parse_args
         args = parse(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN)))
         args.given = sorted(name for name, value in vars(args).items() if value is not NOT_GIVEN)
@@ -61,13 +61,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def saved_actions(self) -> dict[str, argparse.Action]:
         """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
-        return {
-            a.dest: a for a in self._actions if a.option_strings and a.dest != "help" and not hasattr(a, "run_only")
-        }
+        return {a.dest: a for a in self._actions if a.option_strings and has_value(a) and not hasattr(a, "run_only")}
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def has_value(action: argparse.Action) -> bool:
+    """Whether an action sets an attribute of args, as --help does not."""
+    return action.dest not in ("help", argparse.SUPPRESS)
 
 
 def run_only(action: argparse.Action) -> argparse.Action:

@@ -38,8 +38,12 @@ def run_summary(state, data) -> str:
         per_step = data.train.images_per_step * get_world_size()
         epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
         rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images"
-        decay = "cosine" if args.cos else f"a tenth at epochs {', '.join(map(str, args.schedule)) or 'none'}"
-        rows["learning rate"] = f"{args.lr:g}, {decay}; momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
+        steps = ", ".join(map(str, args.schedule)) or "none"
+        decay = "cosine" if args.cos else f"times {args.schedule_factor:g} at epochs {steps}"
+        warmup = f"warm-up of {args.warmup_epochs} epochs, " if args.warmup_epochs else ""
+        rows["learning rate"] = (
+            f"{args.lr:g}, {warmup}{decay}; momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
+        )
         rows["output"] = args.output_dir
     width = max(len(name) for name, value in rows.items() if value)
     return "\n".join(f"  {name:{width}}  {value}" if value else name for name, value in rows.items())

@@ -29,17 +29,29 @@ def prepare_model(model, device, args):
     return model
 
 
-def learning_rate(epoch: int, lr: float, epochs: int, cos: bool, schedule=()) -> float:
-    """The learning rate of an epoch, from 0: half a cosine from lr on, or divided by 10 at each epoch in schedule."""
-    if cos:
-        return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
+def learning_rate(epoch: int, args) -> float:
+    """The learning rate of an epoch, from 0.
+
+    It rises linearly to --lr over --warmup-epochs; then with --cos it falls along half a cosine, else by
+    --schedule-factor at each epoch in --schedule.
+    """
+    warmup = args.warmup_epochs
+    if epoch < warmup:
+        return args.lr * (epoch + 1) / warmup
+    if args.cos:
+        return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
+    return args.lr * args.schedule_factor ** sum(epoch >= milestone for milestone in args.schedule)
 
 
 def set_lr(optimizer, epoch: int, args):
     """Gives the optimizer the learning rate of an epoch."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(epoch, args.lr, args.epochs, args.cos, args.schedule)
+        group["lr"] = learning_rate(epoch, args)
+
+
+def eval_due(epoch: int, args) -> bool:
+    """Whether an epoch, from 0, ends with a validation: every --eval-freq epochs, and the last."""
+    return (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
 
 
 class TrainState:
@@ -135,14 +147,16 @@ class TrainState:
     def end_epoch(self, results: dict[str, dict], best: str):
         """Logs the epoch and saves it, also as best if the classifier named `best` has its best class mean.
 
-        results: classifier -> its record of the validation list. Raises Stopped if a stop was asked for.
+        results: classifier -> its record of the validation list, empty without a validation. Raises Stopped if a stop
+        was asked for.
         """
         means, speed = self.metrics.global_means(), self.metrics
         record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
         record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
         record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
-        is_best = results[best]["class_mean"] > self.best
-        self.best = max(results[best]["class_mean"], self.best)
+        is_best = bool(results) and results[best]["class_mean"] > self.best
+        if is_best:
+            self.best = results[best]["class_mean"]
         self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
         if is_main_process():
             self.folder.write_epoch(record)

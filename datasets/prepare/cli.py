@@ -5,6 +5,7 @@
     python -m datasets.prepare inaturalist18 --root DIR     the same
     python -m datasets.prepare cifar100-lt --out DIR        PNG files and lists; cifar10-lt likewise
     python -m datasets.prepare fashion-mnist-lt --out DIR   the same, small enough for a first try
+    python -m datasets.prepare long-tail DIR --out OUT      a long-tailed selection of DIR/{train,test}/<class>/<image>
     python -m datasets.prepare folder DIR                   lists of your own class folders
 
 Every command can be run again: it keeps what is complete and does the rest.
@@ -19,6 +20,7 @@ from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 
 from ..layout import as_listed, by_split
+from ..splits import class_folders
 from . import long_tail
 from .folder_lists import write_folder_lists
 from .image_tree import find_tree, link_tree
@@ -86,24 +88,45 @@ def prepare_published(args):
 
 def prepare_small(args):
     """Fashion-MNIST-LT and CIFAR-LT."""
+    if args.source and (args.source / "train").is_dir():
+        found = len(class_folders(args.source, "train")[1])
+        if found != args.classes:
+            raise UserError(f"--source {args.source}: train/ has {found} class folders, {args.dataset} {args.classes}")
+        return prepare_long_tail(args)
     made_here = not args.out.exists()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         data = args.read(args.source, args.out / "download", args.url)
-        counts = long_tail.write_long_tail(
-            data, args.out, args.max_per_class, args.imbalance, args.held_out, args.seed, args.overwrite
-        )
+        counts = long_tail.write_long_tail(data, args.out, *selection(args))
     except UserError:
         if made_here and not any(args.out.iterdir()):
             args.out.rmdir()
         raise
-    held_out = f"{args.held_out * len(counts)} validation, " if args.held_out else ""
+    sizes = {"train": sum(counts), "val": args.held_out * len(counts), "test": len(data.test_labels)}
+    print_long_tail(args, sizes, counts, "test")
+
+
+def prepare_long_tail(args):
+    """A long-tailed selection of class folders."""
+    sizes, counts = long_tail.link_long_tail(args.source, args.out, *selection(args))
+    own = "val" if all((args.source / split).is_dir() for split in ("val", "test")) else "test"
+    print_long_tail(args, sizes, counts, own)
+
+
+def selection(args) -> tuple:
+    """What determines a long-tailed selection, in the order of long_tail.choose."""
+    return args.max_per_class, args.imbalance, args.held_out, args.seed, args.overwrite
+
+
+def print_long_tail(args, sizes: dict[str, int], counts: list[int], validation: str):
+    """Prints a selection's numbers of images; validation: the folder of its validation images if none were held out."""
+    own = f"{sizes['val']} validation, " if args.held_out or validation == "val" else ""
     print(
-        f"{args.out}: {sum(counts)} training ({counts[0]} to {counts[-1]} per class), {held_out}"
-        f"{len(data.test_labels)} test images of {len(counts)} classes (seed {args.seed})"
+        f"{args.out}: {sizes['train']} training ({counts[0]} to {counts[-1]} per class), {own}{sizes['test']} test "
+        f"images of {len(counts)} classes (seed {args.seed})"
     )
-    if not args.held_out:
-        print("The head classes leave no unused images, so the test list is used as validation list too.")
+    if not own:
+        print("No training images are held out (--held-out), so the test images are used for validation too.")
 
 
 def prepare_folder(args):
@@ -141,20 +164,42 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images here")
         command.set_defaults(run=prepare_published)
 
+    tail = ArgumentParser(add_help=False)
+    tail.add_argument("--out", type=Path, required=True, help="folder for the lists and the images, or links to them")
+    tail.add_argument("--imbalance", type=ratio, default="100", help="largest class over smallest (default 100)")
     small = ArgumentParser(add_help=False)
-    small.add_argument("--out", type=Path, required=True, help="folder for the images and lists")
-    small.add_argument("--imbalance", type=ratio, default="100", help="largest class over smallest (default 100)")
-    small.add_argument("--source", type=Path, metavar="DIR", help="the original files, instead of a download")
+    small.add_argument(
+        "--source", type=Path, metavar="DIR", help="the original files, or for CIFAR a tree of class folders in train/ "
+        "and test/, instead of a download",
+    )  # fmt: skip
     small.add_argument("--url", metavar="BASE", help="a mirror of the original files")
     for classes in (100, 10):
-        cifar = commands.add_parser(f"cifar{classes}-lt", parents=[small, seed, replace], help=f"CIFAR-{classes}-LT")
+        cifar = commands.add_parser(
+            f"cifar{classes}-lt", parents=[small, tail, seed, replace], help=f"CIFAR-{classes}-LT"
+        )
         read = functools.partial(long_tail.read_cifar, classes)
-        cifar.set_defaults(run=prepare_small, held_out=0, max_per_class=None, read=read)
-    fashion = commands.add_parser("fashion-mnist-lt", parents=[small, seed, replace], help="Fashion-MNIST-LT")
+        cifar.set_defaults(run=prepare_small, held_out=0, max_per_class=None, read=read, classes=classes)
+    fashion = commands.add_parser("fashion-mnist-lt", parents=[small, tail, seed, replace], help="Fashion-MNIST-LT")
     fashion.add_argument(
         "--max-per-class", type=whole_number(1), default=500, help="of the largest class (default 500)"
     )
-    fashion.set_defaults(run=prepare_small, held_out=50, read=long_tail.read_fashion_mnist)
+    fashion.set_defaults(run=prepare_small, held_out=50, read=long_tail.read_fashion_mnist, classes=10)
+
+    own_tail = commands.add_parser(
+        "long-tail", parents=[tail, seed, replace], help="a long-tailed selection of folders"
+    )
+    own_tail.add_argument(
+        "source", type=Path, metavar="DIR", help="contains class folders in train/, and in test/ or val/"
+    )
+    own_tail.add_argument(
+        "--max-per-class", type=whole_number(1), metavar="N", help="training images of the first class, in the order "
+        "of the names (default: those of the smallest class, less --held-out)",
+    )  # fmt: skip
+    own_tail.add_argument(
+        "--held-out", type=whole_number(), default=0, metavar="N", help="images of each class's rest in train/ to "
+        "validate on (default: 0, which validates on val/, or on the test images)",
+    )  # fmt: skip
+    own_tail.set_defaults(run=prepare_long_tail)
 
     folder = commands.add_parser("folder", parents=[seed, replace], help="lists of your own class folders")
     folder.add_argument("root", type=Path, metavar="DIR", help="contains one folder of images per class")

@@ -1,4 +1,4 @@
-"""Long-tailed versions of small balanced data sets (CIFAR, Fashion-MNIST), written as PNG files and lists."""
+"""Long-tailed selections: of small data sets (CIFAR, Fashion-MNIST) as PNG files, of class folders as lists."""
 
 import os
 import tarfile
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
 
+from ..splits import CLASSES_FILE, class_folders
 from .list_writer import list_content, refuse_other_content, write_files
 from .published import download_errors
 
@@ -148,24 +149,37 @@ def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
     return train, rest
 
 
+def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out: int, seed: int):
+    """(training images per class, training image numbers, held-out image numbers) of a long-tailed selection.
+
+    labels: class of every image; largest: images of the first class, by default the smallest class's without the
+    held-out ones; held_out: images of each class that are kept for validation. Raises UserError if a class has too few.
+    """
+    available = np.bincount(labels, minlength=len(classes)).tolist()
+    largest = min(available) - held_out if largest is None else largest
+    if largest < 1:
+        name = classes[available.index(min(available))]
+        raise UserError(f"--held-out {held_out}: class {name} has {min(available)} images, none is left; lower it")
+    if Fraction(imbalance) > largest:
+        raise UserError(f"--imbalance {imbalance}: leaves the last class without images; at most {largest} here")
+    counts = long_tail_counts(largest, imbalance, len(classes))
+    for name, count, number in zip(classes, counts, available, strict=True):
+        if count + held_out > number:
+            held = f" and {held_out} held out" if held_out else ""
+            raise UserError(
+                f"--max-per-class {largest}: class {name} has {number} images, too few for {count} in training{held}; "
+                "lower it" + (", or --held-out" if held_out else "")
+            )
+    return counts, *pick(labels, counts, held_out, seed)
+
+
 def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
     """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
 
-    largest: images of the largest class, by default all. held_out: validation images per class, taken from the training
-    images that are left; 0: the test images are used for validation too. Files that exist are kept. Raises UserError if
-    the data do not have that many images, or if out holds a different selection and overwrite is not set.
+    The arguments are those of choose; held_out 0: the test images are used for validation too. Files that exist are
+    kept. Raises UserError as choose does, and if out holds a different selection and overwrite is not set.
     """
-    available = np.bincount(data.train_labels, minlength=len(data.classes)).tolist()
-    most = min(available) - held_out
-    largest = most if largest is None else largest
-    if largest > most:
-        kept = f", of which {held_out} are kept for validation" if held_out else ""
-        raise UserError(f"--max-per-class {largest}: the classes have {min(available)} images{kept}; at most {most}")
-    if Fraction(imbalance) > largest:
-        raise UserError(f"--imbalance {imbalance}: leaves the last class without images; at most {largest} here")
-    counts = long_tail_counts(largest, imbalance, len(data.classes))
-
-    train, held = pick(data.train_labels, counts, held_out, seed)
+    counts, train, held = choose(data.train_labels, data.classes, largest, imbalance, held_out, seed)
     digits = len(str(len(data.classes) - 1))
     folders = [f"{c:0{digits}}_{name.lower().replace('/', '_')}" for c, name in enumerate(data.classes)]
 
@@ -182,14 +196,65 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
     images |= {path: image for (path, _), image in zip(lists["test"], data.test_images, strict=True)}
     if not held_out:
         lists["val"] = lists["test"]
-    files = {"classes.txt": "".join(f"{name}\n" for name in data.classes).encode()}
-    files |= {f"{split}.txt": list_content(lists[split]) for split in ("train", "val", "test")}
+    files = list_files(lists, data.classes)
 
     refuse_other_content(out, files, overwrite)
     remove_other_images(out, images, overwrite)
     write_images(out, images)
     write_files(out, files, overwrite)
     return counts
+
+
+def list_files(lists: dict[str, list], classes: list[str]) -> dict[str, bytes]:
+    """{name: content} of the list files and classes.txt; lists: split -> entries."""
+    files = {CLASSES_FILE: "".join(f"{name}\n" for name in classes).encode()}
+    return files | {f"{split}.txt": list_content(entries) for split, entries in lists.items()}
+
+
+def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
+    """Writes the lists of a long-tailed selection from class folders; returns ({split: number of images}, counts).
+
+    source: has train/<class>/<image>, and test/ or val/ with the same classes; out gets links to these folders, so that
+    no image is copied. Test images are those of test/, else of val/; validation images the held-out ones of train/,
+    else those of val/, else the test images. Further arguments and errors are those of choose.
+    """
+    held_splits = [split for split in ("test", "val") if (source / split).is_dir()]
+    if not (source / "train").is_dir() or not held_splits:
+        raise UserError(f"{source}: must have train/<class>/<image>, and test/ or val/ with the same class folders")
+    if out.resolve() == source.resolve():
+        raise UserError(f"--out {out}: is the source itself; choose another folder for the lists")
+    train, classes = class_folders(source, "train")
+    if len(classes) < 2:
+        raise UserError(f"{source / 'train'}: has one class folder; a long tail needs two classes")
+
+    def entries(index, numbers=None):
+        numbers = range(len(index)) if numbers is None else numbers
+        return [(index.path(i), int(index.labels[i])) for i in numbers]
+
+    counts, chosen, held = choose(train.labels.numpy(), classes, largest, imbalance, held_out, seed)
+    lists = {split: entries(class_folders(source, split, classes)[0]) for split in held_splits}
+    lists = {"train": entries(train, chosen), "val": lists[held_splits[-1]], "test": lists[held_splits[0]]}
+    if held_out:
+        lists["val"] = entries(train, held)
+    files = list_files(lists, classes)
+    refuse_other_content(out, files, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", *held_splits):
+        link_folder(out / split, source / split, overwrite)
+    write_files(out, files, overwrite)
+    return {split: len(found) for split, found in lists.items()}, counts
+
+
+def link_folder(link: Path, folder: Path, overwrite: bool):
+    """Makes a symbolic link to a folder. Raises UserError if something else is there, a link only without overwrite."""
+    target = os.path.abspath(folder)
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    if link.is_symlink() and overwrite:
+        link.unlink()
+    if os.path.lexists(link):
+        raise UserError(f"{link}: exists and is not a link to {target}; choose another --out")
+    link.symlink_to(target)
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):

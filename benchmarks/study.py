@@ -1,0 +1,313 @@
+"""The study of docs/study.md: the method and its baselines on CIFAR100-LT, cell by cell.
+
+    python -m benchmarks.study main --source CIFAR100                 trains what is missing of a plan, see PLANS
+    python -m benchmarks.study main ablations --dry-run               shows what that would be, with expected hours
+    python -m benchmarks.study --write docs/study.md                  the tables of all cells that are done
+
+A cell is one training: a stage, a recipe, a seed. It trains in WORK/<group>/<cell>/seed_<n>, where it goes on if it was
+stopped; results.json, log.txt and args.json are copied to docs/study/<group>/<cell>/seed_<n> when it ends, and a cell
+with results there is not trained again, unless a cell that is missing needs its checkpoint. CIFAR100 contains
+train/<class>/<image> and test/<class>/<image>. Run it from the project's folder, so that the recorded paths are short.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.prepare import main as prepare
+from utils.command_line import ArgumentParser, run_command, whole_number
+from utils.errors import UserError
+from utils.log import write_json
+from utils.report import COLUMNS, spread
+from utils.runs import read_runs
+from utils.seeds import Group, mean_rows
+
+from .common import Table, publish
+
+RECORDS = Path("docs/study")
+KEPT = ("args.json", "log.txt")  # besides results.json, which is copied without its large matrix
+SECONDS = {"i": 17.0, "ce": 12.0, "ii": 6.0, "iii": 17.0}  # per epoch of 10,847 images, on 2 cores of a Xeon with AMX
+LISTS = {  # flags of `python -m datasets.prepare long-tail`
+    "choice": "--imbalance 100 --held-out 20 --max-per-class 480",
+    "imbalance_100": "--imbalance 100",
+    "imbalance_50": "--imbalance 50",
+    "imbalance_10": "--imbalance 10",
+}
+RECIPES = {"imbalance_50": "configs/cifar100_lt_50", "imbalance_10": "configs/cifar100_lt_10"}
+RECIPE = "configs/cifar100_lt"  # of the others
+
+
+class Cell(NamedTuple):
+    """One training: its name, stage, the cell whose checkpoint it starts from, and flags beyond the recipe."""
+
+    name: str
+    stage: str
+    source: str | None = None
+    flags: str = ""
+
+
+MAIN = (
+    Cell("ce", "i", None, "--con-weight 0"),
+    Cell("ce_lws", "ii", "ce"),
+    Cell("i", "i"),
+    Cell("ii", "ii", "i"),
+    Cell("iii", "iii", "ii"),
+    Cell("iii_tuned_hard", "ii", "iii", "--classifier hard"),
+    Cell("iii_tuned_soft", "ii", "iii", "--classifier soft"),
+)
+ABLATIONS = (
+    Cell("iii_teacher_ce", "iii", "ce_lws"),
+    Cell("iii_no_kd", "iii", None, "--kd-weight 0"),
+    Cell("ii_freeze_bn", "ii", "i", "--freeze-bn"),
+    Cell("ce_lws_freeze_bn", "ii", "ce", "--freeze-bn"),
+    Cell("iii_freeze_bn", "iii", "ii_freeze_bn", "--freeze-bn"),
+)
+TRIALS = (
+    Cell("i_con_0.5", "i", None, "--con-weight 0.5"),
+    Cell("ii_con_0.5", "ii", "i_con_0.5"),
+    Cell("iii_kd_t_1", "iii", "ii", "--kd_t 1"),
+    Cell("iii_kd_t_4", "iii", "ii", "--kd_t 4"),
+)
+
+
+class Plan(NamedTuple):
+    """Cells on a data set, each with these seeds; epochs: of stages I and III."""
+
+    lists: str
+    epochs: int
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    title: str
+
+
+def choice_cells():
+    """Stage I under candidate settings, each followed by the candidates of stage II."""
+    candidates = {"base": "", "jitter": "--jitter 0.4", "m_0.99": "--moco-m 0.99", "wd_2e-4": "--wd 2e-4"}
+    for name, flags in candidates.items():
+        yield Cell(f"i_{name}", "i", None, flags)
+        for lr in ("0.05", "0.2", "1"):
+            yield Cell(f"ii_{name}_lr_{lr}", "ii", f"i_{name}", f"--lr {lr}")
+
+
+PLANS = {
+    "choice": Plan("choice", 30, (0,), tuple(choice_cells()), "settings, on held-out images"),
+    "main": Plan("imbalance_100", 100, (0, 1, 2), MAIN, "imbalance 100, 100 epochs"),
+    "ablations": Plan("imbalance_100", 100, (0, 1, 2), ABLATIONS, "imbalance 100, 100 epochs"),
+    "trials": Plan("imbalance_100", 100, (0,), TRIALS, "imbalance 100, 100 epochs"),
+    "long": Plan("imbalance_100", 200, (0,), MAIN, "imbalance 100, 200 epochs"),
+    "imbalance_50": Plan("imbalance_50", 100, (0,), MAIN, "imbalance 50, 100 epochs"),
+    "imbalance_10": Plan("imbalance_10", 100, (0,), MAIN, "imbalance 10, 100 epochs"),
+}
+
+
+class Job(NamedTuple):
+    """A cell with its data set, epochs and seed."""
+
+    lists: str
+    epochs: int
+    seed: int
+    cell: Cell
+
+    @property
+    def path(self) -> Path:
+        return self.beside(self.cell.name)
+
+    def beside(self, name: str) -> Path:
+        """The relative folder of another cell of the same seed."""
+        return Path(self.lists, f"{self.epochs}_epochs", name, f"seed_{self.seed}")
+
+    @property
+    def done(self) -> bool:
+        return (RECORDS / self.path / "results.json").is_file()
+
+    def checkpoint(self, work: Path) -> Path:
+        return work / self.path / "last_checkpoint.pth.tar"
+
+    def finished(self, work: Path) -> bool:
+        """Whether its checkpoint is there, for others to start from."""
+        return (work / self.path / "results.json").is_file() and self.checkpoint(work).is_file()
+
+    def command(self, work: Path, flags: list[str]) -> list[str]:
+        """The words of the training's command."""
+        recipe = RECIPES.get(self.lists, RECIPE)
+        words = [sys.executable, f"ssd_stage_{self.cell.stage}.py", f"@{recipe}/stage_{self.cell.stage}.txt"]
+        if self.cell.stage != "ii":
+            words += ["--epochs", str(self.epochs)]
+        if self.cell.source:
+            flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[self.cell.stage]
+            words += [flag, str(work / self.beside(self.cell.source) / "last_checkpoint.pth.tar")]
+        data = work / "data" / self.lists
+        if self.lists == "choice":  # no test figure exists before the choice is made
+            words += ["--test-list", str(data / "val.txt")]
+        words += [*shlex.split(self.cell.flags), "--seed", str(self.seed), "--output_dir", str(work / self.path)]
+        return [*words, "--resume", "auto", "--print-freq", "1000000", *flags, str(data)]
+
+    def expected_seconds(self) -> float:
+        """The expected time, from that of SECONDS."""
+        alone = {"--con-weight 0", "--kd-weight 0"}  # no key encoder, no teacher
+        name = "ce" if self.cell.flags in alone else self.cell.stage
+        sizes = {"imbalance_50": 1.16, "imbalance_10": 1.8}
+        return SECONDS[name] * (5 if self.cell.stage == "ii" else self.epochs) * sizes.get(self.lists, 1) + 30
+
+
+def jobs_of(names: list[str], seeds: list[int] | None) -> list[Job]:
+    """The jobs of the plans, seed by seed."""
+    jobs = []
+    for name in names:
+        plan = PLANS[name]
+        for seed in plan.seeds if seeds is None else seeds:
+            jobs += [Job(plan.lists, plan.epochs, seed, cell) for cell in plan.cells]
+    return jobs
+
+
+def missing_jobs(jobs: list[Job], work: Path) -> list[Job]:
+    """Those that are not done, in an order that can be trained, with the finished ones whose checkpoint is gone."""
+    cells = {cell.name: cell for plan in PLANS.values() for cell in plan.cells}
+    needed = []
+
+    def need(job):
+        if job in needed:
+            return
+        if job.cell.source:
+            source = job._replace(cell=cells[job.cell.source])
+            if not source.finished(work):
+                need(source)
+        needed.append(job)
+
+    for job in jobs:
+        if not job.done:
+            need(job)
+    return needed
+
+
+def prepare_lists(names, source: str | None, work: Path):
+    """Makes the lists that are not there yet."""
+    for name in sorted(names):
+        out = work / "data" / name
+        if (out / "test.txt").is_file():
+            continue
+        if source is None:
+            raise UserError("--source: name the folder that holds CIFAR-100's train/ and test/ class folders")
+        if prepare(["long-tail", source, *LISTS[name].split(), "--out", str(out)]):
+            raise UserError(f"{out}: its lists could not be made; see above")
+
+
+def keep(job: Job, work: Path):
+    """Copies the small files of a finished cell to its records; results.json last, since it marks the cell as done."""
+    target = RECORDS / job.path
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        (target / name).write_bytes((work / job.path / name).read_bytes())
+    records = json.loads((work / job.path / "results.json").read_text())
+    write_json(target / "results.json", [{k: v for k, v in r.items() if k != "confusion"} for r in records])
+
+
+def train(job: Job, work: Path, flags: list[str], threads: int) -> float:
+    """Trains a cell and keeps its records; returns the seconds. Raises UserError if it ends with another status."""
+    started = time.monotonic()
+    folder = work / job.path
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as output:
+        status = subprocess.run(
+            job.command(work, flags), stdout=output, stderr=subprocess.STDOUT, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        ).returncode  # fmt: skip
+    if status:
+        raise UserError(f"{folder}: ended with status {status}, see output.txt there; the same command continues")
+    if not job.done:
+        keep(job, work)
+    return time.monotonic() - started
+
+
+def train_all(needed: list[Job], args):
+    """Trains the jobs, at most args.jobs at a time, each as soon as the one that it starts from is finished."""
+    work, pending, running = args.work, list(needed), {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        while pending or running:
+            waits_for = {job.path for job in [*pending, *running.values()]}
+            ready = [j for j in pending if not j.cell.source or j.beside(j.cell.source) not in waits_for]
+            for job in ready[: args.jobs - len(running)]:
+                pending.remove(job)
+                running[pool.submit(train, job, work, args.flags, threads)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                print(f"{time.strftime('%H:%M:%S')} {job.path}: {future.result():.0f} s", flush=True)
+
+
+# ---- tables
+
+
+def groups_of(plan_cells, folder: Path) -> list[Group]:
+    """The runs of each cell that has any, all seeds together."""
+    groups = []
+    for cell in plan_cells:
+        seeds = sorted(folder.glob(f"{cell.name}/seed_*/results.json"))
+        if seeds:
+            groups.append(Group(cell.name, [read_runs([file.parent])[0] for file in seeds]))
+    return groups
+
+
+def tables() -> list[Table]:
+    """One table per group of records: accuracies of each cell and classifier, mean and deviation over the seeds."""
+    found = []
+    for lists, epochs in dict.fromkeys((plan.lists, plan.epochs) for plan in PLANS.values()):
+        plans = [plan for plan in PLANS.values() if (plan.lists, plan.epochs) == (lists, epochs)]
+        cells = [cell for plan in plans for cell in plan.cells]
+        groups = groups_of(cells, RECORDS / lists / f"{epochs}_epochs")
+        rows = [
+            (f"{row['run']}, {row['classifier']}", str(row["seeds"]), *(spread(row, key) for key in COLUMNS))
+            for row in mean_rows(groups)
+        ]
+        title = f"{plans[0].title[0].upper()}{plans[0].title[1:]}: top-1 of the groups and top-5, in per cent"
+        if rows:
+            found.append(Table(f"{lists}_{epochs}", title, ("cell, classifier", "seeds", *COLUMNS.values()), rows))
+    return found
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.study", intermixed=True)
+    # fmt: off
+    parser.add_argument("plans", nargs="*", choices=PLANS, metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
+    parser.add_argument("--source", metavar="CIFAR100", help="the class folders, for lists that are not there yet")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="for lists and runs (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=whole_number(), help="train only these seeds")
+    parser.add_argument("--jobs", type=whole_number(1), default=1,
+        help="cells to train at the same time, which share the cores (default: %(default)s)")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of every training, in quotes")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and stop")
+    parser.add_argument("--write", metavar="FILE", help="put the tables into this file, between their marks")
+    # fmt: on
+    return parser
+
+
+def study(args):
+    """Trains the missing cells of the plans, or prints the tables without a plan."""
+    if not args.plans:
+        publish(tables(), args.write)
+        return
+    needed = missing_jobs(jobs_of(args.plans, args.seeds), args.work)
+    for job in needed:
+        again = " (again, for its checkpoint)" if job.done else ""
+        print(f"{job.path}: about {job.expected_seconds() / 60:.0f} min{again}")
+    print(
+        f"{len(needed)} cells to train, about {sum(job.expected_seconds() for job in needed) / 3600:.1f} h", flush=True
+    )
+    if not args.dry_run:
+        prepare_lists({job.lists for job in needed}, args.source, args.work)
+        train_all(needed, args)
+
+
+def main(argv=None) -> int:
+    return run_command(study, get_parser(), argv, "stopped; the same command continues")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
