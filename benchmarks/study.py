@@ -277,7 +277,8 @@ def get_parser() -> ArgumentParser:
     # fmt: off
     parser.add_argument("plans", nargs="*", choices=PLANS, metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
     parser.add_argument("--source", metavar="CIFAR100", help="the class folders, for lists that are not there yet")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="for lists and runs (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"),
+        help="for lists and runs (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=whole_number(), help="train only these seeds")
     parser.add_argument("--jobs", type=whole_number(1), default=1,
         help="cells to train at the same time, which share the cores (default: %(default)s)")
