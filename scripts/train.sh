@@ -23,7 +23,8 @@ for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
 done
 python=python
 command -v python >/dev/null || python=$root/.venv/bin/python
-read -ra launch <<<"${LAUNCH:-$python}"
+launch=("$python")
+[ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 
 # Signals to this script are passed on to the stage, which saves and ends with status 75. Ctrl-C reaches it by itself.
 child='' signaled=
@@ -48,7 +49,7 @@ stage() {
     wait "$child" && status=0 || status=$?
   done
   if [ "$status" != 0 ]; then
-    echo "== $title: ended with status $status after $((SECONDS - started)) s; the same command continues" >&2
+    echo "== $title: ended with status $status after $((SECONDS - started)) s; the same command goes on from there" >&2
     exit "$status"
   fi
   echo "== $title: $((SECONDS - started)) s"
