@@ -48,7 +48,7 @@ def test_stopped_or_killed_in_any_stage_it_ends_with_the_same_results(trained, p
     assert run.returncode == 0, output
     for stage, name in STAGES.items():
         assert results_of(tmp_path / "runs with space" / stage) == results_of(trained[name])
-    rows = [line.split("|")[1].strip() for line in output.splitlines() if "classifier |" in line]
+    rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|") and "classifier" in line]
     assert rows[-5:] == [
         "stage_i, linear classifier", "stage_ii, lws classifier", "stage_iii, hard classifier",
         "stage_iii, soft classifier", "stage_iii_tuned, lws classifier",
