@@ -25,7 +25,7 @@ SHARED_ARGS = {  # flags that the stages of a training have in common; backbone 
     "cos", "batch_size", "lr", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment",
     "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size",
     "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard",
-    "plots", "memory_check", "jitter", "eval_freq",
+    "plots", "memory_check", "jitter", "eval_freq", "freeze_bn",
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out:
         if count + held_out > number:
             kept, hint = (f" next to {held_out} held out", ", or --held-out") if held_out else ("", "")
             raise UserError(
-                f"--max-per-class {largest}: class {name} has {number} images, so at most {number - held_out} to train on"
+                f"--max-per-class {largest}: class {name} has {number} images, at most {number - held_out} to train on"
                 f"{kept}, not {count}; lower it{hint}"
             )
     return counts, *pick(labels, counts, held_out, seed)
