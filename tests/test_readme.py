@@ -14,6 +14,7 @@ import models
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from benchmarks import study
 from datasets.prepare import cli, verify
 from tests.helpers import ROOT
 from utils import export, predict, report
@@ -98,6 +99,7 @@ def test_every_flag_of_the_documents_exists():
         report.get_parser(),
         predict.get_parser(),
         export.get_parser(),
+        study.get_parser(),
     ]
     parsers += parsers[3]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}
