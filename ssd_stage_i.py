@@ -23,13 +23,13 @@ from datasets.build import build_data
 from models import SSFL
 from utils import checkpoint
 from utils.arguments import check_queue, settle_defaults, training_parser
-from utils.command_line import filled, number, run_only, whole_number
+from utils.command_line import number, whole_number
 from utils.distributed import distribute, get_world_size
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
-from utils.pretrained import TORCHVISION, load_backbone
+from utils.pretrained import add_pretrained_flag, load_backbone
 from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, eval_due, prepare_model, set_lr
@@ -50,10 +50,7 @@ def get_parser():
         help="temperature of InfoNCE (default: %(default)s)")
     group.add_argument("--con-weight", default=1.0, type=number(), metavar="W",
         help="weight of the contrastive loss (default: %(default)s); 0 trains the baseline without a key encoder")
-    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
-        help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
-        "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
-        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
+    add_pretrained_flag(group)
     # fmt: on
     return parser
 

@@ -165,10 +165,10 @@ def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out:
     counts = long_tail_counts(largest, imbalance, len(classes))
     for name, count, number in zip(classes, counts, available, strict=True):
         if count + held_out > number:
-            held = f" and {held_out} held out" if held_out else ""
+            kept, hint = (f" next to {held_out} held out", ", or --held-out") if held_out else ("", "")
             raise UserError(
-                f"--max-per-class {largest}: class {name} has {number} images, too few for {count} in training{held}; "
-                "lower it" + (", or --held-out" if held_out else "")
+                f"--max-per-class {largest}: class {name} has {number} images, so at most {number - held_out} to train on"
+                f"{kept}, not {count}; lower it{hint}"
             )
     return counts, *pick(labels, counts, held_out, seed)
 
