@@ -58,12 +58,13 @@ def get_parser():
 def train_one_epoch(model, loader, state, args):
     model.train()
     for views, labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
-        with state.autocast():
-            logits, contrastive_loss = model(*views, labels=labels)  # moves the key encoder, fills the queue
+        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
+            # The key encoder moves at the beginning of a step; its keys enter the queue at the end.
+            logits, contrastive_loss = model(*views, labels=labels, update=state.step_begins, enqueue=state.step_ends)
             ce_loss = F.cross_entropy(logits, labels)
             loss = ce_loss + args.con_weight * contrastive_loss
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()
+        state.optimizer_step()  # after a step's last micro-batch
         losses = {"loss": loss, "cross_entropy": ce_loss, "contrastive": contrastive_loss}
         state.metrics.update(losses, {"linear": logits}, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
@@ -86,7 +87,7 @@ def main_worker(args, device):
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
+        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         # The key encoder is in it too, without gradients, as in published checkpoints, which can so be exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,

@@ -53,12 +53,12 @@ def get_parser():
 def train_one_epoch(model, loader, state, args):
     model.train()
     for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
-        with state.autocast():
+        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)
             loss = ce_loss + args.kd_weight * kd_loss
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()
+        state.optimizer_step()  # after a step's last micro-batch
         losses = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
         state.metrics.update(losses, {"hard": hard, "soft": soft}, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
@@ -86,7 +86,7 @@ def main_worker(args, device):
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
+        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
             student, args.lr, args.momentum, weight_decay=args.weight_decay,

@@ -326,7 +326,12 @@ def as_saved(value):
 
 
 def save_if_due(state, args):
-    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
+    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped.
+
+    Does nothing within a step, between its micro-batches.
+    """
+    if not state.step_ends:
+        return
     if state.flags.stop():
         save(state)
         raise stopped(state)
