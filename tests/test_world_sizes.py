@@ -1,6 +1,7 @@
 """A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 from datasets.build import build_data
 from models import SDL, SLG, SSFL
 from tests.helpers import COUNTS, MAINS, on_ranks, stage_flags
-from utils import memory
 from utils.arguments import settle_defaults
 from utils.distributed import DistInfo, distribute, set_dist_info
 from utils.errors import UserError
@@ -214,7 +214,7 @@ def test_sync_bn_converts_the_frozen_networks_too(network):
 
 
 def memory_of_both(rank):
-    args = memory.argparse.Namespace(amp="none", image_size=32, momentum=0.9, accum_steps=1)
+    args = SimpleNamespace(amp="none", image_size=32, momentum=0.9, accum_steps=1)
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
     return [list(step_memory(model, 4, args, CPU)) for model in (plain, sync_model())]
 
