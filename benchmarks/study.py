@@ -10,6 +10,7 @@ with results there is not trained again, unless a cell that is missing needs its
 train/<class>/<image> and test/<class>/<image>. Run it from the project's folder, so that the recorded paths are short.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -216,7 +217,7 @@ def train(job: Job, work: Path, flags: list[str], threads: int) -> float:
     with (folder / "output.txt").open("a") as output:
         status = subprocess.run(
             job.command(work, flags), stdout=output, stderr=subprocess.STDOUT, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
         ).returncode  # fmt: skip
     if status:
         raise UserError(f"{folder}: ended with status {status}, see output.txt there; the same command continues")
@@ -272,10 +273,17 @@ def tables() -> list[Table]:
     return found
 
 
+def plan_name(text: str) -> str:
+    """An argparse type: a key of PLANS."""
+    if text not in PLANS:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: no such plan; choose one of {', '.join(PLANS)}")
+    return text
+
+
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__, prog="python -m benchmarks.study", intermixed=True)
     # fmt: off
-    parser.add_argument("plans", nargs="*", choices=PLANS, metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
+    parser.add_argument("plans", nargs="*", type=plan_name, metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
     parser.add_argument("--source", metavar="CIFAR100", help="the class folders, for lists that are not there yet")
     parser.add_argument("--work", type=Path, default=Path("runs/study"),
         help="for lists and runs (default: %(default)s)")

@@ -1,0 +1,102 @@
+"""benchmarks/study.py trains the cells that are missing, keeps what is done, and averages over seeds."""
+
+import json
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks import study
+from benchmarks.study import Cell, Plan
+from tests.helpers import ROOT, STAGES, assert_command_mistake, class_image
+
+CELLS = (
+    Cell("i", "i"),
+    Cell("ii", "ii", "i"),
+    Cell("iii", "iii", "ii"),
+    Cell("iii_no_kd", "iii", None, "--kd-weight 0"),
+)
+FLAGS = "--arch resnet8 --image-size 32 -b 16 -j 0 --device cpu --epochs 1 --eval-batch-size 5"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty folder with the scripts, tiny recipes and class folders; the plans are small."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 3)):
+        for label in range(4):
+            (tmp_path / "balanced" / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                class_image(random, label, 32).save(tmp_path / "balanced" / split / f"class{label}" / f"{number}.png")
+    (tmp_path / "recipe").mkdir()
+    for stage in STAGES:
+        (tmp_path / f"ssd_stage_{stage}.py").symlink_to(ROOT / f"ssd_stage_{stage}.py")
+        more = "--moco-k 32 --moco-dim 8" if stage == "i" else ""
+        (tmp_path / "recipe" / f"stage_{stage}.txt").write_text(f"{FLAGS} {more}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "RECIPE", "recipe")
+    monkeypatch.setattr(study, "LISTS", {"imbalance_100": "--imbalance 4"})
+    plans = {"main": Plan("imbalance_100", 1, (0, 1), CELLS[:2], "a title"),
+             "more": Plan("imbalance_100", 1, (0,), CELLS, "a title")}  # fmt: skip
+    monkeypatch.setattr(study, "PLANS", plans)
+    return tmp_path
+
+
+def files(folder) -> dict:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_missing_cells_are_trained_and_done_ones_are_kept(project, monkeypatch, capsys):
+    assert study.main(["main", "--source", "balanced", "--seeds", "0", "--jobs", "2"]) == 0
+    group = project / "docs" / "study" / "imbalance_100" / "1_epochs"
+    names = {f"{cell}/seed_0/{name}" for cell in ("i", "ii") for name in ("results.json", "log.txt", "args.json")}
+    assert set(files(group)) == names
+    (record,) = json.loads((group / "ii" / "seed_0" / "results.json").read_text())
+    assert record["classifier"] == "lws" and record["count"] == 12 and "confusion" not in record
+    done = files(group)
+
+    monkeypatch.setattr(study.subprocess, "run", None)  # nothing may be trained
+    assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
+    assert "0 cells to train" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert files(group) == done
+
+
+def test_a_cell_whose_checkpoint_is_gone_is_trained_again_but_its_record_stays(project, capsys):
+    assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
+    group = project / "docs" / "study" / "imbalance_100" / "1_epochs"
+    done = files(group)
+    shutil.rmtree(project / "runs")
+    capsys.readouterr()
+    assert study.main(["more", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split("/")[2] for line in lines[:-1]] == ["i", "ii", "iii", "iii_no_kd"]
+    assert ["again" in line for line in lines[:-1]] == [True, True, False, False]
+    assert not (project / "runs").exists()
+    assert study.main(["more", "--source", "balanced"]) == 0
+    assert {name: now for name, now in files(group).items() if name in done} == done
+    assert {"iii/seed_0/results.json", "iii_no_kd/seed_0/results.json"} <= set(files(group))
+
+
+def test_the_tables_average_over_the_seeds(project, capsys):
+    values = {0: 0.25, 1: 0.5}
+    for seed, value in values.items():
+        folder = project / "docs" / "study" / "imbalance_100" / "1_epochs" / "i" / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        names = ("overall", "class_mean", "top5", "many", "medium", "few")
+        record = {"phase": "test", "classifier": "linear", **dict.fromkeys(names, value), "per_class": None}
+        (folder / "results.json").write_text(json.dumps([record]))
+    (project / "doc.md").write_text("<!-- table: imbalance_100_1 -->\n<!-- end -->\n")
+    assert study.main(["--write", "doc.md"]) == 0
+    mean, deviation = 100 * statistics.mean(values.values()), 100 * statistics.stdev(values.values())
+    row = next(line for line in (project / "doc.md").read_text().splitlines() if line.startswith("| i, linear"))
+    assert row.count(f"{mean:.1f} ± {deviation:.1f}") == 6 and "| 2 |" in row
+
+
+def test_mistakes_are_one_line(project, capsys):
+    assert_command_mistake((study.main(["mian"]), *capsys.readouterr()), "mian")
+    status, _, err = study.main(["main"]), *capsys.readouterr()
+    assert status == 2 and err.count("\n") == 1 and "--source" in err
+    status, _, err = study.main(["main", "--source", "balanced", "--flags=--lr x"]), *capsys.readouterr()
+    assert status == 2 and err.count("\n") == 1 and "status 2" in err and "output.txt" in err
