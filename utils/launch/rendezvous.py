@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import socket
 import sys
 from datetime import timedelta
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from ..distributed import DistInfo, set_dist_info
 from ..errors import UserError, one_line
 from . import network
+
+LOOPBACK = r"(localhost|127\.)"  # how the name of a host begins that is meant to be this machine
 
 
 def detect_launcher(args) -> DistInfo:
@@ -108,9 +111,10 @@ def init_process_group(args, info: DistInfo, device):
         interface = args.dist_interface
     elif info.nodes == 1:
         interface = "lo0" if sys.platform == "darwin" else "lo"
+    elif info.launcher == "torchrun":
+        interface = network.interface_towards(master_address(os.environ["MASTER_ADDR"]))
     else:
-        torchrun = info.launcher == "torchrun"
-        interface = network.interface_towards(os.environ["MASTER_ADDR"] if torchrun else network.resolve(info.url)[0])
+        interface = network.interface_towards(network.resolve(info.url)[0])
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface:
             os.environ.setdefault(variable, interface)
@@ -128,6 +132,23 @@ def init_process_group(args, info: DistInfo, device):
         ) from None
 
 
+def master_address(name: str) -> str:
+    """torchrun's MASTER_ADDR as an address. Raises UserError if it is this node's own name, and loopback only.
+
+    Debian's /etc/hosts makes it so; gloo would then listen at an address that no other node reaches.
+    """
+    try:
+        address = socket.gethostbyname(name)
+    except (OSError, UnicodeError):
+        return name  # IPv6, or unknown: torch says so
+    if address.startswith("127.") and not re.match(LOOPBACK, name):
+        raise UserError(
+            f"MASTER_ADDR {name} is {address} on this node, which no other node reaches; "
+            "give torchrun --local-addr ADDRESS, or --dist-interface"
+        )
+    return address
+
+
 def open_store(args, info: DistInfo, is_master: bool):
     """The key-value store at which the processes meet; the master holds it.
 
@@ -140,7 +161,7 @@ def open_store(args, info: DistInfo, is_master: bool):
         host = "127.0.0.1"
     elif is_master and args.dist_interface:
         host = network.interface_address(args.dist_interface)
-    elif is_master and host.startswith("127.") and not re.match(r"tcp://(localhost|127\.)", info.url):
+    elif is_master and host.startswith("127.") and not re.match(f"tcp://{LOOPBACK}", info.url):
         raise UserError(
             f"--dist-url {info.url}: its name is {host} on node 0, which no other node reaches; "
             "give node 0's address, or --dist-interface"
