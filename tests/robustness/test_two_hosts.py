@@ -1,5 +1,7 @@
 """A job on two hosts: the numbers are those of one, and what the other host does if one dies or the link is cut."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -36,13 +38,19 @@ def files_of(folder):
     return {file.name for file in folder.glob("[!.]*")} - {"previous_checkpoint.pth.tar"}
 
 
+@contextlib.contextmanager
+def on_both(start, hosts, data, folders, *flags, **options):
+    """The jobs of both hosts, each with its own folder."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(start(hosts, n, data, folders[n], *flags, **options)) for n in (0, 1)]
+
+
 @EACH_LAUNCHER
 def test_two_hosts_compute_what_one_does_and_rank_0_alone_writes(
     run_of_two_processes, plain_tree, hosts, folders, start
 ):
-    with start(hosts, 0, plain_tree, folders[0], *PER_HOST) as first:
-        with start(hosts, 1, plain_tree, folders[1], *PER_HOST) as second:
-            assert [first.end().status, second.end().status] == [0, 0]
+    with on_both(start, hosts, plain_tree, folders, *PER_HOST) as jobs:
+        assert [job.end().status for job in jobs] == [0, 0]
     assert files_of(folders[0]) == FILES and not folders[1].exists()
     for name in ("state_dict", "optimizer", "best_acc1"):
         assert same(checkpoint(folders[0])[name], checkpoint(run_of_two_processes)[name]), name
@@ -53,9 +61,8 @@ def test_two_hosts_compute_what_one_does_and_rank_0_alone_writes(
 def test_two_hosts_of_two_processes_compute_what_one_of_four_does(plain_tree, hosts, folders, tmp_path):
     """To rounding, since gloo adds the gradients of four processes in no fixed order."""
     flags = ["--epochs", 1]
-    with published(hosts, 0, plain_tree, folders[0], *PER_HOST, *flags, nproc=2) as first:
-        with published(hosts, 1, plain_tree, folders[1], *PER_HOST, *flags, nproc=2) as second:
-            assert [first.end().status, second.end().status] == [0, 0]
+    with on_both(published, hosts, plain_tree, folders, *PER_HOST, *flags, nproc=2) as jobs:
+        assert [job.end().status for job in jobs] == [0, 0]
     assert files_of(folders[0]) == FILES and not folders[1].exists()
     one = train("i", plain_tree, tmp_path / "one", "--cos", *flags, "--multiprocessing-distributed", "--nproc", 4)
     found, expected = (checkpoint(folder)["state_dict"] for folder in (folders[0], one))
@@ -68,11 +75,10 @@ def test_two_hosts_of_two_processes_compute_what_one_of_four_does(plain_tree, ho
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_crashes_ends_the_job_on_the_other(plain_tree, hosts, folders, start, victim):
     """It is noticed at once, long before --dist-timeout."""
-    with start(hosts, 0, plain_tree, folders[0], *ENDLESS) as first:
-        with start(hosts, 1, plain_tree, folders[1], *ENDLESS) as second:
-            first.wait_for(r"epoch 1/1000 \[3/")
-            kill_host((first, second)[victim])
-            outcome = (second, first)[victim].end()
+    with on_both(start, hosts, plain_tree, folders, *ENDLESS) as jobs:
+        jobs[0].wait_for(r"epoch 1/1000 \[3/")
+        kill_host(jobs[victim])
+        outcome = jobs[1 - victim].end()
     assert outcome.status == 1 and outcome.err.count("lost contact with another process") == 1
     if start is published:
         assert_one_line(outcome, 1, "lost contact with another process of the run")
@@ -81,9 +87,8 @@ def test_a_host_that_crashes_ends_the_job_on_the_other(plain_tree, hosts, folder
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_cut_link_ends_the_job_on_both_hosts_after_the_timeout(plain_tree, hosts, folders, nproc):
     flags = [*ENDLESS, "--dist-timeout", 20]
-    with published(hosts, 0, plain_tree, folders[0], *flags, nproc=nproc) as first:
-        with published(hosts, 1, plain_tree, folders[1], *flags, nproc=nproc) as second:
-            first.wait_for(r"epoch 1/1000 \[3/")
-            hosts.cut()
-            for job in (first, second):
-                assert_one_line(job.end(), 1, "no answer from another process", "--dist-timeout 20 s", "--resume auto")
+    with on_both(published, hosts, plain_tree, folders, *flags, nproc=nproc) as jobs:
+        jobs[0].wait_for(r"epoch 1/1000 \[3/")
+        hosts.cut()
+        for job in jobs:
+            assert_one_line(job.end(), 1, "no answer from another process", "--dist-timeout 20 s", "--resume auto")

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import os
 import re
+import secrets
 import socket
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -118,14 +120,18 @@ def init_process_group(args, info: DistInfo, device):
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface:
             os.environ.setdefault(variable, interface)
-    meeting = {"init_method": "env://"}
+    timeout, meeting = timedelta(seconds=args.dist_timeout), {"init_method": "env://"}
     if info.launcher != "torchrun":
         is_master = info.rank == 0 and info.launcher != "spawn"  # in that case the parent is
         meeting = {"store": open_store(args, info, is_master), "rank": info.rank, "world_size": info.world_size}
     try:
         with network.hide_native_messages():
-            dist.init_process_group(args.dist_backend, timeout=timedelta(seconds=args.dist_timeout), **meeting)
-    except dist.DistError as error:
+            if info.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                meeting = {"store": session_store(info, timeout), "rank": info.rank, "world_size": info.world_size}
+            dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
+            raise
         raise UserError(
             f"the {info.world_size} processes did not meet within --dist-timeout {args.dist_timeout:g} s "
             f"({type(error).__name__}); start them all, with the same --dist-url and --world-size"
@@ -147,6 +153,31 @@ def master_address(name: str) -> str:
             "give torchrun --local-addr ADDRESS, or --dist-interface"
         )
     return address
+
+
+def session_store(info: DistInfo, timeout: timedelta):
+    """A part of torchrun's key-value store that belongs to this start of the processes alone.
+
+    torchrun keeps the store when it restarts the processes, and neither its address nor any variable tells one start
+    from another: they would find the addresses of processes that have died (pytorch issue 135712). So rank 0 names a
+    session, every rank answers in it with a key of its own, and rank 0 confirms them: an old session has other
+    keys.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    own, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if info.rank == 0:
+        store.set("session", own)
+        session = dist.PrefixStore(own, store)
+        session.set("confirmed", b" ".join(session.get(f"rank {rank}") for rank in range(1, info.world_size)))
+        return session
+    while time.monotonic() < end:
+        session = dist.PrefixStore(store.get("session").decode(), store)
+        session.set(f"rank {info.rank}", own)
+        if session.check(["confirmed"]) and own in session.get("confirmed").decode():
+            return session
+        time.sleep(0.05)
+    raise dist.DistStoreError("no session")
 
 
 def open_store(args, info: DistInfo, is_master: bool):
