@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from tests.helpers import checkpoint, log_of, results_of, same, train
+from tests.helpers import LAST, checkpoint, log_of, results_of, same, train
 from tests.helpers_hosts import TwoHosts, kill_host, published, torchrun, why_no_hosts
+from tests.helpers_processes import wait_until
 from tests.robustness.test_processes import assert_one_line, interface_is_chosen_by_the_run  # noqa: F401
 
 reason = why_no_hosts()
@@ -92,3 +93,40 @@ def test_a_cut_link_ends_the_job_on_both_hosts_after_the_timeout(plain_tree, hos
         hosts.cut()
         for job in jobs:
             assert_one_line(job.end(), 1, "no answer from another process", "--dist-timeout 20 s", "--resume auto")
+
+
+ELASTIC = [*PER_HOST, "--resume", "auto", "--save-every-steps", 1]
+
+
+def assert_finished(job, folder, world_size, told):
+    """That a job ended well after one restart, of which one of its processes told."""
+    outcome = job.end()
+    assert (outcome.status, outcome.err.count(told)) == (0, 1), outcome.err
+    assert (checkpoint(folder)["epoch"], checkpoint(folder)["run"]["world_size"]) == (2, world_size)
+    assert [record["epoch"] for record in log_of(folder)] == [0, 1] and results_of(folder)
+
+
+def test_a_job_of_one_to_two_hosts_goes_on_without_one_that_crashes(plain_tree, hosts, folders):
+    run = folders[0]
+    options = {"nodes": "1:2", "restarts": 3, "gate": 6, "gate_file": run.with_name("gate")}
+    with on_both(torchrun, hosts, plain_tree, folders, *ELASTIC, **options) as jobs:
+        wait_until((run / LAST).exists, "a checkpoint")
+        kill_host(jobs[1])
+        run.with_name("gate").touch()  # nobody waits any more
+        assert_finished(jobs[0], run, 1, "lost contact with another process")
+
+
+def test_a_job_of_one_to_two_hosts_takes_in_one_that_comes_later(plain_tree, hosts, folders):
+    """torchrun stops the first host's processes, which save, and starts both hosts' from there.
+
+    Without the variable, torchrun itself fails as soon as a host joins.
+    """
+    run = folders[0]
+    options = {"nodes": "1:2", "gate": 6, "gate_file": run.with_name("gate")}
+    options["env"] = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with torchrun(hosts, 0, plain_tree, run, *ELASTIC, **options) as first:
+        wait_until((run / LAST).exists, "a checkpoint")
+        shared = ("--output_dir", run)  # as on a shared disk: the new process reads the checkpoint, too
+        with torchrun(hosts, 1, plain_tree, folders[1], *ELASTIC, *shared, **options) as second:
+            assert_finished(first, run, 2, "stopped on request")
+            assert second.end().status == 0
