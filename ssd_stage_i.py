@@ -23,13 +23,13 @@ from datasets.build import build_data
 from models import SSFL
 from utils import checkpoint
 from utils.arguments import check_queue, settle_defaults, training_parser
-from utils.command_line import filled, number, run_only, whole_number
+from utils.command_line import number, whole_number
 from utils.distributed import distribute, get_world_size
 from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
-from utils.pretrained import TORCHVISION, load_backbone
+from utils.pretrained import add_pretrained_flag, load_backbone
 from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, eval_due, prepare_model, set_lr
@@ -50,10 +50,7 @@ def get_parser():
         help="temperature of InfoNCE (default: %(default)s)")
     group.add_argument("--con-weight", default=1.0, type=number(), metavar="W",
         help="weight of the contrastive loss (default: %(default)s); 0 trains the baseline without a key encoder")
-    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
-        help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
-        "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
-        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
+    add_pretrained_flag(group)
     # fmt: on
     return parser
 
@@ -61,12 +58,13 @@ def get_parser():
 def train_one_epoch(model, loader, state, args):
     model.train()
     for views, labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
-        with state.autocast():
-            logits, contrastive_loss = model(*views, labels=labels)  # moves the key encoder, fills the queue
+        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
+            # The key encoder moves at the beginning of a step; its keys enter the queue at the end.
+            logits, contrastive_loss = model(*views, labels=labels, update=state.step_begins, enqueue=state.step_ends)
             ce_loss = F.cross_entropy(logits, labels)
             loss = ce_loss + args.con_weight * contrastive_loss
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()
+        state.optimizer_step()  # after a step's last micro-batch
         losses = {"loss": loss, "cross_entropy": ce_loss, "contrastive": contrastive_loss}
         state.metrics.update(losses, {"linear": logits}, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
@@ -89,7 +87,7 @@ def main_worker(args, device):
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
+        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         # The key encoder is in it too, without gradients, as in published checkpoints, which can so be exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,

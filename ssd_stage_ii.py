@@ -54,11 +54,11 @@ def get_parser():
 def train_one_epoch(model, loader, state, args):
     model.train()
     for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
-        with state.autocast():
+        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()
+        state.optimizer_step()  # after a step's last micro-batch
         state.metrics.update({"loss": loss}, {"lws": logits}, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
 
@@ -81,7 +81,7 @@ def main_worker(args, device):
         if pretrained is not None:
             model.load_pretrained(pretrained.state_dict, args.classifier)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
+        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert len(scales) == 1, "one scale per class trains, and nothing else"
         optimizer = torch.optim.SGD(

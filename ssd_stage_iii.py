@@ -27,6 +27,7 @@ from utils.evaluation import evaluate
 from utils.launch import launch
 from utils.memory import check_memory
 from utils.numerics import seed_everything
+from utils.pretrained import add_pretrained_flag, load_backbone
 from utils.restore import restore
 from utils.run_folder import RunFolder
 from utils.training import TrainState, eval_due, prepare_model, set_lr
@@ -41,6 +42,7 @@ def get_parser():
         help="temperature of the distillation's softmax (default: %(default)s)")
     group.add_argument("--kd-weight", default=1.0, type=number(), metavar="W",
         help="weight of the distillation loss (default: %(default)s); 0 trains the hard classifier alone")
+    add_pretrained_flag(group)
     group.add_argument("--freeze-bn", action=ON_OFF, default=False,
         help="keep the teacher's BatchNorm in eval mode, which small batches need; the published numbers come from "
         "train mode")
@@ -51,12 +53,12 @@ def get_parser():
 def train_one_epoch(model, loader, state, args):
     model.train()
     for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
-        with state.autocast():
+        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)
             loss = ce_loss + args.kd_weight * kd_loss
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()
+        state.optimizer_step()  # after a step's last micro-batch
         losses = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
         state.metrics.update(losses, {"hard": hard, "soft": soft}, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
@@ -72,6 +74,7 @@ def main_worker(args, device):
         teacher = checkpoint.load_stage(
             args, get_parser(), "--teacher_ckpt", ("ii",), hint=" (--kd-weight 0 needs none)"
         )
+    backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
@@ -80,8 +83,10 @@ def main_worker(args, device):
         model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill)
         if teacher is not None:
             model.load_teacher(teacher.state_dict)
+        if backbone is not None:
+            model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_step, args, device)  # refuses what cannot fit
+        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
             student, args.lr, args.momentum, weight_decay=args.weight_decay,

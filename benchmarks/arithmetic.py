@@ -34,14 +34,22 @@ def counted(stage, arch, classes, queue, dim, size) -> dict[str, float]:
     }
 
 
-def gathered(stage, batch, args) -> dict[str, int]:
-    """Bytes that a rank holds after the gathers of a step, by content; batch: images per step on all ranks."""
+def received(stage, images, batch, trained, args) -> dict[str, float]:
+    """Bytes that a GPU or node receives per step from the others, by content.
+
+    images: those of the step's batch that belong to it. Of the images whose keys it computes, the share images / batch
+    is its own on average, since shuffling BN deals them out at random; keys come back as images went. The gradients of
+    the trained parameters pass twice through a ring.
+    """
+    others = batch - images
+    gradients = {"gradients": 2 * 4 * trained * others / batch}
     if stage != "i":
-        return {}
+        return gradients
     return {
-        "key images": batch * 3 * args.size**2 * 4,
-        "keys, twice": 2 * batch * args.dim * 4,
-        "labels": batch * 8,
+        "key images": images * others / batch * 3 * args.size**2 * 4,
+        "keys of own images": images * others / batch * args.dim * 4,
+        "keys and labels for the queue": others * (args.dim * 4 + 8),
+        **gradients,
     }
 
 
@@ -63,10 +71,10 @@ def network_rows(args) -> list[tuple[str, ...]]:
     rows = []
     for stage in STAGES:
         count = counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)
-        gathers = gathered(stage, args.batch, args)
+        exchanged = received(stage, args.batch / NODE, args.batch, 0, args)
         rows.append((
             stage.upper(), f"{count['trained'] / 1e6:.3f} M", f"{count['frozen'] / 1e6:.2f} M",
-            f"{count['flops'] / 1e9:.1f} G", describe(4 * count["trained"]), describe(sum(gathers.values())),
+            f"{count['flops'] / 1e9:.1f} G", describe(4 * count["trained"]), describe(sum(exchanged.values())),
             describe(queue_bytes(args)) if stage == "i" else "none",
         ))  # fmt: skip
     return rows
@@ -84,14 +92,14 @@ def demand_rows(args) -> list[tuple[str, ...]]:
             rate = images_per_gpu * gpus
             batch = args.batch * nodes
             compute = batch / rate
-            # In a ring, a node receives all that is gathered except its own share, and twice as much of the gradients.
-            share = (nodes - 1) / nodes
-            received = share * (sum(gathered(stage, batch, args).values()) + 2 * 4 * count["trained"])
+            per_gpu, per_node = (
+                sum(received(stage, batch / parts, batch, count["trained"], args).values()) for parts in (gpus, nodes)
+            )
             cores = [rate / nodes * ms / 1e3 for ms in (args.pil_ms[views - 1], args.device_ms[views - 1])]
             rows.append((
                 f"{stage.upper()}, {gpus}", f"{rate:,.0f}", describe(rate * args.image_kb * 1e3) + "/s",
-                f"{cores[0]:.0f}, {cores[1]:.0f}", f"{compute * 1e3:.1f} ms", describe(received),
-                f"{received * 8 / args.network_gbit / 1e6:.1f} ms",
+                f"{cores[0]:.0f}, {cores[1]:.0f}", f"{compute * 1e3:.1f} ms", describe(per_gpu),
+                describe(per_node), f"{per_node * 8 / args.network_gbit / 1e6:.1f} ms",
             ))  # fmt: skip
     return rows
 
@@ -99,10 +107,18 @@ def demand_rows(args) -> list[tuple[str, ...]]:
 def tables(args, argv) -> list[common.Table]:
     """Tables of what is counted, and of what follows from it and the assumptions."""
     title = common.command("benchmarks.arithmetic", argv)
-    network = ("stage", "trained", "frozen", "operations per image", "all-reduced", "all-gathered", "queue per GPU")
+    network = (
+        "stage",
+        "trained",
+        "frozen",
+        "operations per image",
+        "all-reduced",
+        "exchanged per GPU",
+        "queue per GPU",
+    )
     demand = (
         "stage, GPUs", "images/s", "read from disk", "cores per node: pil, device", "computation per step",
-        "received per node and step", "which takes",
+        "received per GPU and step", "per node", "which takes",
     )  # fmt: skip
     (pil_one, pil_two), (device_one, device_two) = args.pil_ms, args.device_ms
     assumed = (
@@ -111,7 +127,9 @@ def tables(args, argv) -> list[common.Table]:
         f"{pil_two:g} ms (pil), {device_one:g} and {device_two:g} ms (device)"
     )
     return [
-        common.Table("network", f"{title}; bytes per step of {args.batch} images", network, network_rows(args)),
+        common.Table(
+            "network", f"{title}; bytes per step of {args.batch} images on {NODE} GPUs", network, network_rows(args)
+        ),
         common.Table("demand", assumed, demand, demand_rows(args)),
     ]
 

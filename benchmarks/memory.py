@@ -44,7 +44,7 @@ def build(stage: str, arch: str):
 def run_arguments(setting: str, amp: str) -> tuple[str, int, Namespace]:
     """(backbone, batch, what the check reads of a run's arguments)."""
     arch, size, batch = setting.split(":")
-    return arch, int(batch), Namespace(amp=amp, image_size=int(size), momentum=0.9)
+    return arch, int(batch), Namespace(amp=amp, image_size=int(size), momentum=0.9, accum_steps=1)
 
 
 def train_steps(model, batch: int, args, steps: int):

@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
 def choice_cells():
     """Stage I under candidate settings, each followed by the candidates of stage II."""
-    candidates = {"base": "", "jitter": "--jitter 0.4", "m_0.99": "--moco-m 0.99", "wd_2e-4": "--wd 2e-4"}
+    candidates = {"no_jitter": "--jitter 0", "jitter": "--jitter 0.4"}
     for name, flags in candidates.items():
         yield Cell(f"i_{name}", "i", None, flags)
         for lr in ("0.05", "0.2", "1"):

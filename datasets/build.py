@@ -52,7 +52,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     read for its counts.
     """
     info = get_dist_info()
-    batch_size = batch_size_per_process(args, info.local_world_size)
+    batch_size = micro_batch_size(args, info.local_world_size)
     eval_batch_size = max(1, args.eval_batch_size // info.local_world_size)
     splits = locate_splits(args, info)
     ranks = {"rank": get_rank(), "world_size": get_world_size()}
@@ -60,7 +60,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         args.num_classes = check_labels(args, splits)
         classes, note = find_class_names(args.data, splits["train"], args.num_classes)
         train = splits["train"].index
-        sampler = BatchSampler(sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options), batch_size)
+        sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
+        sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if sampler.steps == 0 and not args.evaluate:
             raise UserError(
                 f"--batch-size {args.batch_size}: the training list's {len(train)} images give no full step; lower it"
@@ -87,19 +88,30 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             loader.close()
 
 
-def batch_size_per_process(args, local_world_size: int) -> int:
-    """Images per step and process. Raises UserError, the same on all ranks, if there are fewer than two."""
-    size = args.batch_size // local_world_size
+def micro_batch_size(args, local_world_size: int) -> int:
+    """Images per micro-batch and process; --accum-steps micro-batches make a step.
+
+    Raises UserError, the same on all ranks, if there are fewer than two.
+    """
+    processes, micro_batches = local_world_size, args.accum_steps
+    size = args.batch_size // processes // micro_batches
     if args.evaluate:
         return size
-    if size < 2:
+    if args.batch_size // processes < 2:
         raise UserError(
-            f"--batch-size {args.batch_size}: {local_world_size} processes need at least {2 * local_world_size}, "
-            "two images each, for BatchNorm",
+            f"--batch-size {args.batch_size}: {processes} processes need at least {2 * processes}, two images each, "
+            "for BatchNorm",
             on_all_ranks=True,
         )
-    if size * local_world_size != args.batch_size:
-        print_main(f"--batch-size {args.batch_size}: {size} images per process")
+    if size < 2:
+        raise UserError(
+            f"--accum-steps {micro_batches}: at most {args.batch_size // processes // 2} with --batch-size "
+            f"{args.batch_size} and {processes} {'process' if processes == 1 else 'processes'}: a micro-batch needs "
+            "two images per process, for BatchNorm",
+            on_all_ranks=True,
+        )
+    if size * micro_batches * processes != args.batch_size:
+        print_main(f"--batch-size {args.batch_size}: {size * micro_batches} images per process")
     return size
 
 

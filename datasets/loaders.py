@@ -81,12 +81,17 @@ class Loader(DataLoader):
 
     @property
     def steps(self) -> int:
-        """Batches per full epoch."""
+        """Steps per full epoch."""
         return self.batch_sampler.steps
 
     @property
     def images_per_step(self) -> int:
         """Images of this process per training step."""
+        return self.batch_sampler.images_per_step
+
+    @property
+    def images_per_micro_batch(self) -> int:
+        """Images of this process per training batch; --accum-steps of them make a step."""
         return self.batch_sampler.batch_size
 
     @property

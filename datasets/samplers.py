@@ -81,25 +81,31 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
 
 
 class BatchSampler:
-    """Full batches [(epoch, draw, index), ...] of a sampler's epoch; the incomplete last one is dropped.
+    """Batches [(epoch, draw, index), ...] of a sampler's epoch, accum_steps per step; an incomplete step is dropped.
 
     start_at(epoch, position) says which epoch comes next, and how many of its images to skip.
     """
 
-    def __init__(self, sampler, batch_size: int):
-        self.sampler, self.batch_size = sampler, batch_size
+    def __init__(self, sampler, batch_size: int, accum_steps: int = 1):
+        self.sampler, self.batch_size, self.accum_steps = sampler, batch_size, accum_steps
         self.start_at(0)
 
     def start_at(self, epoch: int, position: int = 0):
         self.next_epoch, self.position = epoch, position
 
     @property
+    def images_per_step(self) -> int:
+        """Images per step."""
+        return self.batch_size * self.accum_steps
+
+    @property
     def steps(self) -> int:
-        """Batches per full epoch."""
-        return len(self.sampler) // self.batch_size
+        """Steps per full epoch."""
+        return len(self.sampler) // self.images_per_step
 
     def __len__(self):
-        return max(0, len(self.sampler) - self.position) // self.batch_size
+        """Batches from the position on."""
+        return max(0, len(self.sampler) - self.position) // self.images_per_step * self.accum_steps
 
     def __iter__(self):
         epoch, first = self.next_epoch, self.position

@@ -73,18 +73,40 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def exchange_rows(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    """Sends the first sent[0] rows to rank 0, the next sent[1] to rank 1, and so on; returns the rows from all ranks.
+
+    received: the numbers of rows that come from each rank, in whose order they are returned. rows: (n, ...), and as
+    many are returned, contiguous.
+    """
+    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(result, rows.contiguous(), received, sent)
+    return result
+
+
+@torch.no_grad()
 def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
     """encoder(images), with the batch shuffled across ranks before the encoder and unshuffled after it.
 
     The BatchNorm statistics of a key then come from other images than those of its query, so they cannot reveal which
     key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). In a single
-    process it is encoder(images).
+    process it is encoder(images). Each rank receives the images that it encodes and no others, and sends their features
+    back to their owners; the host waits for the device once, to learn how many images go where.
     """
     world_size = _world_size()
     if world_size == 1:
         return encoder(images)
-    order = torch.randperm(world_size * len(images)).to(images.device)
+    rank, count = dist.get_rank(), len(images)
+    order = torch.randperm(world_size * count).to(images.device)
     dist.broadcast(order, src=0)
-    local = slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
-    features = encoder(all_gather(images)[order[local]])
-    return all_gather(features)[order.argsort()[local]]
+    own = slice(rank * count, (rank + 1) * count)
+    sources = order[own] // count  # the ranks that own the images order[own], which this rank encodes
+    places = order.argsort()[own]  # of this rank's images in the shuffled order
+    leave, arrive = places.argsort(), sources.argsort(stable=True)  # sorted by destination, by source
+    ranks = torch.arange(world_size, device=order.device)[:, None]
+    sent, received = torch.stack([places // count == ranks, sources == ranks]).sum(2).tolist()
+    shuffled = exchange_rows(images[leave], sent, received)[arrive.argsort()]
+    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        shuffled = shuffled.contiguous(memory_format=torch.channels_last)
+    features = encoder(shuffled)
+    return exchange_rows(features[arrive], received, sent)[leave.argsort()]

@@ -160,6 +160,13 @@ class SDL(nn.Module):
             self.encoder_t.eval()
         return self
 
+    def load_backbone(self, state_dict):
+        """Loads the weights that the student's backbone starts from; state_dict: of a backbone, without a prefix.
+
+        Raises ValueError, naming the entry, if one is missing or has a wrong shape.
+        """
+        load_entries(self.encoder_q, state_dict, "")
+
     def load_teacher(self, state_dict):
         """Loads the teacher's backbone and classifier from stage II; state_dict: with or without `module.`.
 

@@ -1,10 +1,12 @@
 """The benchmarks run at tiny sizes and print their tables; no timing is asserted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import baseline, common, step
+from benchmarks import arithmetic, baseline, common, step
 from benchmarks.all import MAINS, QUICK
 from models import distillation_loss
 from utils.errors import UserError
@@ -44,6 +46,18 @@ def test_scaling_adds_tables(name, more, capsys):
 def test_measure_prints_a_plausible_number_of_bytes(name, version, capsys):
     assert MAINS[name]([*options(name), "--measure", version]) == 0
     assert 50 * common.MIB < int(capsys.readouterr().out) < 8192 * common.MIB
+
+
+def test_the_arithmetic_counts_what_a_rank_receives_on_average():
+    """In 2,000 permutations of 24 images on 4 ranks; tests/test_moco.py counts the bytes of real steps."""
+    received = arithmetic.received("i", 6, 24, trained=100, args=SimpleNamespace(size=2, dim=3))
+    torch.manual_seed(0)
+    strangers = sum(int((torch.randperm(24)[:6] >= 6).sum()) for _ in range(2000)) / 2000
+    assert received["key images"] == pytest.approx(strangers * 3 * 2 * 2 * 4, rel=0.02)
+    assert received["keys of own images"] == pytest.approx(strangers * 3 * 4, rel=0.02)
+    assert received["keys and labels for the queue"] == 18 * (3 * 4 + 8)
+    assert received["gradients"] == 2 * 3 / 4 * 400
+    assert sum(arithmetic.received("i", 24, 24, 100, SimpleNamespace(size=2, dim=3)).values()) == 0
 
 
 def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():

@@ -26,6 +26,13 @@ def test_all_stages_train_on_a_gpu(plain_tree, tmp_path, numerics):
     run("iii", plain_tree, tmp_path / "iii", *flags, "--teacher_ckpt", tmp_path / "ii" / LAST)
 
 
+def test_a_run_with_sync_bn_keeps_the_names_of_the_weights(plain_tree, tmp_path):
+    plain, synchronized = (
+        run("i", plain_tree, tmp_path / flag, "--epochs", 1, flag) for flag in ("--no-sync-bn", "--sync-bn")
+    )
+    assert plain["state_dict"].keys() == synchronized["state_dict"].keys() and synchronized["args"]["sync_bn"]
+
+
 def test_a_compiled_run_resumes_and_keeps_plain_names(plain_tree, tmp_path):
     first = run("i", plain_tree, tmp_path, "--compile", "--epochs", 1)
     second = run("i", plain_tree, tmp_path, "--compile", "--epochs", 2, "--resume", "auto")
@@ -55,7 +62,7 @@ def test_the_contrastive_loss_equals_that_on_the_cpu():
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_a_step_needs_at_least_what_the_memory_check_counts(amp):
-    device, args = torch.device("cuda", 0), SimpleNamespace(amp=amp, image_size=64, momentum=0.9)
+    device, args = torch.device("cuda", 0), SimpleNamespace(amp=amp, image_size=64, momentum=0.9, accum_steps=1)
     before = torch.cuda.memory_allocated()
     model = SSFL("resnet18", 5, dim=16, queue_size=640).to(device).train()
     bound = step_memory(model, 64, args, device).total()

@@ -26,7 +26,7 @@ def arguments(**changed):
     """The arguments of a run that the check reads."""
     values = {
         "amp": "none", "image_size": 32, "momentum": 0.9, "batch_size": 4, "evaluate": False, "memory_check": True,
-        "compile": False,
+        "compile": False, "accum_steps": 1,
     }  # fmt: skip
     return SimpleNamespace(**values | changed)
 
@@ -203,10 +203,28 @@ def test_the_message_names_needed_and_available_memory_and_what_helps(monkeypatc
     assert error.value.on_all_ranks
     assert re.fullmatch(
         r"--batch-size 256: a training step needs at least 27\.\d GiB per process, 20\.2 GiB are available "
-        r"\(MemAvailable\); at most 1[89]\d can fit, 13\d leaves room; smaller --image-size, smaller --arch and "
+        r"\(MemAvailable\); at most 1[89]\d can fit, 13\d leaves room; --accum-steps 2 fits this batch; smaller "
+        r"--image-size, smaller --arch and "
         r"--amp bf16 need less; --no-memory-check skips this check",
         str(error.value),
     )
+
+
+@pytest.mark.parametrize("batch_size, accum_steps", [(256, 1), (250, 1), (251, 1), (64, 4)])
+def test_the_advised_accum_steps_are_the_fewest_that_fit_with_room(batch_size, accum_steps, monkeypatch):
+    """batch_size: of a micro-batch; 251 is prime, so that a step loses images; gradients are held throughout a step."""
+    model = build("i", "resnet8")
+    limit = 1 + step_memory(model, 20, arguments(accum_steps=2), CPU).total() / 0.7
+    offer(monkeypatch, limit - step_memory(model, 2, arguments(), CPU).model)
+    with pytest.raises(UserError) as error:
+        check_memory(model, batch_size, arguments(batch_size=batch_size * accum_steps, accum_steps=accum_steps), CPU)
+    advised = int(re.search(r"; --accum-steps (\d+) fits this batch; ", str(error.value))[1])
+    assert advised == {256: 16, 250: 25, 251: 12, 64: 16}[batch_size]
+
+
+def test_accumulated_gradients_are_counted_beside_the_activations():
+    one, several = (step_memory(build("i", "resnet8"), 64, arguments(accum_steps=n), CPU) for n in (1, 4))
+    assert several.total() - one.total() == one.gradients == several.gradients > 0
 
 
 def test_the_message_says_if_no_batch_fits(monkeypatch):
@@ -349,6 +367,6 @@ def test_the_limit_of_the_address_space_is_counted():
 
 
 def test_the_larger_of_activations_and_gradients_counts():
-    step = StepMemory(model=10, momentum=3, gradients=4, buckets=2, images=1, saved=1, widest=2)
+    step = StepMemory(model=10, momentum=3, gradients=4, buckets=2, accumulated=0, images=1, saved=1, widest=2)
     assert step.total() == 10 + 3 + 2 + 4
     assert step._replace(saved=9).total() == 10 + 3 + 2 + 1 + 9

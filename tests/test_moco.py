@@ -1,14 +1,16 @@
 """Queue, momentum encoder and shuffling BN; what each network runs, trains and leaves unchanged."""
 
+import copy
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import models
-from models.moco import dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
+from models.moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
 from tests.helpers import on_ranks
 
 DIM, CLASSES = 4, 5
@@ -390,6 +392,67 @@ def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
 def test_shuffling_in_one_process_is_the_encoder_itself():
     images = torch.randn(4, 3)
     assert torch.equal(forward_shuffle_bn(nn.Identity(), images), images)
+
+
+def shuffle_by_all_gather(encoder, images):
+    """forward_shuffle_bn in its plain form, in which every rank receives the images of all ranks."""
+    everything, local = all_gather(images), slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
+    order = torch.randperm(len(everything))
+    dist.broadcast(order, src=0)
+    return all_gather(encoder(everything[order[local]]))[order.argsort()[local]]
+
+
+def shuffled_both_ways(rank, layout):
+    """Whether both forms give the same keys and running statistics, and whether these are the layout's."""
+    model = ssfl().train()
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(rank)).to(memory_format=layout)
+    layouts = []
+    model.encoder_k.register_forward_pre_hook(
+        lambda _, given: layouts.append(given[0].is_contiguous(memory_format=layout))
+    )
+    found = []
+    for shuffle in (shuffle_by_all_gather, forward_shuffle_bn):
+        encoder = copy.deepcopy(model)
+        torch.manual_seed(20 + rank)
+        found.append([shuffle(encoder._keys, images), encoder.encoder_k.bn1.running_mean])
+    return [all(map(torch.equal, *found)), all(layouts)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("world", [2, 4])
+def test_shuffling_gives_bit_for_bit_what_a_gather_of_all_images_gives(world, layout):
+    assert on_ranks(world, shuffled_both_ways, layout) == [[True, True]] * world
+
+
+def bytes_of_a_step(rank):
+    """(bytes that arrive from other ranks by exchanges and by gathers, the same counted from the permutation)."""
+    world, (im_q, im_k, labels), counts = dist.get_world_size(), views(n=5), [0, 0]
+    to_all, gather = dist.all_to_all_single, dist.all_gather
+
+    def all_to_all_single(output, tensor, received, sent):
+        counts[0] += sum(n for source, n in enumerate(received) if source != rank) * output[0].nbytes
+        return to_all(output, tensor, received, sent)
+
+    def all_gather(outputs, tensor):
+        counts[1] += sum(output.nbytes for source, output in enumerate(outputs) if source != rank)
+        return gather(outputs, tensor)
+
+    model = ssfl(queue_size=20).train()
+    torch.manual_seed(7)
+    order = torch.randperm(5 * world)
+    torch.manual_seed(7)
+    dist.all_to_all_single, dist.all_gather = all_to_all_single, all_gather  # in this forked process alone
+    model(im_q, im_k, labels)
+    strangers = int((order[5 * rank : 5 * rank + 5] // 5 != rank).sum())
+    expected = [strangers * (im_k[0].nbytes + DIM * 4), 5 * (world - 1) * (DIM * 4 + 8)]
+    return [counts, expected, strangers]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_receives_only_the_images_that_it_encodes_and_one_gather_of_keys_and_labels(world):
+    outcomes = on_ranks(world, bytes_of_a_step)
+    assert [counts for counts, _, _ in outcomes] == [expected for _, expected, _ in outcomes]
+    assert all(0 < strangers <= 5 for _, _, strangers in outcomes)
 
 
 def trained_queue(rank):

@@ -627,7 +627,7 @@ def test_cifar_lt_is_the_same_from_every_kind_of_source(tmp_path, cifar, capsys)
     for number, source in enumerate((cifar, cifar.parent, archive, archive.parent)):
         out = tmp_path / f"out{number}"
         said = succeeds(capsys, "cifar10-lt", "--out", out, "--source", source, "--imbalance", 4)
-        assert "the test list is used as validation list too" in said
+        assert "the test images are used for validation too" in said
         results.append(everything(out))
     assert all(result == results[0] for result in results)
     lists = read_lists(tmp_path / "out0")

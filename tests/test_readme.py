@@ -1,5 +1,6 @@
 """What the documents mention exists: links, modules, functions, files and flags; their commands and code run."""
 
+import argparse
 import importlib.util
 import re
 import shlex
@@ -13,6 +14,7 @@ import models
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from benchmarks import study
 from datasets.prepare import cli, verify
 from tests.helpers import ROOT
 from utils import export, predict, report
@@ -22,12 +24,11 @@ PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
-FOREIGN_FLAGS = {  # of pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
+FOREIGN_FLAGS = {  # of docs/extending.md, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
-    "--kill-on-invalid-dep",
-    "--help", "--no-",
+    "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))
@@ -47,7 +48,7 @@ def commands() -> list[tuple[str, str]]:
 STAGE_COMMANDS = [
     (name, *match.groups())
     for name, line in commands()
-    if (match := re.search(r"\bssd_stage_(i+)\.py +(-.*)$", line)) and "--help" not in line
+    if (match := re.search(r"\bssd_stage_(i+)\.py +([-@].*)$", line)) and "--help" not in line
 ]
 
 
@@ -99,6 +100,7 @@ def test_every_flag_of_the_documents_exists():
         report.get_parser(),
         predict.get_parser(),
         export.get_parser(),
+        study.get_parser(),
     ]
     parsers += parsers[3]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}
@@ -114,7 +116,7 @@ def test_the_documents_mention_every_flag():
     mentioned = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
     for parser in PARSERS.values():
         for action in parser._actions:
-            if action.dest not in ("help", "data"):
+            if action.dest not in ("help", "data", argparse.SUPPRESS):
                 assert mentioned & set(action.option_strings), action.option_strings
 
 

@@ -15,6 +15,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from tests.helpers import LAST, call, stage_flags
 from utils import report
+from utils.command_line import has_value
 from utils.runs import distinct_names, read_runs
 from utils.seeds import CHECKPOINTS, IGNORED, checkpoint_folder, pattern
 
@@ -201,7 +202,8 @@ def test_flags_of_one_run_alone_do_not_keep_seeds_apart():
     kept = {"start_epoch", "num_classes", "compile", "multiprocessing_distributed", "nproc", "world_size", "pretrained"}
     for script in (ssd_stage_i, ssd_stage_ii, ssd_stage_iii):
         parser = script.get_parser()
-        run_only = {action.dest for action in parser._actions} - {"help"} - set(parser.saved_actions())
+        run_only = set(filter(has_value, parser._actions))
+        run_only = {action.dest for action in run_only} - set(parser.saved_actions())
         assert run_only - kept - set(CHECKPOINTS) <= IGNORED
 
 

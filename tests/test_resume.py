@@ -88,6 +88,60 @@ def test_resuming_two_processes_changes_nothing(run_of_two_processes, plain_tree
         assert_same_run(resumed("i", plain_tree, run, tmp_path / f"from {step}", *TWO), run_of_two_processes)
 
 
+# ---- --accum-steps
+
+
+@pytest.mark.parametrize(("stage", "flags"), [("i", []), ("i", TWO), ("ii", []), ("iii", [])])
+def test_resuming_within_an_epoch_of_micro_batches_changes_nothing(trained, plain_tree, tmp_path, stage, flags):
+    source = {"i": [], "ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--kd-weight", 0]}[stage]
+    accumulating = ["--accum-steps", 4, "--save-every-steps", 5, *source, *flags]
+    whole = train(stage, plain_tree, tmp_path / "whole", "--cos", *accumulating)
+    stopped = checkpoint(whole, PREVIOUS)
+    assert (stopped["epoch"], stopped["step"], stopped["images"]) == (1, 5, 5 * 16)
+    assert stopped["averages"]["steps"] == 5 and stopped["args"]["accum_steps"] == 4
+    assert_same_run(resumed(stage, plain_tree, whole, tmp_path / "again", "--save-every-steps", 5, *flags), whole)
+    assert not same(checkpoint(whole)["state_dict"], checkpoint(trained[stage])["state_dict"])  # BatchNorm of 4 images
+
+
+def in_micro_batch(number, action, monkeypatch):
+    """Calls action(loss) on the cross entropy of the training's micro-batch with this number, from 1."""
+    calls = []
+
+    def cross_entropy(*args):
+        calls.append(None)
+        loss = original(*args)
+        return action(loss) if len(calls) == number else loss
+
+    original = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+
+
+@pytest.mark.parametrize("number", [5, 6, 8])
+def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, tmp_path, monkeypatch, number):
+    flags = ["--cos", "--accum-steps", 4, "--no-memory-check"]
+    whole = train("i", plain_tree, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        in_micro_batch(number, lambda loss: signal.raise_signal(signal.SIGTERM) or loss, patch)
+        outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
+    assert outcome.status == 75 and "step 2" in outcome.err
+    stopped = checkpoint(tmp_path / "run")
+    assert (stopped["epoch"], stopped["step"], stopped["images"]) == (0, 2, 32)
+    again = train("i", plain_tree, tmp_path / "run", "--cos", "--resume", "auto", "--no-memory-check")
+    assert_same_run(again, whole)
+
+
+def test_a_loss_that_is_not_finite_in_a_micro_batch_stops_before_the_weights_move(plain_tree, tmp_path, monkeypatch):
+    in_micro_batch(6, lambda loss: loss * torch.nan, monkeypatch)
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(None) or step(self))
+    flags = ["--accum-steps", 4, "--no-memory-check", "--save-every-steps", 1]
+    outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
+    assert outcome.status == 2 and "not finite at epoch 1, step 2" in outcome.err and len(steps) == 1
+    lines = outcome.err.split("lines ")[1].split(", ")
+    assert len(lines) == 4  # of the micro-batch
+    assert checkpoint(tmp_path / "run")["step"] == 1
+
+
 # ---- --resume auto
 
 

@@ -123,6 +123,18 @@ def test_starting_within_an_epoch_gives_the_rest_of_it(position):
     assert [item for batch in rest for item in batch] == whole[position : position + 8 * len(rest)]
 
 
+@pytest.mark.parametrize("position", [0, 24, 27])
+def test_micro_batches_are_the_batches_of_whole_steps(position):
+    """90 images in steps of 24: the fourth step would lack images."""
+    whole, parts = (BatchSampler(ShuffledSampler(LABELS, 0), size, 24 // size) for size in (24, 6))
+    for batches in (whole, parts):
+        batches.start_at(2, position)
+    given = list(parts)
+    assert parts.steps == whole.steps == 3 and parts.images_per_step == 24
+    assert len(given) == len(parts) == 4 * len(whole) and {len(batch) for batch in given} == {6}
+    assert [item for batch in given for item in batch] == [item for batch in whole for item in batch]
+
+
 def test_too_few_images_give_no_batch():
     assert list(BatchSampler(ShuffledSampler(range(7), 0), 8)) == []
 

@@ -22,10 +22,11 @@ MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
 SHARED_ARGS = {  # flags that the stages of a training have in common; backbone and image size come with the checkpoint
-    "cos", "batch_size", "lr", "workers", "print_freq", "train_list", "val_list", "test_list", "num_classes", "augment",
-    "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed", "nproc", "world_size",
-    "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed", "eval_batch_size", "tensorboard",
-    "plots", "memory_check", "jitter", "eval_freq",
+    "cos", "batch_size", "accum_steps", "lr", "workers", "print_freq", "train_list", "val_list", "test_list",
+    "num_classes", "augment", "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed",
+    "nproc", "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed",
+    "eval_batch_size", "tensorboard", "plots", "memory_check", "jitter", "eval_freq", "freeze_bn",
+    "sync_bn",
 }  # fmt: skip
 
 
@@ -84,6 +85,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="epoch to start with, from 0; --resume sets it automatically"))
     add("-b", "--batch-size", default=batch_size, type=whole_number(1), metavar="N",
         help="images per step on this node, split over its processes (default: %(default)s); scale --lr with it")
+    add("--accum-steps", default=1, type=whole_number(1), metavar="N",
+        help="micro-batches per step, each of --batch-size / N images: the gradients of N add up to one step, which "
+        "needs less memory; BatchNorm sees one micro-batch at a time (default: %(default)s)")
     add("--lr", "--learning-rate", default=lr, type=number(), metavar="LR", dest="lr",
         help="initial learning rate (default: %(default)s)")
     add("--schedule", default=[120, 160], nargs="*", type=whole_number(), metavar="EPOCH",
@@ -138,7 +142,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     run_only(data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
         help="number of classes (default: the training list's largest label + 1)"))
     run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
-        help="images per evaluation step on this node (default: --batch-size)"))
+        help="images per evaluation step on this node (default: --batch-size, divided by --accum-steps)"))
     data.add_argument("--jitter", default=0.4, type=number(most=1), metavar="J",
         help="strength of the query view's jitter of brightness, contrast and saturation; 0 leaves it out, as is usual "
         "on CIFAR (default: %(default)s)")
@@ -156,6 +160,9 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="compile the backbones; costs minutes at the start"))
     model.add_argument("--tf32", action=ON_OFF, default=False,
         help="allow TF32 in float32 products, on GPUs that have it")
+    model.add_argument("--sync-bn", action=ON_OFF, default=False,
+        help="BatchNorm takes its statistics in training from the images of all GPUs, for small batches per GPU; the "
+        "momentum encoder keeps its own per GPU (default: off)")
     run_only(model.add_argument("--memory-check", action=ON_OFF, default=True,
         help="before the first step, refuse a batch that cannot fit into memory (default: on)"))
 
@@ -229,7 +236,7 @@ def settle_defaults(args):
     if "workers" not in args.given and args.workers > num_cores():
         args.workers = num_cores()
         print_main(f"{args.workers} data loading workers, one per core (--workers)")
-    args.eval_batch_size = args.eval_batch_size or args.batch_size
+    args.eval_batch_size = args.eval_batch_size or max(1, args.batch_size // args.accum_steps)
     if args.cos and "schedule" in args.given and not args.evaluate:
         print_main("--schedule is not used, since --cos is on")
 

@@ -93,8 +93,13 @@ def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "")
         for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
             print_main(line)
         check_compatible(loaded, args.arch)
+        classifier = getattr(args, "classifier", "hard")
+        if classifier == "soft" and loaded.content.get("args", {}).get("kd_weight") == 0:
+            raise UserError(
+                f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
+            )
         try:
-            models.check_complete(loaded.state_dict, getattr(args, "classifier", "hard"))
+            models.check_complete(loaded.state_dict, classifier)
             models.check_weights(loaded.state_dict)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
@@ -321,7 +326,12 @@ def as_saved(value):
 
 
 def save_if_due(state, args):
-    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
+    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped.
+
+    Does nothing within a step, between its micro-batches.
+    """
+    if not state.step_ends:
+        return
     if state.flags.stop():
         save(state)
         raise stopped(state)

@@ -155,7 +155,8 @@ def run(args):
         onnx = args.format == "onnx"
         write(args.out, onnx_model(network, model.transform, model.classes) if onnx else dict(network.state_dict()))
     view, classes = model.transform, found["num_classes"]
-    print(f"{args.out}: {arch}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
+    head = f", {args.classifier} classifier" if found["stage"] == "iii" and args.format != "published" else ""
+    print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":
         print(
             f'torchvision.models.get_model("{arch}", num_classes={classes}).load_state_dict(torch.load("{args.out}"))'

@@ -1,5 +1,6 @@
 """Whether a training step fits into memory: a lower bound of what it needs, compared with what is available."""
 
+import argparse
 import copy
 import itertools
 import os
@@ -31,6 +32,7 @@ class StepMemory(NamedTuple):
     momentum: int
     gradients: int
     buckets: int  # of DistributedDataParallel, which copies the gradients
+    accumulated: int  # gradients of a step's earlier micro-batches
     images: int
     saved: int  # for the backward pass
     widest: int  # input and output of the module for which they are largest
@@ -42,15 +44,15 @@ class StepMemory(NamedTuple):
 
     def total(self) -> int:
         """What is needed at least: after the forward pass or after the backward pass, whichever is more."""
-        return self.constant + max(self.gradients, self.images + max(self.saved, self.widest))
+        return self.constant + max(self.gradients, self.accumulated + self.images + max(self.saved, self.widest))
 
 
 def check_memory(model, batch_size: int, args, device):
     """Raises UserError, the same on all ranks, if a training step cannot fit into memory; warns if it barely can.
 
     model: as prepare_model returns it, before its optimizer exists; it is not changed, and no random number is drawn.
-    batch_size: images per step of one process. Does nothing under --evaluate, with --no-memory-check, or on a system
-    that does not say how much memory there is.
+    batch_size: images per micro-batch of one process. Does nothing under --evaluate, with --no-memory-check, or on a
+    system that does not say how much memory there is.
     """
     if args.evaluate or not args.memory_check:
         return
@@ -64,16 +66,33 @@ def check_memory(model, batch_size: int, args, device):
     sizes = f"a training step needs at least {gibibytes(step.total())} per process, {gibibytes(there)} are available"
     if args.compile or step.total() <= there:  # compiled backbones recompute what is cheap, and save less
         if step.total() > WARN_ABOVE * there:
-            print_main(f"warning: {sizes} ({source}); lower --batch-size if memory runs out")
+            print_main(f"warning: {sizes} ({source}); raise --accum-steps or lower --batch-size if memory runs out")
         return
     limits = there, int(WARN_ABOVE * there)
-    most, roomy = (n * get_dist_info().local_world_size for n in largest_batches(model, args, device, limits))
+    per_process = args.accum_steps * get_dist_info().local_world_size
+    most, roomy = (n * per_process for n in largest_batches(model, args, device, limits))
     advice = "none can fit" if not most else f"at most {most} can fit" + (f", {roomy} leaves room" if roomy else "")
+    accum_steps = advised_accum_steps(model, batch_size * args.accum_steps, args, device, limits)
+    if accum_steps:
+        advice += f"; --accum-steps {accum_steps} fits this batch"
     raise UserError(
         f"--batch-size {args.batch_size}: {sizes} ({source}); {advice}; smaller --image-size, smaller --arch and "
         "--amp bf16 need less; --no-memory-check skips this check",
         on_all_ranks=True,
     )
+
+
+def advised_accum_steps(model, images: int, args, device, limits) -> int | None:
+    """The smallest --accum-steps with which a step fits, if possible with room, or None; images: of one process.
+
+    One that divides the images, if there is one, so that the step keeps its size.
+    """
+    args = argparse.Namespace(**vars(args) | {"accum_steps": 2})  # gradients accumulate with any number above 1
+    most, roomy = largest_batches(model, args, device, limits)
+    if not most:
+        return None
+    fewest, end = max(2, images // ((roomy or most) + 1) + 1), images // SMALLEST_BATCH + 1
+    return next((n for n in range(fewest, end) if images % n == 0), fewest if fewest < end else None)
 
 
 def gibibytes(size: int) -> str:
@@ -84,10 +103,10 @@ def gibibytes(size: int) -> str:
 
 
 def step_memory(model, batch_size: int, args, device) -> StepMemory:
-    """A lower bound of what a training step of batch_size images needs in this process; nothing is allocated.
+    """A lower bound of what a training step needs in this process, in micro-batches of batch_size images.
 
-    The stage's forward pass and loss run on a copy of the model that holds fake tensors, which have a shape but no
-    values; hooks count what autograd saves.
+    Nothing is allocated: the stage's forward pass and loss run on a copy of the model that holds fake tensors, which
+    have a shape but no values; hooks count what autograd saves.
     """
     parameters, buffers = list(model.parameters()), list(model.buffers())
     gradients = storage_bytes((p for p in parameters if p.requires_grad), set())
@@ -96,6 +115,9 @@ def step_memory(model, batch_size: int, args, device) -> StepMemory:
     fake = copy.deepcopy(model, fakes.copy()).train()
     held = set()  # storages that are counted already
     size = storage_bytes(fakes.values(), held)
+    for module in fake.modules():
+        if isinstance(module, torch.nn.SyncBatchNorm):
+            module.__class__ = torch.nn.BatchNorm2d  # saves the same, without the other ranks
     with mode, without_exchange():
         shape = (batch_size, 3, args.image_size, args.image_size)
         views = 2 if isinstance(fake, SSFL) and fake.contrast else 1
@@ -108,6 +130,7 @@ def step_memory(model, batch_size: int, args, device) -> StepMemory:
         momentum=gradients if args.momentum else 0,
         gradients=gradients,
         buckets=gradients if get_world_size() > 1 else 0,
+        accumulated=gradients if args.accum_steps > 1 else 0,
         images=image_bytes,
         saved=saved,
         widest=widest,
@@ -172,7 +195,9 @@ def largest_batches(model, args, device, limits) -> list[int]:
     small, large = (step_memory(model, size, args, device) for size in (few, more))
     lines = []  # bytes at the smaller size, bytes per image
     for kind in ("saved", "widest"):
-        at_few, at_more = (step.constant + step.images + getattr(step, kind) for step in (small, large))
+        at_few, at_more = (
+            step.constant + step.accumulated + step.images + getattr(step, kind) for step in (small, large)
+        )
         lines.append((at_few, (at_more - at_few) / (more - few)))
     return [
         min(few + int((limit - at_few) / per_image) for at_few, per_image in lines) if small.total() <= limit else 0

@@ -16,28 +16,40 @@ MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in f
 
 
 class MetricLogger:
-    """Means over an epoch's steps, summed on the device, so that only reading them waits for it."""
+    """Means over an epoch's steps, summed on the device, so that only reading them waits for it.
 
-    def __init__(self, device):
-        self.device, self.names, self.sums, self.steps = device, (), None, 0
+    accum_steps: updates that make a step, whose values are their mean; the means are right between steps.
+    """
+
+    def __init__(self, device, accum_steps: int = 1):
+        self.device, self.accum_steps, self.names, self.sums, self.updates = device, accum_steps, (), None, 0
         self.source = None  # the file that the sums so far were read from
         # since the epoch began or was resumed: images of all ranks, seconds, and the seconds of waiting for data
         self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
+    @property
+    def steps(self) -> int:
+        """Complete steps."""
+        return self.updates // self.accum_steps
+
+    def fresh(self) -> "MetricLogger":
+        """One without values, for the next epoch."""
+        return MetricLogger(self.device, self.accum_steps)
+
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
-        """Adds a step: its losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""
+        """Adds an update: losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""
         values = dict(losses)
         for name, scores in logits.items():
             values[f"top1_{name}"], values[f"top5_{name}"] = topk_accuracy(scores.detach(), labels)
-        if self.steps and tuple(values) != self.names:
+        if self.updates and tuple(values) != self.names:
             raise UserError(
                 f"{self.source}: its averages are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
                 "resume from a checkpoint that was saved after an epoch (previous or best)",
                 on_all_ranks=True,
             )
-        stacked = torch.stack([value.detach().double() for value in values.values()])
+        stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
-        self.steps += 1
+        self.updates += 1
 
     def means(self) -> dict[str, float]:
         """Means of this process."""
@@ -69,7 +81,7 @@ class MetricLogger:
             own = sums[get_rank()]
         else:
             own = (torch.tensor(sums, dtype=torch.float64).sum(0) / len(sums)).tolist()
-        self.names, self.steps = tuple(state["names"]), state["steps"]
+        self.names, self.updates = tuple(state["names"]), state["steps"] * self.accum_steps
         self.sums = torch.tensor(own, dtype=torch.float64, device=self.device) if self.steps else None
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""--pretrained: the weights that stage I's backbone starts from."""
+"""--pretrained: the weights that the backbone of stage I, or the student's of stage III, starts from."""
 
 import os
 from http.client import HTTPException
@@ -11,10 +11,19 @@ from models.backbones import CIFAR, backbone_shapes, infer_arch
 from models.load import is_dense, read_checkpoint
 from models.ssd import describe_mismatch, strip_module, strip_prefix
 
+from .command_line import filled, run_only
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
 TORCHVISION = "torchvision"  # the value that means torchvision's default weights
+
+
+def add_pretrained_flag(group):
+    """Adds --pretrained to a group of flags."""
+    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
+        help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
+        "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
+        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))  # fmt: skip
 
 
 def load_backbone(args) -> dict | None:

@@ -9,7 +9,6 @@ import models
 from .checkpoint import BEST, BEST_METRIC, STAGE_NAMES, LoadedCheckpoint
 from .distributed import get_world_size, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
-from .metrics import MetricLogger
 
 
 def restore(loaded: LoadedCheckpoint | None, state, data):
@@ -66,7 +65,7 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     if state.images == state.step * per_step and (saved_world_size == world_size or not state.step):
         return
     if train_loader.depends_on_ranks:
-        state.step, state.images, state.metrics = 0, 0, MetricLogger(state.device)
+        state.step, state.images, state.metrics = 0, 0, state.metrics.fresh()
         print_main(f"warning: epoch {state.epoch + 1} starts over, since its batches are different now")
     else:
         print_main(f"warning: epoch {state.epoch + 1} continues after its first {state.images} images")

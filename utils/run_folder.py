@@ -7,7 +7,8 @@ from . import checkpoint, log, plots, report
 from .arguments import resolved
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
-from .runs import read_runs
+from .runs import read_args, read_runs
+from .seeds import CHECKPOINTS
 from .summary import next_commands, run_summary
 
 
@@ -51,6 +52,11 @@ class RunFolder:
             raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
         checkpoint.remove_leftovers(folder)
         present = checkpoint.present_in(folder)
+        if present and self.args.evaluate and (folder / "results.json").exists() and not self.args.overwrite:
+            raise UserError(
+                f"--output_dir {folder}: holds a training and its results.json; choose another folder for the "
+                "evaluation's, or replace it with --overwrite"
+            )
         if present and not (self.args.evaluate or self.args.overwrite or self._continues()):
             raise UserError(
                 f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
@@ -73,12 +79,26 @@ class RunFolder:
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
             else:
-                for file in checkpoint.present_in(self.path):
-                    file.unlink()
-            log.write_json(self.path / "args.json", resolved(self.args) | {"environment": log.environment()})
+                for file in [*checkpoint.present_in(self.path), self.path / "results.json"]:
+                    file.unlink(missing_ok=True)
+            self._write_args(state)
             log.truncate_log(self.path, state.epoch if self.args.resume else 0)
             if self.args.tensorboard:
                 self.summary_writer = log.create_summary_writer(self.path, state.epoch)
+
+    def _write_args(self, state):
+        """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
+        file = self.path / "args.json"
+        values = resolved(self.args)
+        if self._continues() and file.exists():
+            if state.epoch >= self.args.epochs:
+                return
+            try:
+                earlier = read_args(self.path)
+            except UserError:  # damaged: it is written anew
+                earlier = {}
+            values |= {name: earlier.get(name) for name in CHECKPOINTS if values.get(name, "") is None}
+        log.write_json(file, values | {"environment": log.environment()})
 
     def write_epoch(self, record: dict):
         """Adds an epoch's record to log.txt, and to TensorBoard's files with --tensorboard; on rank 0."""

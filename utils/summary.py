@@ -38,6 +38,8 @@ def run_summary(state, data) -> str:
         per_step = data.train.images_per_step * get_world_size()
         epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
         rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images"
+        if args.accum_steps > 1:
+            rows["training"] += f" in {args.accum_steps} micro-batches"
         steps = ", ".join(map(str, args.schedule)) or "none"
         decay = "cosine" if args.cos else f"times {args.schedule_factor:g} at epochs {steps}"
         warmup = f"warm-up of {args.warmup_epochs} epochs, " if args.warmup_epochs else ""

@@ -1,9 +1,11 @@
 """The state of a training and the parts that all stages share: batches, precision, gradients, epochs."""
 
+import contextlib
 import math
 import time
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
 from .distributed import gather_objects, get_rank, get_world_size, is_main_process, print_main
@@ -18,8 +20,10 @@ VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
 def prepare_model(model, device, args):
-    """Brings a model to the device, with the memory layout, precision and compilation that the flags ask for."""
+    """Brings a model to the device, with the layout, precision, BatchNorm and compilation that the flags ask for."""
     set_numerics(args)
+    if args.sync_bn:
+        convert_sync_batchnorm(model, device)
     layout = torch.channels_last if args.channels_last else torch.preserve_format
     model.to(device=device, memory_format=layout)
     if args.compile:
@@ -27,6 +31,19 @@ def prepare_model(model, device, args):
             if name.startswith("encoder"):
                 module.compile()  # unlike torch.compile(module), it keeps the names of the state dict
     return model
+
+
+def convert_sync_batchnorm(model, device):
+    """Turns a model's BatchNorm into SyncBatchNorm, except the momentum encoder's; names and values stay.
+
+    Shuffling BN is for the momentum encoder: with statistics over all ranks, a key would share those of its query.
+    Raises UserError, the same on all ranks, without CUDA.
+    """
+    if device.type != "cuda":
+        raise UserError("--sync-bn: SyncBatchNorm needs CUDA; use --no-sync-bn", on_all_ranks=True)
+    for name, module in model.named_children():
+        if name != "encoder_k":
+            setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
 
 def learning_rate(epoch: int, args) -> float:
@@ -57,6 +74,8 @@ def eval_due(epoch: int, args) -> bool:
 class TrainState:
     """The progress of a training: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
 
+    A step is an optimizer step. It has --accum-steps micro-batches, whose gradients add up to those of their mean loss.
+
     stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to;
     classes: the classes' names, or None.
     """
@@ -65,8 +84,9 @@ class TrainState:
         self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
         self.classes = classes
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
+        self.micro_batch = 0  # in the current step, from 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.metrics = MetricLogger(device)
+        self.metrics = MetricLogger(device, args.accum_steps)
         self.images = 0  # of all ranks, seen in this epoch
         self.flags = None  # what the ranks agree on in the current step
         self.loader = None  # where the images of the current step come from
@@ -76,25 +96,41 @@ class TrainState:
         """The device of the model and the batches."""
         return self.metrics.device
 
-    def batches(self, loader):
-        """(views, labels) of the epoch's remaining steps, on the device, each with its own random numbers.
+    @property
+    def step_begins(self) -> bool:
+        """Whether the current micro-batch is the first of its step."""
+        return self.micro_batch == 0
 
-        The numbers depend on seed, epoch, step and rank alone: a resumed epoch continues as if it had not stopped.
+    @property
+    def step_ends(self) -> bool:
+        """Whether the current micro-batch is the last of its step."""
+        return self.micro_batch == self.args.accum_steps - 1
+
+    def batches(self, loader):
+        """(views, labels) of the micro-batches in the epoch's remaining steps, on the device.
+
+        Each has its own random numbers, which depend on seed, epoch, step, micro-batch and rank alone: a resumed epoch
+        continues as if it had not stopped.
         """
         args, images_before = self.args, self.images
         started = waiting = time.perf_counter()
         defer_stop()
         self.loader = loader
         loader.start_at(self.epoch, -(-self.images // get_world_size()))
-        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader)
+        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader) // args.accum_steps
         with Progress(title, total, args.print_freq, self.step) as progress:
-            for views, labels, _ in loader:
-                seed_everything(args.seed, self.epoch, self.step, get_rank())
-                self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, to lower the peak memory
+            for number, (views, labels, _) in enumerate(loader):
+                self.micro_batch = number % args.accum_steps
+                entropy = args.seed, self.epoch, self.step, get_rank()
+                seed_everything(*entropy if self.step_begins else (*entropy, self.micro_batch))
+                if self.step_begins:
+                    self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, to lower the peak memory
                 self.metrics.data_seconds += time.perf_counter() - waiting
                 yield views, labels
-                self.metrics.seconds, self.metrics.images = time.perf_counter() - started, self.images - images_before
-                progress.step(self._bar_text, self._line_text)
+                if self.step_ends:
+                    self.metrics.seconds = time.perf_counter() - started
+                    self.metrics.images = self.images - images_before
+                    progress.step(self._bar_text, self._line_text)
                 heartbeat()
                 waiting = time.perf_counter()
 
@@ -119,14 +155,23 @@ class TrainState:
         waits = f"data {metrics.data_seconds / steps:.3f} of {metrics.seconds / steps:.3f} s per step"
         return ", ".join([*means, speed, waits])
 
+    def accumulate(self, model):
+        """The context of a forward pass: ranks average their gradients only in a step's last backward pass."""
+        if self.step_ends or not isinstance(model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return model.no_sync()
+
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""
         return torch.autocast(self.device.type, AUTOCAST.get(self.args.amp), enabled=self.args.amp != "none")
 
     def backward(self, loss):
-        """Computes the gradients. Raises UserError on all ranks, before any weight moves, if a loss is not finite."""
+        """Adds the gradients of a micro-batch's share of the step's mean loss.
+
+        Raises UserError on all ranks, before any weight moves, if a loss is not finite.
+        """
         self.flags = StepFlags(loss, stop_requested())
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss / self.args.accum_steps).backward()
         if not self.flags.loss_is_finite():
             own = None if loss.isfinite() else self.loader.locate()
             where = next(text for text in gather_objects(own) if text)
@@ -138,7 +183,9 @@ class TrainState:
             )
 
     def optimizer_step(self):
-        """Updates the weights, and counts the step."""
+        """Updates the weights and counts the step, once its last micro-batch has its gradients."""
+        if not self.step_ends:
+            return
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -157,7 +204,7 @@ class TrainState:
         is_best = bool(results) and results[best]["class_mean"] > self.best
         if is_best:
             self.best = results[best]["class_mean"]
-        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, MetricLogger(self.device)
+        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.fresh()
         if is_main_process():
             self.folder.write_epoch(record)
         losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]

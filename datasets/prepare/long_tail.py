@@ -160,16 +160,16 @@ def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out:
     if largest < 1:
         name = classes[available.index(min(available))]
         raise UserError(f"--held-out {held_out}: class {name} has {min(available)} images, none is left; lower it")
-    if Fraction(imbalance) > largest:
-        raise UserError(f"--imbalance {imbalance}: leaves the last class without images; at most {largest} here")
     counts = long_tail_counts(largest, imbalance, len(classes))
     for name, count, number in zip(classes, counts, available, strict=True):
         if count + held_out > number:
-            held = f" and {held_out} held out" if held_out else ""
+            kept, hint = (f" next to {held_out} held out", ", or --held-out") if held_out else ("", "")
             raise UserError(
-                f"--max-per-class {largest}: class {name} has {number} images, too few for {count} in training{held}; "
-                "lower it" + (", or --held-out" if held_out else "")
+                f"--max-per-class {largest}: class {name} has {number} images, at most {number - held_out} to train on"
+                f"{kept}, not {count}; lower it{hint}"
             )
+    if Fraction(imbalance) > largest:
+        raise UserError(f"--imbalance {imbalance}: leaves the last class without images; at most {largest} here")
     return counts, *pick(labels, counts, held_out, seed)
 
 

@@ -48,6 +48,12 @@ def assert_mistake(outcome, *words):
         ("i", ["-b", 1.5], ["--batch-size", "1.5"]),
         ("i", ["-b", "many"], ["--batch-size", "many"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
+        ("i", ["--accum-steps", 0], ["--accum-steps 0"]),
+        ("i", ["--accum-steps", 9], ["--accum-steps 9", "at most 8", "--batch-size 16", "two images"]),
+        ("i", ["--accum-steps", 17], ["--accum-steps 17", "at most 8", "--batch-size 16", "1 process:"]),
+        ("i", ["--accum-steps", 4, "-b", 160, "--moco-k", 200], ["--batch-size 160", "154 images", "no full step"]),
+        ("i", ["--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys", "--batch-size"]),
+        ("i", ["--sync-bn"], ["--sync-bn", "CUDA", "--no-sync-bn"]),
         ("i", ["--epochs", 0], ["--epochs 0"]),
         ("i", ["--epochs", -1], ["--epochs -1"]),
         ("i", ["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
@@ -433,6 +439,18 @@ def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, 
 def test_shell_fewer_than_two_images_per_process_end_in_one_line(plain_tree, tmp_path):
     outcome = run_shell("i", plain_tree, tmp_path / "run", *TWO, "-b", 3)
     assert_mistake(outcome, "--batch-size 3", "2 processes", "at least 4")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["-b", 16, "--accum-steps", 5], ["--accum-steps 5", "at most 4", "2 processes"]),
+        (["-b", 16, "--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys"]),
+        (["-b", 156, "--moco-k", 200], ["--batch-size 156", "154 images", "no full step"]),
+    ],
+)
+def test_shell_a_step_that_two_processes_data_or_queue_cannot_take_ends_in_one_line(plain_tree, tmp_path, flags, words):
+    assert_mistake(run_shell("i", plain_tree, tmp_path / "run", *TWO, *flags), *words)
 
 
 def test_shell_a_pickle_given_to_two_processes_ends_in_one_line(trained, plain_tree, tmp_path):

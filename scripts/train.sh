@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The whole method in one command: stages I, II and III, stage II once more on stage III's checkpoint, and the report.
+#   bash scripts/train.sh CONFIG DIR OUT [flags]      for example: configs/cifar100_lt cifar100-lt runs/cifar
+# CONFIG is a folder of recipes, such as those in configs/; DIR holds the images and lists; OUT gets stage_i, stage_ii,
+# stage_iii and stage_iii_tuned. The flags go to every stage, after those of its recipe. A stage that has results in OUT
+# is not trained again, and one that was stopped (status 75) or killed goes on: the same command continues.
+# LAUNCH is what starts a stage, python by default:
+#   LAUNCH="torchrun --nproc-per-node 8" bash scripts/train.sh configs/imagenet_lt imagenet-lt runs/imagenet --amp bf16
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+  echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]" >&2
+  exit 2
+fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+config=${1%/} data=$2 out=${3%/}
+shift 3
+for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
+  if ! [ -f "$config/$stage.txt" ]; then
+    echo "train.sh: $config/$stage.txt: no such recipe; CONFIG is a folder such as configs/cifar100_lt" >&2
+    exit 2
+  fi
+done
+python=python
+command -v python >/dev/null || python=$root/.venv/bin/python
+launch=("$python")
+[ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
+
+# Signals to this script are passed on to the stage, which saves and ends with status 75. Ctrl-C reaches it by itself.
+child='' signaled=
+trap 'signaled=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
+trap 'signaled=1' INT
+
+# stage TITLE NAME SCRIPT [flags]: trains one stage, unless it has results already.
+stage() {
+  local title=$1 folder=$out/$2 recipe=$config/$2.txt script=$3 status=0 started=$SECONDS
+  shift 3
+  if [ -f "$folder/results.json" ]; then
+    echo "== $title: done, in $folder"
+    return
+  fi
+  local words=("${launch[@]}" "$root/$script" "@$recipe" "$@" --output_dir "$folder" --resume auto "$data")
+  echo "== $title: ${words[*]}"
+  "${words[@]}" &
+  child=$!
+  wait "$child" || status=$?
+  while [ -n "$signaled" ]; do # wait was interrupted: the stage is still saving
+    signaled=
+    wait "$child" && status=0 || status=$?
+  done
+  if [ "$status" != 0 ]; then
+    echo "== $title: ended with status $status after $((SECONDS - started)) s; the same command goes on from there" >&2
+    exit "$status"
+  fi
+  echo "== $title: $((SECONDS - started)) s"
+}
+
+last=last_checkpoint.pth.tar
+stage "stage I" stage_i ssd_stage_i.py "$@"
+stage "stage II" stage_ii ssd_stage_ii.py --last_stage_ckpt "$out/stage_i/$last" "$@"
+stage "stage III" stage_iii ssd_stage_iii.py --teacher_ckpt "$out/stage_ii/$last" "$@"
+stage "stage II on stage III" stage_iii_tuned ssd_stage_ii.py --last_stage_ckpt "$out/stage_iii/$last" "$@"
+echo
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}

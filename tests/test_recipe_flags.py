@@ -1,0 +1,133 @@
+"""The flags that recipes use: warm-up and schedule, validation every N epochs, strength of the jitter."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ssd_stage_i
+from datasets.transforms import Views
+from tests.helpers import BEST, LAST, PREVIOUS, checkpoint, log_of, results_of, run_stage, same, train
+from tests.robustness.test_mistakes import assert_mistake
+from utils.training import learning_rate
+
+RATES = [  # of lr 0.8 in 8 epochs
+    ("", [0.8] * 8),
+    ("--schedule 3 6", [0.8] * 3 + [0.08] * 3 + [0.008] * 2),
+    ("--schedule 3 6 --schedule-factor 0.5", [0.8] * 3 + [0.4] * 3 + [0.2] * 2),
+    ("--schedule 3 --warmup-epochs 4", [0.2, 0.4, 0.6, 0.8, 0.08, 0.08, 0.08, 0.08]),  # the warm-up comes first
+    ("--cos", [0.8, 0.7695518, 0.6828427, 0.5530734, 0.4, 0.2469266, 0.1171573, 0.0304482]),
+    ("--cos --warmup-epochs 4", [0.2, 0.4, 0.6, 0.8, 0.8, 0.6828427, 0.4, 0.1171573]),
+    ("--cos --warmup-epochs 1", [0.8, 0.8, 0.7603875, 0.6493959, 0.4890084, 0.3109916, 0.1506041, 0.0396125]),
+]
+
+
+@pytest.mark.parametrize(("flags", "rates"), RATES)
+def test_warmup_and_schedule_give_these_rates(flags, rates, tmp_path):
+    parser = ssd_stage_i.get_parser()
+    args = parser.parse_args([str(tmp_path), "--lr", "0.8", "--epochs", "8", *flags.split()])
+    assert [learning_rate(epoch, args) for epoch in range(8)] == pytest.approx(rates, rel=1e-5)
+
+
+def test_a_training_uses_the_warmup(plain_tree, tmp_path):
+    flags = ["--con-weight", 0, "--epochs", 4, "--warmup-epochs", 2, "--schedule", 3, "--schedule-factor", 0.5]
+    assert [record["lr"] for record in log_of(train("i", plain_tree, tmp_path, *flags))] == [0.05, 0.1, 0.1, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--warmup-epochs 2", ["--warmup-epochs 2", "below --epochs 2"]),
+        ("--warmup-epochs -1", ["--warmup-epochs"]),
+        ("--schedule-factor 0", ["--schedule-factor", "above 0"]),
+        ("--schedule-factor 2", ["--schedule-factor", "at most 1"]),
+        ("--jitter 1.5", ["--jitter", "at most 1"]),
+        ("--jitter nan", ["--jitter"]),
+        ("--eval-freq 0", ["--eval-freq"]),
+    ],
+)
+def test_wrong_values_are_one_line(plain_tree, tmp_path, flags, words):
+    assert_mistake(run_stage("i", plain_tree, tmp_path, *flags.split()), *words)
+
+
+# ---- --eval-freq
+
+FIVE = ["--cos", "--con-weight", 0, "--epochs", 5]
+
+
+@pytest.fixture(scope="module")
+def every_epoch(plain_tree, tmp_path_factory):
+    return train("i", plain_tree, tmp_path_factory.mktemp("every"), *FIVE)
+
+
+@pytest.fixture(scope="module")
+def every_second(plain_tree, tmp_path_factory):
+    return train("i", plain_tree, tmp_path_factory.mktemp("second"), *FIVE, "--eval-freq", 2)
+
+
+def test_eval_freq_validates_every_n_epochs_and_after_the_last(every_epoch, every_second):
+    validated = [bool(record["val"]) for record in log_of(every_second)]
+    assert validated == [False, True, False, True, True]
+    for one, other, due in zip(log_of(every_epoch), log_of(every_second), validated, strict=True):
+        assert not due or one["val"] == other["val"]
+        assert one["loss"] == other["loss"]
+
+
+def test_eval_freq_keeps_the_last_and_the_best_right(every_epoch, every_second):
+    assert same(checkpoint(every_epoch)["state_dict"], checkpoint(every_second)["state_dict"])
+    assert results_of(every_epoch) == results_of(every_second)
+    means = {r["epoch"] + 1: r["val"]["linear"]["class_mean"] for r in log_of(every_second) if r["val"]}
+    best = checkpoint(every_second, BEST)
+    assert best["epoch"] == min(epoch for epoch in means if means[epoch] == max(means.values()))
+    assert float(checkpoint(every_second)["best_acc1"]) == max(means.values())
+
+
+def test_eval_freq_resumes_bit_for_bit(plain_tree, tmp_path, every_second):
+    again = tmp_path / "again"
+    shutil.copytree(every_second, again)
+    (again / "results.json").unlink()
+    shutil.copy(every_second / PREVIOUS, again / LAST)
+    if checkpoint(again, BEST)["epoch"] == 5:
+        (again / BEST).unlink()
+    train("i", plain_tree, again, "--con-weight", 0, "--epochs", 5, "--resume", "auto")  # --eval-freq as saved
+    for name in (LAST, BEST):
+        assert same(checkpoint(again, name), checkpoint(every_second, name)), name
+    assert log_of(again, timed=False) == log_of(every_second, timed=False)
+    assert results_of(again) == results_of(every_second)
+
+
+# ---- --jitter
+
+
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("augment", ["pil", "device"])
+def test_without_jitter_the_query_view_only_crops_and_flips(augment):
+    """Each of its pixels has a color that the image has, or the black of the padding."""
+    image = Image.fromarray(np.full((32, 32, 3), (10, 120, 240), dtype=np.uint8))
+    views = Views(("query",), 32, 0, augment, jitter=0)
+    for index in range(20):
+        (view,) = views(image, (0, index, 0))
+        view = view[0] if augment == "device" else view
+        colors = {tuple(color) for color in view.flatten(1).T.tolist()}
+        assert colors <= {(10, 120, 240), (0, 0, 0)}
+
+
+def test_the_strength_of_the_jitter_is_that_of_the_query_view_alone():
+    weak, strong = (Views(("query", "key"), 32, 0, jitter=strength) for strength in (0.1, 0.9))
+    (query_1, key_1), (query_2, key_2) = (views(picture(), (0, 3, 0)) for views in (weak, strong))
+    assert torch.equal(key_1, key_2) and not torch.equal(query_1, query_2)
+
+
+def test_the_jitter_reaches_the_training_and_comes_back_with_the_checkpoint(plain_tree, tmp_path):
+    flags = ["--con-weight", 0, "--epochs", 1]
+    default = train("i", plain_tree, tmp_path / "default", *flags)
+    given = train("i", plain_tree, tmp_path / "given", *flags, "--jitter", 0.4)
+    none = train("i", plain_tree, tmp_path / "none", *flags, "--jitter", 0)
+    losses = [log_of(folder)[0]["loss"] for folder in (default, given, none)]
+    assert losses[0] == losses[1] != losses[2]
+    assert checkpoint(none)["args"]["jitter"] == 0

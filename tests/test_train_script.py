@@ -1,0 +1,73 @@
+"""scripts/train.sh: stopped or killed within any stage, the same command ends with the same results."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.helpers import QUEUE, ROOT, SMALL, results_of
+
+STAGES = {"stage_i": "i", "stage_ii": "ii", "stage_iii": "iii", "stage_iii_tuned": "tuned"}  # keys of `trained`
+
+
+def write_recipes(folder):
+    folder.mkdir()
+    (folder / "common.txt").write_text(f"{SMALL}  # as in the fixture\n--cos")
+    for stage in STAGES:
+        more = QUEUE if stage == "stage_i" else ""
+        (folder / f"{stage}.txt").write_text(f"@common.txt\n{more}\n")
+    return folder
+
+
+def start(*words, launch=None) -> subprocess.Popen:
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    environment |= {"LAUNCH": launch, "PYTHONPATH": str(ROOT)} if launch else {}
+    return subprocess.Popen(
+        ["bash", ROOT / "scripts" / "train.sh", *map(str, words)], text=True, env=environment, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_stopped_or_killed_in_any_stage_it_ends_with_the_same_results(trained, plain_tree, tmp_path):
+    words = write_recipes(tmp_path / "config"), plain_tree, tmp_path / "runs with space"
+    for number, stage in enumerate(STAGES):
+        run = start(*words, launch=f"{sys.executable} {ROOT}/tests/gated_launch.py")
+        while not (tmp_path / "runs with space" / f"{stage}.waiting").exists():
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.05)
+        if number % 2:
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            run.send_signal(signal.SIGTERM)  # to the shell alone
+        output, _ = run.communicate()
+        assert run.returncode == (-signal.SIGKILL if number % 2 else 75), output
+        assert output.count(": done, in ") == max(0, number - 1)  # the stage before was finished in this start
+    run = start(*words, launch=f"{sys.executable} {ROOT}/tests/gated_launch.py")
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    for stage, name in STAGES.items():
+        assert results_of(tmp_path / "runs with space" / stage) == results_of(trained[name])
+    rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|") and "classifier" in line]
+    assert rows[-5:] == [
+        "stage_i, linear classifier", "stage_ii, lws classifier", "stage_iii, hard classifier",
+        "stage_iii, soft classifier", "stage_iii_tuned, lws classifier",
+    ]  # fmt: skip
+
+
+def test_its_mistakes_are_one_line(plain_tree, tmp_path):
+    def fails(*words):
+        run = start(*words)
+        output, _ = run.communicate()
+        assert run.returncode == 2 and output.count("\n") == 1
+        return output
+
+    assert "usage" in fails("config", plain_tree)
+    assert "absent/stage_i.txt" in fails(tmp_path / "absent", plain_tree, tmp_path / "out")
+
+
+def test_a_mistake_in_a_stage_ends_it_with_that_status(tmp_path):
+    run = start(write_recipes(tmp_path / "config"), tmp_path / "absent", tmp_path / "out")
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert "no such folder" in output and "ended with status 2" in output and "stage II:" not in output

@@ -1,0 +1,228 @@
+"""A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from datasets.build import build_data
+from models import SDL, SLG, SSFL
+from tests.helpers import COUNTS, MAINS, on_ranks, stage_flags
+from utils.arguments import settle_defaults
+from utils.distributed import DistInfo, distribute, set_dist_info
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.memory import step_memory
+from utils.training import TrainState, convert_sync_batchnorm
+
+CPU, CLASSES = torch.device("cpu"), len(COUNTS["train"])
+QUEUE, QUEUE_BUFFERS = 40, ("queue", "label_queue", "queue_ptr")  # wraps around in the second step
+IMAGES, BATCH, STEPS = 58, 24, 2  # four processes pad the epoch to 60 images; the last ones fill no step
+CLASSIFIERS = {"i": ("linear",), "ii": ("lws",), "iii": ("hard", "soft")}
+SPLITS = [(2, 1), (4, 1), (1, 4), (2, 3)]  # processes, micro-batches
+
+
+class Recorder(TrainState):
+    """A training state that notes what every step computed."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps, self.partial, self.given, self.losses = [], [], [], []
+
+    def batches(self, loader):
+        for views, labels in super().batches(loader):
+            self.given.append((torch.tensor(loader.indices), *views))
+            yield views, labels
+
+    def backward(self, loss):
+        super().backward(loss)
+        self.losses.append(loss.detach())
+        if not self.step_ends:
+            self.partial.append(self.gradients())
+
+    def gradients(self):
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.requires_grad])
+
+    def optimizer_step(self):
+        if self.step_ends:
+            step = {"loss": torch.stack(self.losses).mean(), "gradients": self.gradients()}
+            step |= {f"view {i}": torch.cat(parts) for i, parts in enumerate(zip(*self.given, strict=True))}
+            step |= {name: value.clone() for name, value in self.model.named_buffers() if "queue" in name}
+            self.steps.append(step)
+            self.given, self.losses = [], []
+        super().optimizer_step()
+
+
+def build(stage, args):
+    """A stage's network from a seed, with all its BatchNorm in eval mode for good."""
+    torch.manual_seed(3)
+    if stage == "i":
+        model = SSFL(args.arch, CLASSES, args.moco_dim, args.moco_k, args.moco_m)
+    else:
+        model = (SLG if stage == "ii" else SDL)(args.arch, CLASSES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().train = lambda mode=True, module=module: module
+    return model
+
+
+def train_and_evaluate(rank, stage, data, world, accum_steps):
+    """An evaluation, then the steps of an epoch by the stage's own loop, in one of `world` processes."""
+    set_dist_info(DistInfo(rank, world, rank, world))
+    script = importlib.import_module(f"ssd_stage_{stage}")
+    flags = [
+        "-b",
+        BATCH,
+        "--accum-steps",
+        accum_steps,
+        "--train-list",
+        data / "short.txt",
+        "--lr",
+        0.05,
+        "--num-classes",
+        CLASSES,
+    ]
+    flags += ["--moco-k", QUEUE] if stage == "i" else []
+    args = script.get_parser().parse_args(stage_flags(stage, data, "unused", flags))
+    settle_defaults(args)
+    with build_data(args, CPU, ("query", "key") if stage == "i" else ("query",)) as loaders:
+        model = build(stage, args)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, args.momentum)
+        state = Recorder(stage, model, optimizer, None, CPU, args)
+        results = evaluate(model, loaders.test, CLASSIFIERS[stage], loaders.train_counts, state)
+        script.train_one_epoch(distribute(model, CPU), loaders.train, state, args)
+        means = state.metrics.global_means()
+    assert (state.step, state.images, state.metrics.steps) == (STEPS, STEPS * BATCH, STEPS)
+    return {"steps": state.steps, "partial": state.partial, "results": results, "means": means}
+
+
+@pytest.fixture(scope="module")
+def runs(plain_tree, tmp_path_factory):
+    """What every rank of a stage's run returns, by (processes, micro-batches)."""
+    data = tmp_path_factory.mktemp("data")
+    for entry in plain_tree.iterdir():
+        (data / entry.name).symlink_to(entry)
+    lines = (data / "train.txt").read_text().splitlines(keepends=True)
+    (data / "short.txt").write_text("".join(lines[::2][-IMAGES:]))
+    found = {}
+
+    def run(stage, world, accum_steps):
+        key = stage, world, accum_steps
+        if key not in found:
+            found[key] = on_ranks(world, train_and_evaluate, stage, data, world, accum_steps)
+        return found[key]
+
+    return run
+
+
+@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+@pytest.mark.parametrize("stage", MAINS)
+def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
+    (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
+    for number, expected in enumerate(whole["steps"]):
+        steps = [rank["steps"][number] for rank in parts]
+        loss = torch.stack([step["loss"] for step in steps]).mean()
+        torch.testing.assert_close(loss, expected["loss"], rtol=1e-6, atol=1e-6)
+        for step in steps:
+            difference = (step["gradients"] - expected["gradients"]).abs().max()
+            assert difference <= 1e-6 * expected["gradients"].norm()
+            assert torch.equal(step["gradients"], steps[0]["gradients"])
+    for name, mean in whole["means"].items():
+        assert all(rank["means"][name] == pytest.approx(mean, rel=1e-6) for rank in parts), name
+
+
+@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+@pytest.mark.parametrize("stage", ["i", "iii"])
+def test_images_and_augmentations_of_a_step_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
+    (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
+    for number, expected in enumerate(whole["steps"]):
+        steps = [rank["steps"][number] for rank in parts]
+        views = [name for name in expected if name.startswith("view")]
+        given = [torch.cat([step[name] for step in steps]) for name in views]
+        assert len(views) == (3 if stage == "i" else 2) and len(given[0].unique()) == BATCH
+        order, reference = given[0].argsort(), expected[views[0]].argsort()
+        for name, values in zip(views, given, strict=True):
+            assert torch.equal(values[order], expected[name][reference])
+
+
+@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+def test_the_queue_holds_the_same_keys_and_labels_on_every_rank_and_for_every_split(runs, world, accum_steps):
+    """The keys of a step in another order: a queue that wraps within a step keeps other keys of an earlier one."""
+    (whole,), parts = runs("i", 1, 1), runs("i", world, accum_steps)
+    for number, expected in enumerate(whole["steps"]):
+        for rank in parts:
+            assert all(torch.equal(rank["steps"][number][n], parts[0]["steps"][number][n]) for n in QUEUE_BUFFERS)
+        queue, labels, position = (parts[0]["steps"][number][name] for name in QUEUE_BUFFERS)
+        newest = (position - BATCH + torch.arange(BATCH)) % QUEUE
+        distances = (queue[:, newest, None] - expected["queue"][:, None, newest]).abs().amax(dim=0)
+        distance, nearest = distances.min(dim=1)
+        assert distance.max() < 1e-6 and len(nearest.unique()) == BATCH
+        assert torch.equal(labels[newest], expected["label_queue"][newest][nearest])
+        assert position == expected["queue_ptr"] == (number + 1) * BATCH % QUEUE
+        assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
+
+
+@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+@pytest.mark.parametrize("stage", MAINS)
+def test_evaluations_are_equal_to_the_last_digit(runs, stage, world, accum_steps):
+    (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
+    assert all(rank["results"] == whole["results"] for rank in parts)
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_ranks_average_their_gradients_once_per_step(runs, stage):
+    first, second = runs(stage, 2, 3)
+    assert len(first["partial"]) == 2 * STEPS
+    assert not any(map(torch.equal, first["partial"], second["partial"]))  # before a step's last micro-batch
+
+
+# ---- --sync-bn
+
+
+def sync_model():
+    model = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
+    convert_sync_batchnorm(model, torch.device("cuda"))
+    return model
+
+
+def test_sync_bn_converts_all_but_the_momentum_encoder_and_keeps_names_and_parameters():
+    torch.manual_seed(0)
+    plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
+    torch.manual_seed(0)
+    model = sync_model()
+    kinds = {
+        name: {type(m) for m in getattr(model, name).modules() if hasattr(m, "running_mean")}
+        for name in ("encoder_q", "encoder_k")
+    }
+    assert kinds == {"encoder_q": {nn.SyncBatchNorm}, "encoder_k": {nn.BatchNorm2d}}
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+    flags = [[p.requires_grad for p in m.parameters()] for m in (model, plain)]
+    assert flags[0] == flags[1]
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("network", [lambda: SLG("resnet8", CLASSES), lambda: SDL("resnet8", CLASSES)])
+def test_sync_bn_converts_the_frozen_networks_too(network):
+    model = network()
+    convert_sync_batchnorm(model, torch.device("cuda"))
+    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+
+
+def memory_of_both(rank):
+    args = SimpleNamespace(amp="none", image_size=32, momentum=0.9, accum_steps=1)
+    plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
+    return [list(step_memory(model, 4, args, CPU)) for model in (plain, sync_model())]
+
+
+def test_the_memory_check_counts_sync_bn_like_batchnorm_without_the_other_ranks():
+    assert all(plain == synchronized for plain, synchronized in on_ranks(2, memory_of_both))
+
+
+def test_sync_bn_is_refused_without_cuda():
+    with pytest.raises(UserError, match="--no-sync-bn"):
+        convert_sync_batchnorm(SLG("resnet8", CLASSES), CPU)
