@@ -27,7 +27,8 @@ PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii"
 FOREIGN_FLAGS = {  # of docs/extending.md, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
-    "--help", "--no-", "--logit-adjustment",
+    "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
+    "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))

@@ -39,7 +39,7 @@ from utils.arguments import training_parser
 from utils.distributed import get_dist_info
 from utils.errors import UserError
 from utils.launch import launch, spawn
-from utils.launch.rendezvous import detect_launcher
+from utils.launch.rendezvous import detect_launcher, master_address
 from utils.launch.signals import Stopped, defer_stop
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
@@ -459,6 +459,17 @@ def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path,
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
     flags = ["--world-size", 2, "--rank", 0, "--dist-url", "tcp://node0:2345"]
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
+
+
+@pytest.mark.parametrize(("name", "refused"), [("node0", True), ("localhost", False)])
+def test_a_master_addr_that_is_loopback_only_on_its_own_node_is_refused(monkeypatch, name, refused):
+    """torchrun takes the machine's own name. gloo would listen where no other node can connect."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
+    if not refused:
+        assert master_address(name) == "127.0.1.1"
+        return
+    with pytest.raises(UserError, match=r"MASTER_ADDR node0 is 127\.0\.1\.1.*--local-addr"):
+        master_address(name)
 
 
 # ---- several nodes, on one machine

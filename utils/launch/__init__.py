@@ -6,6 +6,7 @@ processes). rendezvous.py detects the way and joins the processes; signals.py st
 """
 
 import os
+import re
 import sys
 import traceback
 
@@ -20,6 +21,14 @@ from .rendezvous import detect_launcher, process_group
 from .signals import Stopped, handle_stop_signals
 
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
+NO_ANSWER = (
+    "no answer from another process of the run within --dist-timeout {:g} s: its node, the network or the process "
+    "itself is stuck or down; continue with --resume auto"
+)
+CONNECTION_BROKEN = (  # how gloo and the system say it
+    "Connection closed by peer", "Connection reset by peer", "Connection timed out", "Broken pipe",
+    "Network is unreachable", "No route to host",
+)  # fmt: skip
 
 
 def launch(main_worker, parser, argv=None) -> int:
@@ -62,7 +71,9 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return 1, f"a data loading worker died ({text[:200]}); give the run more memory or fewer --workers"
-    if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
+    if timed_out := re.search(r"Timed out waiting (\d+)ms for (?:recv|send) operation", text):  # gloo's words
+        return 1, NO_ANSWER.format(int(timed_out[1]) / 1000)
+    if isinstance(error, dist.DistError) or ("gloo" in text and any(words in text for words in CONNECTION_BROKEN)):
         return 1, LOST_CONTACT
     return 1, "".join(traceback.format_exception(error)).rstrip()
 

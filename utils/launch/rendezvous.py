@@ -4,7 +4,10 @@ import contextlib
 import functools
 import os
 import re
+import secrets
+import socket
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -13,6 +16,8 @@ import torch.distributed as dist
 from ..distributed import DistInfo, set_dist_info
 from ..errors import UserError, one_line
 from . import network
+
+LOOPBACK = r"(localhost|127\.)"  # how the name of a host begins that is meant to be this machine
 
 
 def detect_launcher(args) -> DistInfo:
@@ -108,24 +113,71 @@ def init_process_group(args, info: DistInfo, device):
         interface = args.dist_interface
     elif info.nodes == 1:
         interface = "lo0" if sys.platform == "darwin" else "lo"
+    elif info.launcher == "torchrun":
+        interface = network.interface_towards(master_address(os.environ["MASTER_ADDR"]))
     else:
-        torchrun = info.launcher == "torchrun"
-        interface = network.interface_towards(os.environ["MASTER_ADDR"] if torchrun else network.resolve(info.url)[0])
+        interface = network.interface_towards(network.resolve(info.url)[0])
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface:
             os.environ.setdefault(variable, interface)
-    meeting = {"init_method": "env://"}
+    timeout, meeting = timedelta(seconds=args.dist_timeout), {"init_method": "env://"}
     if info.launcher != "torchrun":
         is_master = info.rank == 0 and info.launcher != "spawn"  # in that case the parent is
         meeting = {"store": open_store(args, info, is_master), "rank": info.rank, "world_size": info.world_size}
     try:
         with network.hide_native_messages():
-            dist.init_process_group(args.dist_backend, timeout=timedelta(seconds=args.dist_timeout), **meeting)
-    except dist.DistError as error:
+            if info.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                meeting = {"store": session_store(info, timeout), "rank": info.rank, "world_size": info.world_size}
+            dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
+            raise
         raise UserError(
             f"the {info.world_size} processes did not meet within --dist-timeout {args.dist_timeout:g} s "
             f"({type(error).__name__}); start them all, with the same --dist-url and --world-size"
         ) from None
+
+
+def master_address(name: str) -> str:
+    """torchrun's MASTER_ADDR as an address. Raises UserError if it is this node's own name, and loopback only.
+
+    Debian's /etc/hosts makes it so; gloo would then listen at an address that no other node reaches.
+    """
+    try:
+        address = socket.gethostbyname(name)
+    except (OSError, UnicodeError):
+        return name  # IPv6, or unknown: torch says so
+    if address.startswith("127.") and not re.match(LOOPBACK, name):
+        raise UserError(
+            f"MASTER_ADDR {name} is {address} on this node, which no other node reaches; "
+            "give torchrun --local-addr ADDRESS, or --dist-interface"
+        )
+    return address
+
+
+def session_store(info: DistInfo, timeout: timedelta):
+    """A part of torchrun's key-value store that belongs to this start of the processes alone.
+
+    torchrun keeps the store when it restarts the processes, and neither its address nor any variable tells one start
+    from another: they would find the addresses of processes that have died (pytorch issue 135712). So rank 0 names a
+    session, every rank answers in it with a key of its own, and rank 0 confirms them: an old session has other
+    keys.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    own, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if info.rank == 0:
+        store.set("session", own)
+        session = dist.PrefixStore(own, store)
+        session.set("confirmed", b" ".join(session.get(f"rank {rank}") for rank in range(1, info.world_size)))
+        return session
+    while time.monotonic() < end:
+        session = dist.PrefixStore(store.get("session").decode(), store)
+        session.set(f"rank {info.rank}", own)
+        if session.check(["confirmed"]) and own in session.get("confirmed").decode():
+            return session
+        time.sleep(0.05)
+    raise dist.DistStoreError("no session")
 
 
 def open_store(args, info: DistInfo, is_master: bool):
@@ -140,7 +192,7 @@ def open_store(args, info: DistInfo, is_master: bool):
         host = "127.0.0.1"
     elif is_master and args.dist_interface:
         host = network.interface_address(args.dist_interface)
-    elif is_master and host.startswith("127.") and not re.match(r"tcp://(localhost|127\.)", info.url):
+    elif is_master and host.startswith("127.") and not re.match(f"tcp://{LOOPBACK}", info.url):
         raise UserError(
             f"--dist-url {info.url}: its name is {host} on node 0, which no other node reaches; "
             "give node 0's address, or --dist-interface"

@@ -1,0 +1,17 @@
+# Sourced by the batch scripts in this folder; submit.sh says what the variables mean.
+: "${DIR:?name the image folder}"
+OUT=${OUT:-weights} CONFIG=${CONFIG:-configs/imagenet_lt} PYTHON=${PYTHON:-python} FLAGS=${FLAGS:-}
+
+# run_stage SCRIPT FLAGS: runs a stage in the job's tasks, and ends the batch script with its status. If the stage was
+# stopped (status 75), the job is requeued: it waits in the queue under the same number, and continues when it starts.
+run_stage() {
+  local status=0
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job by itself
+  # The tasks leave as soon as they need not help to save: the first to leave must not end rank 0, which still writes.
+  # shellcheck disable=SC2086  # FLAGS are words
+  srun --kill-on-bad-exit=0 "$PYTHON" "$@" --resume auto --save-every-steps 500 $FLAGS "$DIR" || status=$?
+  if [ "$status" = 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$status" # never 0 unless the stage has finished, since the next one starts on 0
+}
