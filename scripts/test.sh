@@ -15,4 +15,4 @@ fi
 need_venv requirements-dev.txt
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
-exec "$python" -m pytest -m "$marks" "$@"
+exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "$marks" "$@"
