@@ -56,7 +56,7 @@ def test_the_arithmetic_counts_what_a_rank_receives_on_average():
     assert received["key images"] == pytest.approx(strangers * 3 * 2 * 2 * 4, rel=0.02)
     assert received["keys of own images"] == pytest.approx(strangers * 3 * 4, rel=0.02)
     assert received["keys and labels for the queue"] == 18 * (3 * 4 + 8)
-    assert received["gradients"] == 2 * 3 / 4 * 400
+    assert (received["gradients"], received["order of the shuffle"]) == (2 * 3 / 4 * 400, 18 * 8)
     assert sum(arithmetic.received("i", 24, 24, 100, SimpleNamespace(size=2, dim=3)).values()) == 0
 
 
@@ -114,6 +114,22 @@ def test_no_share_of_the_peak_exceeds_one(monkeypatch, capsys):
     assert step.main(options("step")) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| I")]
     assert len(rows) == ROWS["step"] and all(float(row[-1].rstrip("% |")) <= 100 for row in rows)
+
+
+def test_tf32_is_on_for_its_own_steps_and_products_alone(monkeypatch, capsys):
+    seen = []
+
+    def alternate(functions, repeats, device):
+        for (version, _), function in functions.items():
+            function()
+            flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            seen.append((version, *flags))
+        return {key: [1.0] for key in functions}
+
+    monkeypatch.setattr(common, "alternate", alternate)
+    flags = [*QUICK["step"].split(), *CPU, "--no-memory", "--stages", "ii", "--variants", "tf32", "float32"]
+    assert step.main(flags) == 0
+    assert set(seen) == {("baseline", False, False), ("tf32", True, True), ("float32", False, False)}
 
 
 def test_nothing_is_printed_between_timed_steps(capsys):
