@@ -27,7 +27,7 @@ if settings:
 
 @pytest.fixture(autouse=True)
 def default_numerics():
-    """Undoes what runs of earlier tests set in this process: with deterministic algorithms, the host waits for a GPU."""
+    """Undoes what earlier tests' runs set in this process: with deterministic algorithms, the host waits for a GPU."""
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import arithmetic, baseline, common, step
+from benchmarks import arithmetic, baseline, common, step, traffic
 from benchmarks.all import MAINS, QUICK
 from models import distillation_loss
 from utils.errors import UserError
@@ -58,6 +58,36 @@ def test_the_arithmetic_counts_what_a_rank_receives_on_average():
     assert received["keys and labels for the queue"] == 18 * (3 * 4 + 8)
     assert (received["gradients"], received["order of the shuffle"]) == (2 * 3 / 4 * 400, 18 * 8)
     assert sum(arithmetic.received("i", 24, 24, 100, SimpleNamespace(size=2, dim=3)).values()) == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("stage", ["i", "iii"])
+def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, world_size):
+    sizes = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 32 --steps 3"
+    args = traffic.get_parser().parse_args(sizes.split())
+    found, expected = traffic.measured(stage, world_size, args), traffic.calculated(stage, world_size, 32, args)
+    by_chance = ("key images", "keys of own images")  # which images stay at their rank; their mean is expected
+    assert {name: size for name, size in found.items() if name not in by_chance} == {
+        name: pytest.approx(size) for name, size in expected.items() if name not in by_chance
+    }
+    if stage == "i":
+        assert found["key images"] / found["keys of own images"] == 3 * 16 * 16 / 128
+        strangers = found["key images"] / (3 * 16 * 16 * 4)  # per rank and step, of 32 / world_size images
+        assert 0 < strangers <= 32 / world_size and found["key images"] == pytest.approx(
+            expected["key images"], rel=0.5
+        )
+
+
+def test_traffic_writes_its_tables(tmp_path, capsys):
+    file = tmp_path / "scaling.md"
+    file.write_text(
+        "".join(f"<!-- table: {n} -->\n<!-- end -->\n" for n in ("traffic", "traffic by ranks", "large batches"))
+    )
+    flags = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 4 --stages ii --processes 1 2 --ranks 1 2"
+    assert traffic.main([*flags.split(), "--write", str(file)]) == 0
+    rows = [line for line in file.read_text().splitlines() if line.startswith("| II")]
+    assert "| II, 1 | all | 0 B | 0 B |" in rows and "| II, 2 | flags | 8 B | 8 B |" in rows
+    assert "| II | gradients | 0 B | 20 B |" in rows  # 5 scales, half of 2 x 20 bytes
 
 
 def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():
