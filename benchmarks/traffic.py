@@ -164,27 +164,52 @@ def batch_rows(args) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def share_of_shards(images: int, ranks: int) -> float:
+    """The share of the shards of an epoch's permutation in which a class of so many images occurs, on average."""
+    return 1 - (1 - 1 / ranks) ** images
+
+
+def sampling_rows(args) -> list[tuple[str, ...]]:
+    """One row per size of a class: the share of the ranks that draw it in stage II."""
+    return [
+        (f"{images:,}", *(f"{share_of_shards(images, ranks):.2f}" for ranks in args.ranks))
+        for images in args.class_sizes
+    ]
+
+
 def tables(args, argv) -> list[common.Table]:
     """What is counted, what the formulas give for more ranks, and what larger batches change."""
     torch.set_num_threads(1)  # a process that has started threads must not fork
     title = common.command("benchmarks.traffic", argv)
     counted = f"{args.arch}, {args.size} pixels, steps of {args.batch} images; {common.machine('cpu')}"
+    ranks = [f"{ranks} rank{'s' if ranks > 1 else ''}" for ranks in args.ranks]
     return [
         common.Table(
-            "traffic", f"{title}; {counted}", ("stage, processes", "content", "measured", "by formula"),
+            "traffic",
+            f"{title}; {counted}",
+            ("stage, processes", "content", "measured", "by formula"),
             measured_rows(args),
         ),
         common.Table(
-            "traffic by ranks", f"{title}; calculated, {args.per_rank} images per rank",
-            ("stage", "content", *(f"{ranks} rank{'s' if ranks > 1 else ''}" for ranks in args.ranks)),
+            "traffic by ranks",
+            f"{title}; calculated, {args.per_rank} images per rank",
+            ("stage", "content", *ranks),
             growth_rows(args),
         ),
         common.Table(
-            "large batches", f"{title}; calculated, {args.images:,} training images, a queue of {args.queue:,} keys",
+            "large batches",
+            f"{title}; calculated, {args.images:,} training images, a queue of {args.queue:,} keys",
             (
                 "global batch", "steps per epoch", "steps that a key stays", f"{args.momentum:g} to that power",
-                "momentum per step with the same horizon in images", "linearly scaled --lr",
-            ), batch_rows(args),
+                "`--moco-m` with the same horizon in images", "linearly scaled `--lr`",
+            ),
+            batch_rows(args),
+        ),
+        common.Table(
+            "class-aware sampling by ranks",
+            f"{title}; calculated, the share of the shards that a class is in",
+            ("images of the class", *ranks),
+            sampling_rows(args),
         ),
     ]  # fmt: skip
 
@@ -207,6 +232,8 @@ def get_parser() -> ArgumentParser:
     parser.add_argument("--per-rank", type=size, default=32, metavar="N", help="images per rank there")
     parser.add_argument("--batches", type=size, nargs="+", default=[256, 1024, 4096, 16384, 65536, 115712], metavar="N",
         help="global batches to calculate for")
+    parser.add_argument("--class-sizes", type=size, nargs="+", default=[5, 20, 100, 1280], metavar="N",
+        help="images of a class to calculate stage II's sampling for")
     parser.add_argument("--images", type=size, default=TRAIN_IMAGES, metavar="N", help="training images there")
     parser.add_argument("--momentum", type=number(most=1), default=0.999, metavar="M", help="--moco-m there")
     # fmt: on

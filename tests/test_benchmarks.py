@@ -1,5 +1,6 @@
 """The benchmarks run at tiny sizes and print their tables; no timing is asserted."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from benchmarks import all as everything
 from benchmarks import arithmetic, baseline, common, step, traffic
 from benchmarks.all import MAINS, QUICK
+from datasets.samplers import ClassAwareSampler
 from models import distillation_loss
 from utils.errors import UserError
 
@@ -80,14 +82,24 @@ def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, world_size):
 
 def test_traffic_writes_its_tables(tmp_path, capsys):
     file = tmp_path / "scaling.md"
-    file.write_text(
-        "".join(f"<!-- table: {n} -->\n<!-- end -->\n" for n in ("traffic", "traffic by ranks", "large batches"))
-    )
+    names = ("traffic", "traffic by ranks", "large batches", "class-aware sampling by ranks")
+    file.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
     flags = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 4 --stages ii --processes 1 2 --ranks 1 2"
     assert traffic.main([*flags.split(), "--write", str(file)]) == 0
     rows = [line for line in file.read_text().splitlines() if line.startswith("| II")]
     assert "| II, 1 | all | 0 B | 0 B |" in rows and "| II, 2 | flags | 8 B | 8 B |" in rows
-    assert "| II | gradients | 0 B | 20 B |" in rows  # 5 scales, half of 2 x 20 bytes
+    assert "| II | gradients | 0 B | 20 B |" in rows  # 5 scales of 4 bytes, 2 x 1/2 times
+
+
+def test_class_aware_sampling_on_several_ranks_draws_a_small_class_on_the_share_that_the_formula_says():
+    labels, ranks = [0] * 4 + [c for c in range(1, 6) for _ in range(80)], 8
+    drawn = torch.zeros(6)
+    for epoch, rank in itertools.product(range(60), range(ranks)):
+        _, indices = ClassAwareSampler(labels, 1, seed=0, rank=rank, world_size=ranks).epoch(epoch)
+        drawn += torch.bincount(torch.tensor(labels)[indices], minlength=6)
+    share = traffic.share_of_shards(4, ranks)
+    others = share / 6 + (1 - share) / 5  # where it is missing, they take its turns
+    assert drawn[0] / drawn[1:].mean() == pytest.approx(share / 6 / others, rel=0.1)
 
 
 def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():
