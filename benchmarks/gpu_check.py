@@ -106,7 +106,7 @@ def parts(args, work: Path) -> list[Part]:
     training += ["--device", args.device, "--seed", "0", *sizes["training"].split()]
     steps = f"--no-memory {sizes['batch']}"
     return [
-        Part("tests", 180, tests, tables=False),
+        Part("tests", 240, tests, tables=False),
         benchmark("steps", 120, "step", steps, EAGER),
         benchmark("drift", 120, "step", f"--drift {sizes['drift']}", EAGER[1:]),
         benchmark("contrastive loss", 90, "loss", sizes["loss"]),
