@@ -38,18 +38,19 @@ def received(stage, images, batch, trained, args) -> dict[str, float]:
     """Bytes that a GPU or node receives per step from the others, by content.
 
     images: those of the step's batch that belong to it. Of the images whose keys it computes, the share images / batch
-    is its own on average, since shuffling BN deals them out at random; keys come back as images went. The gradients of
-    the trained parameters pass twice through a ring.
+    is its own on average, since shuffling BN deals them out at random, in an order that one rank sends to the others;
+    keys come back as images went. The gradients of the trained parameters, and two flags, pass twice through a ring.
     """
     others = batch - images
-    gradients = {"gradients": 2 * 4 * trained * others / batch}
+    reduced = {"gradients": 2 * 4 * trained * others / batch, "flags": 2 * 8 * others / batch}
     if stage != "i":
-        return gradients
+        return reduced
     return {
+        "order of the shuffle": 8 * others,
         "key images": images * others / batch * 3 * args.size**2 * 4,
         "keys of own images": images * others / batch * args.dim * 4,
         "keys and labels for the queue": others * (args.dim * 4 + 8),
-        **gradients,
+        **reduced,
     }
 
 

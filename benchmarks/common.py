@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -205,7 +206,7 @@ def command(module: str, argv) -> str:
         del words[at : at + 2]
     threads = os.environ.get("OMP_NUM_THREADS")
     start = f"OMP_NUM_THREADS={threads} python -m" if threads else "python -m"
-    return "`" + " ".join([start, module, *words]) + "`"
+    return f"`{start} {shlex.join([module, *words])}`"
 
 
 def mib(size: float | None) -> str:

@@ -32,13 +32,15 @@ SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 VARIANTS = {  # the scripts' flags
     "float32": "",
     "channels_last": "--channels-last",
+    "tf32": "--channels-last --tf32",
     "bf16": "--channels-last --amp bf16",
     "fp16": "--channels-last --amp fp16",
     "float32 compiled": "--channels-last --compile",
+    "tf32 compiled": "--channels-last --tf32 --compile",
     "bf16 compiled": "--channels-last --amp bf16 --compile",
     "fp16 compiled": "--channels-last --amp fp16 --compile",
 }
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAR = 2**31 - 1  # steps: no progress line, which would wait for the device, is printed
 DRIFT_SPANS = ((0, 10), (10, 50), (50, 200))
 SCALING_BATCHES = (2, 4, 8, 16, 32)
@@ -205,8 +207,20 @@ class Line(NamedTuple):
         )  # fmt: skip
 
 
+def under_numerics(function, version, args):
+    """The function, called with TF32 and cuDNN's settings as the version's flags ask for them."""
+    variant = "float32" if version == "baseline" else version
+    options = script_args("ii", variant, args.arch, args.classes, args.size, args.queue)
+
+    def call():
+        set_numerics(options)
+        return function()
+
+    return call
+
+
 def dtype_name(version) -> str:
-    """The type of a version's products."""
+    """The precision of a version's products, one of DTYPES."""
     first = version.split()[0]
     return first if first in DTYPES else "float32"
 
@@ -218,8 +232,8 @@ def measure_lines(stage, batch, args, argv, peak_rates) -> list[Line]:
     functions = {}
     for version in versions:  # each version is preceded by products of its type
         for name, product in by_dtype[dtype_name(version)][0].items():
-            functions[version, name] = product
-        functions[version, "step"] = stepper(stage, version, batch, args)
+            functions[version, name] = under_numerics(product, version, args)
+        functions[version, "step"] = under_numerics(stepper(stage, version, batch, args), version, args)
     taken = common.alternate(functions, args.repeats, args.device)
     flops, lines = step_flops(stage, args.arch, args.size) * batch, []
     for (version, name), durations in taken.items():

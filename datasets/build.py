@@ -62,10 +62,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         train = splits["train"].index
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
-        if sampler.steps == 0 and not args.evaluate:
-            raise UserError(
-                f"--batch-size {args.batch_size}: the training list's {len(train)} images give no full step; lower it"
-            )
+        if not args.evaluate:
+            check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
     if note:
         print_main(note)
     loaders = {}
@@ -113,6 +111,16 @@ def micro_batch_size(args, local_world_size: int) -> int:
     if size * micro_batches * processes != args.batch_size:
         print_main(f"--batch-size {args.batch_size}: {size * micro_batches} images per process")
     return size
+
+
+def check_step(args, images_per_step: int, num_images: int, nodes: int):
+    """Raises UserError if a step of all processes has more images than the training list: it would repeat some."""
+    if images_per_step > num_images:
+        on_nodes = f" on each of {nodes} nodes" if nodes > 1 else ""
+        raise UserError(
+            f"--batch-size {args.batch_size}{on_nodes}: the training list's {num_images} images give no full step; "
+            "lower it"
+        )
 
 
 def locate_splits(args, info) -> dict:

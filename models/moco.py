@@ -97,7 +97,7 @@ def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
     if world_size == 1:
         return encoder(images)
     rank, count = dist.get_rank(), len(images)
-    order = torch.randperm(world_size * count).to(images.device)
+    order = torch.randperm(world_size * count, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
     dist.broadcast(order, src=0)
     own = slice(rank * count, (rank + 1) * count)
     sources = order[own] // count  # the ranks that own the images order[own], which this rank encodes

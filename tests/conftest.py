@@ -9,15 +9,29 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # local servers a
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # tests/test_gpu.py needs torch, torchvision and pytest only
+    settings = None
 
 from tests.helpers import LAST, TWO, train, write_tree
 
 for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
     del os.environ[name]  # set by the job that the tests run in
 torch.set_num_threads(1)
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+if settings:
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def default_numerics():
+    """Undoes what earlier tests' runs set in this process: with deterministic algorithms, the host waits for a GPU."""
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

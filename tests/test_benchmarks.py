@@ -1,13 +1,15 @@
 """The benchmarks run at tiny sizes and print their tables; no timing is asserted."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import arithmetic, baseline, common, step
+from benchmarks import arithmetic, baseline, common, step, traffic
 from benchmarks.all import MAINS, QUICK
+from datasets.samplers import ClassAwareSampler
 from models import distillation_loss
 from utils.errors import UserError
 
@@ -56,8 +58,48 @@ def test_the_arithmetic_counts_what_a_rank_receives_on_average():
     assert received["key images"] == pytest.approx(strangers * 3 * 2 * 2 * 4, rel=0.02)
     assert received["keys of own images"] == pytest.approx(strangers * 3 * 4, rel=0.02)
     assert received["keys and labels for the queue"] == 18 * (3 * 4 + 8)
-    assert received["gradients"] == 2 * 3 / 4 * 400
+    assert (received["gradients"], received["order of the shuffle"]) == (2 * 3 / 4 * 400, 18 * 8)
     assert sum(arithmetic.received("i", 24, 24, 100, SimpleNamespace(size=2, dim=3)).values()) == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("stage", ["i", "iii"])
+def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, world_size):
+    sizes = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 32 --steps 3"
+    args = traffic.get_parser().parse_args(sizes.split())
+    found, expected = traffic.measured(stage, world_size, args), traffic.calculated(stage, world_size, 32, args)
+    by_chance = ("key images", "keys of own images")  # which images stay at their rank; their mean is expected
+    assert {name: size for name, size in found.items() if name not in by_chance} == {
+        name: pytest.approx(size) for name, size in expected.items() if name not in by_chance
+    }
+    if stage == "i":
+        assert found["key images"] / found["keys of own images"] == 3 * 16 * 16 / 128
+        strangers = found["key images"] / (3 * 16 * 16 * 4)  # per rank and step, of 32 / world_size images
+        assert 0 < strangers <= 32 / world_size and found["key images"] == pytest.approx(
+            expected["key images"], rel=0.5
+        )
+
+
+def test_traffic_writes_its_tables(tmp_path, capsys):
+    file = tmp_path / "scaling.md"
+    names = ("traffic", "traffic by ranks", "large batches", "class-aware sampling by ranks")
+    file.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
+    flags = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 4 --stages ii --processes 1 2 --ranks 1 2"
+    assert traffic.main([*flags.split(), "--write", str(file)]) == 0
+    rows = [line for line in file.read_text().splitlines() if line.startswith("| II")]
+    assert "| II, 1 | all | 0 B | 0 B |" in rows and "| II, 2 | flags | 8 B | 8 B |" in rows
+    assert "| II | gradients | 0 B | 20 B |" in rows  # 5 scales of 4 bytes, 2 x 1/2 times
+
+
+def test_class_aware_sampling_on_several_ranks_draws_a_small_class_on_the_share_that_the_formula_says():
+    labels, ranks = [0] * 4 + [c for c in range(1, 6) for _ in range(80)], 8
+    drawn = torch.zeros(6)
+    for epoch, rank in itertools.product(range(60), range(ranks)):
+        _, indices = ClassAwareSampler(labels, 1, seed=0, rank=rank, world_size=ranks).epoch(epoch)
+        drawn += torch.bincount(torch.tensor(labels)[indices], minlength=6)
+    share = traffic.share_of_shards(4, ranks)
+    others = share / 6 + (1 - share) / 5  # where it is missing, they take its turns
+    assert drawn[0] / drawn[1:].mean() == pytest.approx(share / 6 / others, rel=0.1)
 
 
 def test_the_streamed_loss_needs_less_than_half_the_memory_of_the_baseline():
@@ -114,6 +156,22 @@ def test_no_share_of_the_peak_exceeds_one(monkeypatch, capsys):
     assert step.main(options("step")) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| I")]
     assert len(rows) == ROWS["step"] and all(float(row[-1].rstrip("% |")) <= 100 for row in rows)
+
+
+def test_tf32_is_on_for_its_own_steps_and_products_alone(monkeypatch, capsys):
+    seen = []
+
+    def alternate(functions, repeats, device):
+        for (version, _), function in functions.items():
+            function()
+            flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            seen.append((version, *flags))
+        return {key: [1.0] for key in functions}
+
+    monkeypatch.setattr(common, "alternate", alternate)
+    flags = [*QUICK["step"].split(), *CPU, "--no-memory", "--stages", "ii", "--variants", "tf32", "float32"]
+    assert step.main(flags) == 0
+    assert set(seen) == {("baseline", False, False), ("tf32", True, True), ("float32", False, False)}
 
 
 def test_nothing_is_printed_between_timed_steps(capsys):

@@ -1,12 +1,13 @@
 """Tests that need a CUDA device: pytest -m gpu."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models import SSFL, contrastive_loss
-from tests.helpers import LAST, call, stage_flags
+from tests.helpers import LAST, call, log_of, run_shell, stage_flags
 from utils.memory import available_memory, step_loss, step_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -18,7 +19,7 @@ def run(stage, data, out, *flags):
     return torch.load(out / LAST, weights_only=True)
 
 
-@pytest.mark.parametrize("numerics", ["--amp bf16", "--amp fp16", "--channels-last --tf32", "--augment device"])
+@pytest.mark.parametrize("numerics", ["--amp bf16", "--amp fp16", "--channels-last --tf32", "--augment device -j 2"])
 def test_all_stages_train_on_a_gpu(plain_tree, tmp_path, numerics):
     flags = numerics.split()
     run("i", plain_tree, tmp_path / "i", *flags)
@@ -31,6 +32,16 @@ def test_a_run_with_sync_bn_keeps_the_names_of_the_weights(plain_tree, tmp_path)
         run("i", plain_tree, tmp_path / flag, "--epochs", 1, flag) for flag in ("--no-sync-bn", "--sync-bn")
     )
     assert plain["state_dict"].keys() == synchronized["state_dict"].keys() and synchronized["args"]["sync_bn"]
+
+
+def test_the_published_command_trains_on_every_gpu(plain_tree, tmp_path):
+    flags = ["--device", "cuda", "--multiprocessing-distributed", "--world-size", 1, "--rank", 0, "--sync-bn"]
+    flags += ["--dist-url", "tcp://localhost:10712", "-b", 4 * torch.cuda.device_count()]
+    flags += ["--moco-k", 6 * torch.cuda.device_count()]
+    outcome = run_shell("i", plain_tree, tmp_path / "run", *flags)
+    assert outcome.status == 0, outcome.err
+    log = log_of(tmp_path / "run")
+    assert len(log) == 2 and all(math.isfinite(record["loss"]) for record in log)
 
 
 def test_a_compiled_run_resumes_and_keeps_plain_names(plain_tree, tmp_path):

@@ -14,7 +14,7 @@ import models
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
-from benchmarks import study
+from benchmarks import gpu_check, study, traffic
 from datasets.prepare import cli, verify
 from tests.helpers import ROOT
 from utils import export, predict, report
@@ -101,6 +101,8 @@ def test_every_flag_of_the_documents_exists():
         predict.get_parser(),
         export.get_parser(),
         study.get_parser(),
+        gpu_check.get_parser(),
+        traffic.get_parser(),
     ]
     parsers += parsers[3]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}

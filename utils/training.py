@@ -71,6 +71,18 @@ def eval_due(epoch: int, args) -> bool:
     return (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
 
 
+def init_momentum(optimizer):
+    """Gives SGD's trained parameters a momentum of 0, with which a first step is the same as without one.
+
+    A fused SGD allocates it in the first step, and if that step overflows, as the first in fp16 often do, it would
+    train on with whatever was in that memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 class TrainState:
     """The progress of a training: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
 
@@ -86,6 +98,8 @@ class TrainState:
         self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
         self.micro_batch = 0  # in the current step, from 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        if self.scaler.is_enabled():
+            init_momentum(optimizer)
         self.metrics = MetricLogger(device, args.accum_steps)
         self.images = 0  # of all ranks, seen in this epoch
         self.flags = None  # what the ranks agree on in the current step

@@ -446,10 +446,13 @@ def test_shell_fewer_than_two_images_per_process_end_in_one_line(plain_tree, tmp
     [
         (["-b", 16, "--accum-steps", 5], ["--accum-steps 5", "at most 4", "2 processes"]),
         (["-b", 16, "--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys"]),
-        (["-b", 156, "--moco-k", 200], ["--batch-size 156", "154 images", "no full step"]),
+        (
+            ["-b", 156, "--nproc", 4, "--moco-k", 200],
+            ["--batch-size 156", "154 images", "no full step"],
+        ),  # 4 x 39, padded
     ],
 )
-def test_shell_a_step_that_two_processes_data_or_queue_cannot_take_ends_in_one_line(plain_tree, tmp_path, flags, words):
+def test_shell_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(plain_tree, tmp_path, flags, words):
     assert_mistake(run_shell("i", plain_tree, tmp_path / "run", *TWO, *flags), *words)
 
 

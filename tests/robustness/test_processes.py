@@ -525,3 +525,18 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
         assert same(checkpoint(again)[name], checkpoint(run_of_two_processes)[name]), name
     assert log_of(again, timed=False) == log_of(run_of_two_processes, timed=False)
     assert results_of(again) == results_of(run_of_two_processes)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["-b", 80, "--moco-k", 200], ["--batch-size 80 on each of 2 nodes", "154 images", "no full step"]),
+        (["-b", 26, "--moco-k", 50], ["--moco-k 50", "52 keys", "--batch-size"]),
+    ],
+)
+def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tree, tmp_path, flags, words):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    jobs = [Job("i", plain_tree, tmp_path / f"{n}", *by_flags(n, url)[0], *flags) for n in range(2)]
+    with jobs[0] as first, jobs[1] as second:
+        assert_one_line(first.end(), 2, *words)
+        assert second.end()[::2] == (2, "")  # the first has said it

@@ -1,0 +1,265 @@
+"""Runs on a GPU what tests on a CPU cannot show, within ten minutes, and writes one Markdown file.
+
+    bash scripts/gpu_check.sh [--data CIFAR100_LT_DIR] [--write gpu_check.md]
+    bash scripts/gpu_check.sh --device cpu --quick        all parts at tiny sizes, to check that they run
+
+The parts: the tests marked gpu; training steps in float32, TF32, bf16 and fp16, with and without --compile; how far
+these move the losses over 200 steps; the contrastive loss; the loader; a short training of all stages with the recipes
+of CIFAR100-LT. Each part is a process with a time limit: one that fails or hangs is reported with its last lines, and
+the next one starts. The exit status is 0 if all parts passed, else 1.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import all as everything
+from benchmarks import common
+from datasets.prepare.long_tail import long_tail_counts
+from utils.command_line import ArgumentParser, number, run_command, whole_number
+from utils.errors import UserError
+from utils.log import environment
+
+EAGER = ("float32", "channels_last", "tf32", "bf16", "fp16")  # variants of benchmarks.step
+COMPILED = ("float32 compiled", "tf32 compiled", "bf16 compiled", "fp16 compiled")
+TAIL = 25  # lines that a report shows of a part's output
+PARTS = (
+    "tests", "steps", "drift", "contrastive loss", "loader", "training", *(f"steps, {name}" for name in COMPILED),
+    "drift, compiled",
+)  # fmt: skip
+GRACE = 5  # seconds between the request to end and the kill
+LEAST = 5  # seconds that a part needs at least
+FULL = {  # flags of the parts; the drift of compiled variants is shown on a small network, which compiles faster
+    "drift": "",
+    "compiled drift": "--arch resnet8",
+    "loss": "",
+    "loader": "--images 256 --repeats 3",
+    "training": "--epochs 2 --warmup-epochs 1 --eval-freq 1",
+}
+QUICK_TRAINING = "--arch resnet8 --batch-size 8 --eval-batch-size 8 --epochs 1 --warmup-epochs 0 --workers 0"
+
+
+class Part(NamedTuple):
+    """A command with a time limit in seconds; tables: its output is Markdown."""
+
+    name: str
+    limit: float
+    command: list[str]
+    tables: bool = True
+
+
+class Result(NamedTuple):
+    """What became of a part: "passed", or how it failed; the seconds that it took; what it printed."""
+
+    part: Part
+    outcome: str
+    seconds: float
+    out: str
+    err: str
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+    def markdown(self) -> str:
+        """The part's section of the report."""
+        command = shlex.join(self.part.command).replace(shlex.quote(sys.executable), "python")
+        sections = [f"## {self.part.name}", f"`{command}`", f"{self.outcome}, {self.seconds:.0f} s"]
+        if self.part.tables and self.out.strip():
+            sections.append(self.out.strip())
+        if not self.passed or not self.part.tables:
+            shown = "" if self.part.tables else self.out
+            lines = [*shown.splitlines(), *("" if self.passed else self.err).splitlines()]
+            sections.append("\n".join(["```", *lines[-TAIL:], "```"]))
+        return "\n\n".join(sections)
+
+
+# ---- the parts
+
+
+def parts(args, work: Path) -> list[Part]:
+    """The parts, in the order of their importance: if the time is too short for all, the last are left out."""
+    python, sizes = sys.executable, FULL | {"batch": f"--batch {args.batch}"}
+    if args.quick:
+        sizes = everything.QUICK | {"batch": everything.QUICK["step"], "training": QUICK_TRAINING}
+        sizes["compiled drift"] = sizes["drift"]
+
+    def benchmark(name, limit, module, flags, variants=()):
+        words = [python, "-m", f"benchmarks.{module}", "--device", args.device, *flags.split()]
+        return Part(name, limit, [*words, "--variants", *variants] if variants else words)
+
+    files = [file for file in sorted((common.ROOT / "tests").glob("*.py")) if "mark.gpu" in file.read_text()]
+    tests = [python, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *map(str, files)]
+    training = ["bash", "scripts/train.sh", "configs/cifar100_lt", str(args.data or work / "images"), str(work / "run")]
+    training += ["--device", args.device, "--seed", "0", *sizes["training"].split()]
+    steps = f"--no-memory {sizes['batch']}"
+    return [
+        Part("tests", 240, tests, tables=False),
+        benchmark("steps", 120, "step", steps, EAGER),
+        benchmark("drift", 120, "step", f"--drift {sizes['drift']}", EAGER[1:]),
+        benchmark("contrastive loss", 90, "loss", sizes["loss"]),
+        benchmark("loader", 90, "loader", sizes["loader"]),
+        Part("training", 150, training, tables=False),
+        *(benchmark(f"steps, {name}", 120, "step", f"{steps} --stages i", [name]) for name in COMPILED),
+        benchmark("drift, compiled", 150, "step", f"--drift {sizes['compiled drift']}", COMPILED),
+    ]
+
+
+def make_images(root: Path, quick: bool):
+    """Writes train/, val/ and test/ with class folders of 32-pixel images: noise around a color per class.
+
+    100 classes with as many training images as CIFAR100-LT's (imbalance 100), or a few.
+    """
+    random = np.random.default_rng(0)
+    counts = [6, 4, 2, 2] if quick else long_tail_counts(500, 100, 100)
+    for label, count in enumerate(counts):
+        color = random.integers(0, 256, 3)
+        for split, images in (("train", count), ("val", 2), ("test", 2 if quick else 10)):
+            folder = root / split / f"class{label:02}"
+            folder.mkdir(parents=True)
+            for i in range(images):
+                pixels = color + random.normal(0, 60, (32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+
+
+# ---- running them
+
+
+def run_part(part: Part, limit: float, environment: dict) -> Result:
+    """Runs a part for at most `limit` seconds, then ends it with all its processes."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            part.command, cwd=common.ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(limit)
+            outcome = "passed" if status == 0 else f"**failed** with status {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"**stopped** after its limit of {limit:.0f} s"
+            signal_group(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            signal_group(process, signal.SIGKILL)
+            process.wait()
+        seconds = time.monotonic() - started
+        out.seek(0)
+        err.seek(0)
+        return Result(part, outcome, seconds, out.read(), err.read())
+
+
+def signal_group(process, number):
+    """Sends a signal to all processes of a part that are left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def part_environment(args, work: Path) -> dict:
+    """The environment of the parts, in which `python` is this interpreter."""
+    python = work / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    changes = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(common.ROOT), "LAUNCH": ""}
+    return os.environ | changes | ({"TORCH_COMPILE_DISABLE": "1"} if args.quick else {})
+
+
+# ---- the report
+
+
+def machine_rows(device: str):
+    """What the machine and the versions are, as rows."""
+    yield "machine", common.machine(device)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        yield "GPU", f"{properties.name}, {common.mib(properties.total_memory)}, {capability}"
+        yield "GPUs", str(torch.cuda.device_count())
+        yield "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        yield "triton", importlib.metadata.version("triton")
+    for name, value in environment().items():
+        if name != "gpu" and value is not None:
+            yield name, str(value)
+
+
+def report(args, argv, results: list[Result], missing: int) -> str:
+    """The Markdown file; missing: the number of parts that have not run yet."""
+    passed, seconds = sum(result.passed for result in results), sum(result.seconds for result in results)
+    summary = f"{passed} of {len(results)} parts passed, in {seconds:.0f} s"
+    quick = "\n\nTiny sizes, nothing is compiled: the figures mean nothing." if args.quick else ""
+    outcomes = [(r.part.name, r.outcome, f"{r.seconds:.0f}") for r in results]
+    sections = [
+        "# GPU check",
+        f"`{shlex.join(['bash', 'scripts/gpu_check.sh', *argv])}`: {summary}"
+        + (f"; {missing} are still to come" if missing else "") + quick,
+        common.Table("", "## Machine", ("", ""), list(machine_rows(args.device))).markdown(),
+        common.Table("", "## Parts", ("part", "outcome", "seconds"), outcomes).markdown(),
+        *(result.markdown() for result in results),
+    ]  # fmt: skip
+    return "\n\n".join(sections) + "\n"
+
+
+def check(args, argv) -> int:
+    """Runs the parts and writes the report after each; returns the exit status."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu --quick")
+    file, results, end = Path(args.write), [], time.monotonic() + 60 * args.minutes
+    args.data = args.data and Path(args.data).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        environment = part_environment(args, work)
+        if not args.data:
+            make_images(work / "images", args.quick)
+        todo = [part for part in parts(args, work) if not args.only or part.name in args.only]
+        for number, part in enumerate(todo):
+            left = end - time.monotonic()
+            if left < LEAST:
+                results.append(Result(part, "**left out**: no time was left", 0, "", ""))
+            else:
+                print(f"{part.name} ...", end=" ", flush=True)
+                results.append(run_part(part, min(part.limit, left), environment))
+                print(f"{results[-1].outcome.replace('*', '')}, {results[-1].seconds:.0f} s", flush=True)
+            file.write_text(report(args, argv, results, len(todo) - number - 1))
+    print(f"in {file}: {sum(result.passed for result in results)} of {len(results)} parts passed")
+    return 0 if all(result.passed for result in results) else 1
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__, prog="bash scripts/gpu_check.sh")
+    # fmt: off
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that all parts run")
+    parser.add_argument("--data", metavar="DIR",
+        help="CIFAR100-LT as data/README.md prepares it (default: generated images of the same number and size)")
+    parser.add_argument("--batch", type=whole_number(2), default=64, metavar="N",
+        help="images per timed step (default: %(default)s)")
+    parser.add_argument("--minutes", type=number(above=0, most=1440), default=9.5, metavar="M",
+        help="time for all parts together (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, help=f"run only these: {', '.join(PARTS)}")
+    parser.add_argument("--write", default="gpu_check.md", metavar="FILE", help="the report (default: %(default)s)")
+    # fmt: on
+    return parser
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda args: check(args, argv), get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
