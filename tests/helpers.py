@@ -101,7 +101,7 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:  # a pipe may outlive the run
         done = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
-            done.wait(120)
+            done.wait(300)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(done.pid, signal.SIGKILL)  # its leftover processes, or itself if it hangs
@@ -171,6 +171,6 @@ def on_ranks(world: int, function, *args) -> list:
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(60)
+            process.join(300)  # a machine with other work may need that
         assert [process.exitcode for process in ranks] == [0] * world
         return [torch.load(os.path.join(folder, str(rank)), weights_only=True) for rank in range(world)]

@@ -306,7 +306,7 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(plain_tree, tmp_path, mon
     outcome = run_stage("i", plain_tree, run, "--overwrite")
     assert outcome.status == 2 and "are available" in outcome.err
     assert checkpoint(run)["epoch"] == 1 and results_of(run)
-    assert run_stage("i", plain_tree, run, "--evaluate", "--resume", run / LAST).status == 0
+    assert run_stage("i", plain_tree, tmp_path / "e", "--evaluate", "--resume", run / LAST).status == 0
 
 
 # ---- what is available

@@ -195,8 +195,8 @@ def test_files_that_are_not_weights_are_refused(plain_tree, tmp_path):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.tar"))
 
 
-def test_other_stages_do_not_have_the_flag(plain_tree, tmp_path):
-    assert_mistake(run_stage("iii", plain_tree, tmp_path, "--pretrained"), "--pretrained")
+def test_stage_ii_does_not_have_the_flag(plain_tree, tmp_path):
+    assert_mistake(run_stage("ii", plain_tree, tmp_path, "--pretrained"), "--pretrained")
 
 
 def test_torchvision_has_weights_for_each_of_its_archs():
