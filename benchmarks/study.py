@@ -2,7 +2,7 @@
 
     python -m benchmarks.study main --source CIFAR100                 trains what is missing of a plan, see PLANS
     python -m benchmarks.study main ablations --dry-run               shows what that would be, with expected hours
-    python -m benchmarks.study --write docs/study.md                  the tables of all cells that are done
+    python -m benchmarks.study --write docs/study.md --plot docs/study/per_class.png     tables and plot of what is done
 
 A cell is one training: a stage, a recipe, a seed. It trains in WORK/<group>/<cell>/seed_<n>, where it goes on if it was
 stopped; results.json, log.txt and args.json are copied to docs/study/<group>/<cell>/seed_<n> when it ends, and a cell
@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 from datasets.prepare import main as prepare
 from utils.command_line import ArgumentParser, run_command, whole_number
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.log import write_json
+from utils.plots import new_axes, plain_numbers, running_mean
 from utils.report import COLUMNS, spread
-from utils.runs import read_runs
+from utils.runs import mean, read_runs
 from utils.seeds import Group, mean_rows
 
 from .common import Table, publish
@@ -273,6 +274,32 @@ def tables() -> list[Table]:
     return found
 
 
+def draw(file: Path):
+    """Draws the running mean of the per-class accuracies against the training images per class, mean over the seeds.
+
+    Of the cells of the main plan that are done: cross entropy, stages I and II, and both classifiers of stage III.
+    """
+    plan = PLANS["main"]
+    figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)")
+    for group in groups_of(plan.cells, RECORDS / plan.lists / f"{plan.epochs}_epochs"):
+        if group.name not in ("ce", "i", "ii", "iii"):
+            continue
+        for number, record in enumerate(group.runs[0].records):
+            per_class = [run.records[number]["per_class"] for run in group.runs]
+            means = [100 * mean(values) for values in zip(*per_class, strict=True)]
+            axes.plot(
+                *running_mean(record["train_counts"], means), label=f"{group.name}, {record['classifier']}", linewidth=2
+            )
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:  # a folder that does not exist; an ending that is no format
+        raise UserError(f"--plot {file}: {one_line(error)}") from None
+
+
 def plan_name(text: str) -> str:
     """An argparse type: a key of PLANS."""
     if text not in PLANS:
@@ -292,6 +319,8 @@ def get_parser() -> ArgumentParser:
         help="cells to train at the same time, which share the cores (default: %(default)s)")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of every training, in quotes")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and stop")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+        help="without a plan, draw accuracy against class frequency (needs matplotlib)")
     parser.add_argument("--write", metavar="FILE", help="put the tables into this file, between their marks")
     # fmt: on
     return parser
@@ -301,6 +330,8 @@ def study(args):
     """Trains the missing cells of the plans, or prints the tables without a plan."""
     if not args.plans:
         publish(tables(), args.write)
+        if args.plot:
+            draw(args.plot)
         return
     needed = missing_jobs(jobs_of(args.plans, args.seeds), args.work)
     for job in needed:
