@@ -280,8 +280,11 @@ def draw(file: Path):
     Of the cells of the main plan that are done: cross entropy, stages I and II, and both classifiers of stage III.
     """
     plan = PLANS["main"]
+    groups = groups_of(plan.cells, RECORDS / plan.lists / f"{plan.epochs}_epochs")
+    if not groups:
+        raise UserError(f"--plot {file}: no cell of the plan main is done yet")
     figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)")
-    for group in groups_of(plan.cells, RECORDS / plan.lists / f"{plan.epochs}_epochs"):
+    for group in groups:
         if group.name not in ("ce", "i", "ii", "iii"):
             continue
         for number, record in enumerate(group.runs[0].records):

@@ -90,6 +90,7 @@ def test_the_tables_average_over_the_seeds(project, capsys):
         (folder / "results.json").write_text(json.dumps([record]))
     (project / "doc.md").write_text("<!-- table: imbalance_100_1 -->\n<!-- end -->\n")
     assert study.main(["--write", "doc.md"]) == 0
+    assert study.main(["--plot", "absent/plot.png"]) == 2
     assert study.main(["--plot", "plot.png"]) == 0 and (project / "plot.png").stat().st_size > 1000
     mean, deviation = 100 * statistics.mean(values.values()), 100 * statistics.stdev(values.values())
     row = next(line for line in (project / "doc.md").read_text().splitlines() if line.startswith("| i, linear"))
@@ -97,9 +98,7 @@ def test_the_tables_average_over_the_seeds(project, capsys):
 
 
 def test_mistakes_are_one_line(project, capsys):
-    (project / "docs" / "study").mkdir(parents=True)
-    status, _, err = study.main(["--plot", "absent/plot.png"]), *capsys.readouterr()
-    assert status == 2 and err.count("\n") == 1 and "--plot absent" in err
+    assert_command_mistake((study.main(["--plot", "plot.png"]), *capsys.readouterr()), "--plot plot.png", "plan main")
     assert_command_mistake((study.main(["mian"]), *capsys.readouterr()), "mian")
     status, _, err = study.main(["main"]), *capsys.readouterr()
     assert status == 2 and err.count("\n") == 1 and "--source" in err
