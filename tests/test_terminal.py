@@ -135,3 +135,12 @@ def test_a_queue_far_larger_than_the_data_gives_a_note_with_a_better_size(plain_
     out = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 5000, "--epochs", 1).out
     assert [line for line in out.splitlines() if line.startswith("--moco-k 5000: ") and line.endswith("take about 154")]
     assert "take about" not in run_stage("i", plain_tree, tmp_path / "other", "--epochs", 1).out
+
+
+def test_a_run_whose_output_is_closed_ends_in_one_line(plain_tree, tmp_path):
+    command = [sys.executable, ROOT / "ssd_stage_i.py", *stage_flags("i", plain_tree, tmp_path, ["--epochs", 99])]
+    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline()
+    run.stdout.close()  # as head does
+    message = run.stderr.read()
+    assert run.wait(300) == 141 and message.count("\n") == 1 and "--resume auto" in message

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import select
 import shlex
 import sys
 
@@ -159,6 +160,16 @@ def filled(text: str) -> str:
     return text
 
 
+def output_is_closed() -> bool:
+    """Whether the reader of the output, such as head, has closed it; what is still written then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing at the exit fails again
+    return True
+
+
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
     """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
 
@@ -168,8 +179,8 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
         return work(parser.parse_args(argv)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of the output, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing at the exit fails again
+    except BrokenPipeError:
+        output_is_closed()
         return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)

@@ -13,7 +13,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from ..command_line import INTERRUPTED, USER_ERROR
+from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, output_is_closed
 from ..distributed import get_dist_info
 from ..errors import UserError
 from ..log import close_progress
@@ -67,6 +67,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return status, "" if error.on_all_ranks and get_dist_info().rank > 0 else text
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"
+    if isinstance(error, BrokenPipeError) and output_is_closed():
+        return BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
