@@ -57,7 +57,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for views, labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
+    for views, labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
         with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             # The key encoder moves at the beginning of a step; its keys enter the queue at the end.
             logits, contrastive_loss = model(*views, labels=labels, update=state.step_begins, enqueue=state.step_ends)

@@ -53,7 +53,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
+    for (images,), labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
         with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
@@ -67,19 +67,19 @@ def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     classifiers = ("lws",)
     resumed = checkpoint.load_resume(args, get_parser(), stage="ii")  # None without --resume
-    pretrained = None
+    source = None  # the checkpoint of stage I or III
     if resumed is None:
         stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-        pretrained = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", stages)
+        source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", stages)
     settle_defaults(args)
     sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
     with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
-        checkpoint.check_compatible(resumed or pretrained, args.arch, data.num_classes)
-        classes = checkpoint.class_names(resumed or pretrained, data.classes)  # None if nothing names them
+        checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
+        classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn)
-        if pretrained is not None:
-            model.load_pretrained(pretrained.state_dict, args.classifier)
+        if source is not None:
+            model.load_pretrained(source.state_dict, args.classifier)
         model = prepare_model(model, device, args)  # device, channels_last, compile
         check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,7 +100,7 @@ def main_worker(args, device):
             results = evaluate(model, data.val, classifiers, data.train_counts, state) if due else {}
             state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
         results = evaluate(model, data.test, classifiers, data.train_counts, state)
-        folder.finish(state, results, pretrained)  # the table, results.json, and what comes next
+        folder.finish(state, results, source)  # the table, results.json, and what comes next
 
 
 def main(argv=None) -> int:

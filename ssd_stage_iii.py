@@ -52,7 +52,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; after --resume, the rest of an epoch
+    for (images,), labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
         with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)

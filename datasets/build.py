@@ -109,7 +109,12 @@ def micro_batch_size(args, local_world_size: int) -> int:
             on_all_ranks=True,
         )
     if size * micro_batches * processes != args.batch_size:
-        print_main(f"--batch-size {args.batch_size}: {size * micro_batches} images per process")
+        parts = f"{micro_batches} micro-batches of " if micro_batches > 1 else ""
+        parts += f"{processes} {'process' if processes == 1 else 'processes'}"
+        images = size * micro_batches * processes
+        print_main(
+            f"--batch-size {args.batch_size}: not a multiple of {parts}; steps have {images} images on this node"
+        )
     return size
 
 

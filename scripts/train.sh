@@ -15,6 +15,12 @@ fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 config=${1%/} data=$2 out=${3%/}
 shift 3
+for word in "$data" "$out"; do
+  if [ "${word#-}" != "$word" ]; then
+    echo "train.sh: $word: CONFIG, DIR and OUT come before the flags" >&2
+    exit 2
+  fi
+done
 for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
   if ! [ -f "$config/$stage.txt" ]; then
     echo "train.sh: $config/$stage.txt: no such recipe; CONFIG is a folder such as configs/cifar100_lt" >&2
@@ -23,13 +29,15 @@ for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
 done
 python=python
 command -v python >/dev/null || python=$root/.venv/bin/python
+"$python" "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
 launch=("$python")
 [ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 
-# Signals to this script are passed on to the stage, which saves and ends with status 75. Ctrl-C reaches it by itself.
-child='' signaled=
+# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75. Ctrl-C reaches it by itself; should
+# the stage miss it, at least no other stage starts.
+child='' signaled='' interrupted=
 trap 'signaled=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
-trap 'signaled=1' INT
+trap 'signaled=1 interrupted=1' INT
 
 # stage TITLE NAME SCRIPT [flags]: trains one stage, unless it has results already.
 stage() {
@@ -41,7 +49,10 @@ stage() {
   fi
   local words=("${launch[@]}" "$root/$script" "@$recipe" "$@" --output_dir "$folder" --resume auto "$data")
   echo "== $title: ${words[*]}"
-  "${words[@]}" &
+  (
+    trap - INT # bash lets processes in the background ignore it
+    exec "${words[@]}"
+  ) &
   child=$!
   wait "$child" || status=$?
   while [ -n "$signaled" ]; do # wait was interrupted: the stage is still saving
@@ -49,10 +60,13 @@ stage() {
     wait "$child" && status=0 || status=$?
   done
   if [ "$status" != 0 ]; then
-    echo "== $title: ended with status $status after $((SECONDS - started)) s; the same command goes on from there" >&2
+    local hint="the same command continues"
+    [ "$status" != 2 ] || hint="correct what it names; the same command then continues"
+    echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
     exit "$status"
   fi
   echo "== $title: $((SECONDS - started)) s"
+  [ -z "$interrupted" ] || exit 130
 }
 
 last=last_checkpoint.pth.tar

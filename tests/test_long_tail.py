@@ -117,7 +117,10 @@ def test_other_mistakes_are_one_line(source, tmp_path, capsys):
         return prepare(*words, command=command), *capsys.readouterr()
 
     (tmp_path / "taken" / "train").mkdir(parents=True)
-    assert_command_mistake(fails(tmp_path / "absent", "--out", tmp_path / "out"), "absent", "train/<class>/<image>")
+    assert_command_mistake(fails(tmp_path / "absent", "--out", tmp_path / "out"), "absent", "no such folder")
+    assert_command_mistake(
+        fails(source / "train", "--out", tmp_path / "out"), "train/<class>/<image>", "prepare folder"
+    )
     assert_command_mistake(fails(source, "--imbalance", 4, "--out", source), "--out", "another folder")
     assert_command_mistake(fails(source, "--imbalance", 4, "--out", tmp_path / "taken"), "taken/train", "not a link")
     cifar = ["--source", source, "--out", tmp_path / "out"]

@@ -24,11 +24,12 @@ PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
-FOREIGN_FLAGS = {  # of docs/extending.md, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
+FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
     "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment",
+    "--no-memory", "--repeats",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))

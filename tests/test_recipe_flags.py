@@ -9,7 +9,7 @@ from PIL import Image
 
 import ssd_stage_i
 from datasets.transforms import Views
-from tests.helpers import BEST, LAST, PREVIOUS, checkpoint, log_of, results_of, run_stage, same, train
+from tests.helpers import BEST, LAST, PREVIOUS, call, checkpoint, log_of, results_of, run_stage, same, train
 from tests.robustness.test_mistakes import assert_mistake
 from utils.training import learning_rate
 
@@ -34,6 +34,13 @@ def test_warmup_and_schedule_give_these_rates(flags, rates, tmp_path):
 def test_a_training_uses_the_warmup(plain_tree, tmp_path):
     flags = ["--con-weight", 0, "--epochs", 4, "--warmup-epochs", 2, "--schedule", 3, "--schedule-factor", 0.5]
     assert [record["lr"] for record in log_of(train("i", plain_tree, tmp_path, *flags))] == [0.05, 0.1, 0.1, 0.05]
+
+
+def test_the_warmup_of_a_resumed_run_is_held_against_its_own_epochs(plain_tree, tmp_path):
+    folder = train("i", plain_tree, tmp_path / "run", "--con-weight", 0, "--epochs", 1)
+    flags = ["--resume", folder / LAST, "--warmup-epochs", 1]
+    given = [plain_tree, "-j", 0, "--device", "cpu", "--output_dir", folder, "--arch", "resnet8", *flags]
+    assert_mistake(call("i", given), "--warmup-epochs 1", "below --epochs 1")  # not the default of 135
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,33 @@ def test_mistakes_are_one_line(plain_tree, tmp_path):
     assert_mistake(run_stage("i", plain_tree, tmp_path / "run", f"@{tmp_path}/binary.txt"), "binary.txt")
     (tmp_path / "unknown.txt").write_text("--learning-rat 1")
     assert_mistake(run_stage("i", plain_tree, tmp_path / "run", f"@{tmp_path}/unknown.txt"), "--learning-rat")
-    assert_mistake(call("i", [f"@{tmp_path}"]), "no such recipe")
+    assert_mistake(call("i", [f"@{tmp_path}"]), "is a folder", "stage_i.txt")
     with pytest.raises(UserError):
         expand([f"@{tmp_path}/absent.txt"])
     assert expand(["a", "--b"]) == ["a", "--b"] and END not in expand(["x"])
+
+
+def test_a_recipe_of_another_stage_is_refused(tmp_path, monkeypatch):
+    for stage, name in (("i", "stage_ii"), ("iii", "stage_iii_tuned"), ("ii", "stage_iii")):
+        monkeypatch.setattr("sys.argv", [f"ssd_stage_{stage}.py"])
+        with pytest.raises(UserError, match=f"{name}.txt: a recipe for ssd_stage_i"):
+            PARSERS[stage]().parse_args([f"@{ROOT}/configs/cifar100_lt/{name}.txt", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["ssd_stage_ii.py"])
+    PARSERS["ii"]().parse_args([f"@{ROOT}/configs/cifar100_lt/stage_iii_tuned.txt", str(tmp_path)])
+
+
+def test_no_pretrained_turns_a_recipe_s_pretrained_off(tmp_path):
+    assert parse(tmp_path, "--pretrained", "--no-pretrained").pretrained is None
+
+
+def test_the_next_command_names_the_recipe_of_the_next_stage(plain_tree, tmp_path):
+    """Flags of the recipe are not repeated, those that were given next to it are."""
+    for name in ("stage_i", "stage_ii"):
+        (tmp_path / f"{name}.txt").write_text("--channels-last --lr 0.3")
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--epochs", 1, "--jitter", 0.1, f"@{tmp_path}/stage_i.txt")
+    (command,) = [line for line in outcome.out.splitlines() if line.startswith("  python ssd_stage_ii.py")]
+    assert f"@{tmp_path}/stage_ii.txt" in command and "--jitter 0.1" in command
+    assert "--channels-last" not in command and "--lr" not in command
 
 
 # ---- the recipes in configs/
@@ -121,7 +144,7 @@ def test_the_recipes_of_imagenet_lt_are_the_defaults(tmp_path):
         default = PARSERS[stage]().parse_args(["--cos", str(tmp_path)])
         args = PARSERS[stage]().parse_args([f"@{ROOT}/configs/imagenet_lt/{name}.txt", str(tmp_path)])
         differing = {key for key in vars(default) if vars(default)[key] != vars(args)[key]}
-        assert differing <= {"given", "shared_words"}
+        assert differing <= {"given", "recipes", "shared_words"}
 
 
 def test_the_stages_of_a_recipe_share_backbone_size_and_statistics(tmp_path):

@@ -54,6 +54,30 @@ def test_stopped_or_killed_in_any_stage_it_ends_with_the_same_results(trained, p
         "stage_iii, soft classifier", "stage_iii_tuned, lws classifier",
     ]  # fmt: skip
 
+    run = start(*words, "--lr", 9)  # a finished run with other flags
+    output, _ = run.communicate()
+    assert run.returncode == 2 and output.count("\n") == 1 and "--lr 0.1, not --lr 9" in output
+
+
+def test_ctrl_c_while_a_stage_starts_ends_the_run(plain_tree, tmp_path):
+    run = start(write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out")
+    assert run.stdout.readline().startswith("== stage I:")
+    os.killpg(run.pid, signal.SIGINT)  # as the terminal does
+    output, _ = run.communicate()
+    assert run.returncode not in (0, None) and "== stage II:" not in output
+
+
+def test_a_flag_that_one_stage_does_not_have_is_refused_before_the_first_is_trained(plain_tree, tmp_path):
+    words = write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out"
+    for flags, message in (
+        (["--moco-k", 32], "stage_ii.txt: unrecognized"),
+        (["--warmup-epochs", 9], "below --epochs"),
+    ):
+        run = start(*words, *flags)
+        output, _ = run.communicate()
+        assert run.returncode == 2 and output.count("\n") == 1 and message in output
+        assert "flags go to every stage" in output and not (tmp_path / "out").exists()
+
 
 def test_its_mistakes_are_one_line(plain_tree, tmp_path):
     def fails(*words):
@@ -63,11 +87,15 @@ def test_its_mistakes_are_one_line(plain_tree, tmp_path):
         return output
 
     assert "usage" in fails("config", plain_tree)
+    assert "before the flags" in fails(tmp_path, plain_tree, "--epochs", 1)
+    assert "no such folder" in fails(write_recipes(tmp_path / "config"), tmp_path / "absent", tmp_path / "out")
     assert "absent/stage_i.txt" in fails(tmp_path / "absent", plain_tree, tmp_path / "out")
 
 
 def test_a_mistake_in_a_stage_ends_it_with_that_status(tmp_path):
-    run = start(write_recipes(tmp_path / "config"), tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.txt").write_text("a.png x\n")
+    run = start(write_recipes(tmp_path / "config"), tmp_path / "data", tmp_path / "out")
     output, _ = run.communicate()
     assert run.returncode == 2
-    assert "no such folder" in output and "ended with status 2" in output and "stage II:" not in output
+    assert "--val-list" in output and "ended with status 2" in output and "stage II:" not in output

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import secrets
 import sys
 from itertools import pairwise
@@ -17,12 +18,13 @@ from .command_line import ArgumentParser, filled, number, option_words, run_only
 from .distributed import gather_objects, print_main
 from .errors import UserError
 
+SCRIPTS = tuple(f"ssd_stage_{stage}.py" for stage in ("i", "ii", "iii"))
 ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
 SHARED_ARGS = {  # flags that the stages of a training have in common; backbone and image size come with the checkpoint
-    "cos", "batch_size", "accum_steps", "lr", "workers", "print_freq", "train_list", "val_list", "test_list",
+    "cos", "batch_size", "accum_steps", "workers", "print_freq", "train_list", "val_list", "test_list",
     "num_classes", "augment", "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed",
     "nproc", "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed",
     "eval_batch_size", "tensorboard", "plots", "memory_check", "jitter", "eval_freq", "freeze_bn",
@@ -44,19 +46,23 @@ class TrainingParser(ArgumentParser):
     """
 
     def parse_args(self, argv=None):
-        args = super().parse_args(argv)
-        args.program = self.prog
+        words = list(sys.argv[1:] if argv is None else argv)
+        names = [word[1:] for word in words if word.startswith("@")]
+        check_recipes(self.prog, names)
+        args = super().parse_args(words)
+        args.program, args.recipes = self.prog, names
         args.saved = sorted(self.saved_actions())
-        args.shared_words = self.shared_words(args)
+        args.shared_words = self.shared_words(args, words)
         args.deterministic = args.seed is not None
         check_arguments(args)
         return args
 
-    def shared_words(self, args) -> list[str]:
-        """The given flags that a run of the next stage needs as well, as words of a command line."""
-        actions = {action.dest: action for action in self._actions}
-        names = [name for name in args.given if name in SHARED_ARGS]
-        return [option_words(actions[name], getattr(args, name)) for name in names]
+    def shared_words(self, args, words: list[str]) -> list[str]:
+        """The flags that were given outside of recipes and that the next stage needs too, as words of a command."""
+        actions, given = {action.dest: action for action in self._actions}, args.given
+        if args.recipes:
+            given = super().parse_args([recipes.END if word.startswith("@") else word for word in words]).given
+        return [option_words(actions[name], getattr(args, name)) for name in given if name in SHARED_ARGS]
 
     def parse_known_args(self, args=None, namespace=None):
         """As in ArgumentParser, with recipes; a folder after --pretrained is DIR, since weights are a file."""
@@ -204,10 +210,8 @@ def check_arguments(args):
         raise UserError(f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
-    if args.start_epoch >= args.epochs and not args.evaluate:
-        raise UserError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
-    if args.warmup_epochs >= args.epochs and not args.evaluate:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if not args.resume:  # else a checkpoint may change the epochs
+        check_epochs(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if args.gpu is not None:
@@ -217,6 +221,23 @@ def check_arguments(args):
             raise UserError(f"--gpu {args.gpu}: this machine has {torch.cuda.device_count()} CUDA devices")
         if args.multiprocessing_distributed:
             raise UserError("--gpu: one GPU contradicts --multiprocessing-distributed; leave one of them out")
+
+
+def check_epochs(args):
+    """Raises UserError, the same on all ranks, if flags that count epochs contradict --epochs."""
+    for name, value in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
+        if value and value >= args.epochs and not args.evaluate:
+            hint = "; add --warmup-epochs 0" if name == "--warmup-epochs" else ""
+            raise UserError(f"{name} {value}: must be below --epochs {args.epochs}{hint}", on_all_ranks=True)
+
+
+def check_recipes(program: str, names: list[str]):
+    """Raises UserError if a recipe is named like one of another stage; program: the name of the stage's script."""
+    for name in names:
+        stage = re.fullmatch(r"stage_(i+)(_tuned)?", Path(name).stem)
+        script = stage and f"ssd_stage_{'ii' if stage[2] else stage[1]}.py"
+        if stage and program in SCRIPTS and program != script:
+            raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
 
 
 def num_cores() -> int:
@@ -229,6 +250,8 @@ def settle_defaults(args):
 
     All ranks must call it, after the checkpoint of --resume has been read, which contains its seed.
     """
+    if args.resume:
+        check_epochs(args)
     if args.seed is None:
         args.seed = gather_objects(secrets.randbelow(2**31))[0]
         if not args.evaluate:
@@ -263,5 +286,5 @@ def resolved(args) -> dict:
     return {
         name: str(v) if isinstance(v, Path) else v
         for name, v in sorted(vars(args).items())
-        if name not in ("given", "saved", "shared_words")
+        if name not in ("given", "saved", "shared_words", "recipes")
     }

@@ -20,10 +20,14 @@ TORCHVISION = "torchvision"  # the value that means torchvision's default weight
 
 def add_pretrained_flag(group):
     """Adds --pretrained to a group of flags."""
+    # fmt: off
     run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
         help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
         "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
-        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))  # fmt: skip
+        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
+    run_only(group.add_argument("--no-pretrained", action="store_const", const=None, dest="pretrained",
+        help="start from random weights, after a recipe with --pretrained"))
+    # fmt: on
 
 
 def load_backbone(args) -> dict | None:

@@ -23,6 +23,8 @@ def expand(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]
 
 def read_recipe(path: Path, depth: int) -> list[str]:
     """The words of a recipe, those of the recipes in it included."""
+    if path.is_dir():
+        raise UserError(f"@{path}: is a folder; name a recipe in it, such as @{path / 'stage_i.txt'}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:

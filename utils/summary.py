@@ -1,6 +1,7 @@
 """What a run prints: its settings at the start, and the next commands at the end."""
 
 import shlex
+from pathlib import Path
 
 import torch
 
@@ -70,7 +71,9 @@ def next_commands(state, source: str | None) -> list[str]:
     """
     args, last = state.args, f"{state.folder.path}/last_checkpoint.pth.tar"
     following = {"i": "stage_ii", "ii": "stage_iii"}.get(state.stage)
-    shared = [*args.shared_words, shlex.quote(args.data)]
+    recipe = Path(args.recipes[0]).with_name(f"{following or 'stage_iii_tuned'}.txt") if args.recipes else None
+    recipe = [f"@{shlex.quote(str(recipe))}"] if recipe and recipe.is_file() else []
+    shared = [*recipe, *args.shared_words, shlex.quote(args.data)]
     if following and "output_dir" in args.given:
         shared.insert(0, f"--output_dir {shlex.quote(str(state.folder.path.parent / following))}")
     if state.stage == "i":

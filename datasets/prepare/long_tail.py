@@ -159,6 +159,8 @@ def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out:
     largest = min(available) - held_out if largest is None else largest
     if largest < 1:
         name = classes[available.index(min(available))]
+        if not held_out:
+            raise UserError(f"class {name} has no training images; remove its folder, or give --max-per-class")
         raise UserError(f"--held-out {held_out}: class {name} has {min(available)} images, none is left; lower it")
     counts = long_tail_counts(largest, imbalance, len(classes))
     for name, count, number in zip(classes, counts, available, strict=True):
@@ -218,9 +220,14 @@ def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, s
     no image is copied. Test images are those of test/, else of val/; validation images the held-out ones of train/,
     else those of val/, else the test images. Further arguments and errors are those of choose.
     """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; name the one that contains train/ and test/")
     held_splits = [split for split in ("test", "val") if (source / split).is_dir()]
     if not (source / "train").is_dir() or not held_splits:
-        raise UserError(f"{source}: must have train/<class>/<image>, and test/ or val/ with the same class folders")
+        raise UserError(
+            f"{source}: must have train/<class>/<image>, and test/ or val/ with the same class folders"
+            " (prepare folder takes plain class folders)"
+        )
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the source itself; choose another folder for the lists")
     train, classes = class_folders(source, "train")
