@@ -107,8 +107,9 @@ def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
 def measured(stage: str, world_size: int, args) -> dict[str, float]:
     """Bytes that a rank receives in a step, by content; means over ranks and steps."""
     with tempfile.TemporaryDirectory() as folder:
-        start = "fork" if sys.platform == "linux" else "spawn"  # spawned processes would each import torch again
-        mp.start_processes(steps_of_a_rank, (world_size, stage, args, folder), world_size, start_method=start)
+        mp.start_processes(
+            steps_of_a_rank, (world_size, stage, args, folder), world_size, start_method="spawn"
+        )  # autograd refuses forks
         total = Counter()
         for rank in range(world_size):
             for line in Path(folder, str(rank)).read_text().splitlines():

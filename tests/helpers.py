@@ -163,10 +163,15 @@ def _rank(function, rank, world, folder, args):
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, function, *args) -> list:
-    """function(rank, *args) on each of `world` forked processes of a gloo group; what they return, by rank."""
+def on_ranks(world: int, function, *args, method="forkserver") -> list:
+    """function(rank, *args) on each of `world` processes of a gloo group; what they return, by rank.
+
+    They are forked from a process that only imported: autograd refuses a backward pass in a fork of one that ran one.
+    method="fork" forks this process, for a function that cannot be pickled and runs no backward pass.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("fork")  # spawned ones would each import torch again
+        context = mp.get_context(method)
+        context.set_forkserver_preload(["tests.helpers"])
         ranks = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
         for process in ranks:
             process.start()

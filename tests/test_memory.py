@@ -124,7 +124,7 @@ def test_stage_ii_needs_the_input_and_output_of_its_widest_module():
 
 def test_several_processes_need_the_buckets_of_the_gradients():
     assert (
-        on_ranks(2, lambda rank: step_memory(build("i", "resnet8"), 4, arguments(), CPU)._asdict())
+        on_ranks(2, lambda rank: step_memory(build("i", "resnet8"), 4, arguments(), CPU)._asdict(), method="fork")
         == [
             step_memory(build("i", "resnet8"), 4, arguments(), CPU)._asdict()
             | {"buckets": one_of(build("i", "resnet8"))}
@@ -273,7 +273,7 @@ def check_on_rank(rank, sizes):
 
 
 def test_all_ranks_raise_the_same_if_one_has_too_little():
-    first, second = on_ranks(2, check_on_rank, [GIB, 10 * MIB])
+    first, second = on_ranks(2, check_on_rank, [GIB, 10 * MIB], method="fork")
     assert first == second and first[1]
     most = int(re.search(r"at most (\d+) can fit", first[0])[1])
     assert 0 < most < 128 and most % 2 == 0  # images per step of the node
