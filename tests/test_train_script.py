@@ -26,6 +26,7 @@ def start(*words, launch=None) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", ROOT / "scripts" / "train.sh", *map(str, words)], text=True, env=environment, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
     )  # fmt: skip
 
 
