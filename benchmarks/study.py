@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.prepare import main as prepare
+from utils.arguments import num_cores
+from utils.checkpoint import LAST
 from utils.command_line import ArgumentParser, run_command, whole_number
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.log import write_json
-from utils.plots import new_axes, plain_numbers, running_mean
+from utils.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure
 from utils.report import COLUMNS, spread
 from utils.runs import mean, read_runs
 from utils.seeds import Group, mean_rows
@@ -129,7 +131,7 @@ class Job(NamedTuple):
         return (RECORDS / self.path / "results.json").is_file()
 
     def checkpoint(self, work: Path) -> Path:
-        return work / self.path / "last_checkpoint.pth.tar"
+        return work / self.path / LAST
 
     def finished(self, work: Path) -> bool:
         """Whether its checkpoint is there, for others to start from."""
@@ -143,7 +145,7 @@ class Job(NamedTuple):
             words += ["--epochs", str(self.epochs)]
         if self.cell.source:
             flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[self.cell.stage]
-            words += [flag, str(work / self.beside(self.cell.source) / "last_checkpoint.pth.tar")]
+            words += [flag, str(work / self.beside(self.cell.source) / LAST)]
         data = work / "data" / self.lists
         if self.lists == "choice":  # no test figure exists before the choice is made
             words += ["--test-list", str(data / "val.txt")]
@@ -154,7 +156,7 @@ class Job(NamedTuple):
         """The expected time, from that of SECONDS."""
         alone = {"--con-weight 0", "--kd-weight 0"}  # no key encoder, no teacher
         name = "ce" if self.cell.flags in alone else self.cell.stage
-        sizes = {"imbalance_50": 1.16, "imbalance_10": 1.8}
+        sizes = {"imbalance_50": 1.16, "imbalance_10": 1.8}  # images, as a multiple of those of imbalance 100
         return SECONDS[name] * (5 if self.cell.stage == "ii" else self.epochs) * sizes.get(self.lists, 1) + 30
 
 
@@ -230,8 +232,7 @@ def train(job: Job, work: Path, flags: list[str], threads: int) -> float:
 def train_all(needed: list[Job], args):
     """Trains the jobs, at most args.jobs at a time, each as soon as the one that it starts from is finished."""
     work, pending, running = args.work, list(needed), {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, cores // args.jobs)
+    threads = max(1, num_cores() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         while pending or running:
             waits_for = {job.path for job in [*pending, *running.values()]}
@@ -279,6 +280,7 @@ def draw(file: Path):
 
     Of the cells of the main plan that are done: cross entropy, stages I and II, and both classifiers of stage III.
     """
+    require_matplotlib("--plot")
     plan = PLANS["main"]
     groups = groups_of(plan.cells, RECORDS / plan.lists / f"{plan.epochs}_epochs")
     if not groups:
@@ -297,10 +299,7 @@ def draw(file: Path):
     plain_numbers(axes.xaxis)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    try:
-        figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:  # a folder that does not exist; an ending that is no format
-        raise UserError(f"--plot {file}: {one_line(error)}") from None
+    save_figure(figure, file, "--plot")
 
 
 def plan_name(text: str) -> str:

@@ -107,9 +107,7 @@ def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
 def measured(stage: str, world_size: int, args) -> dict[str, float]:
     """Bytes that a rank receives in a step, by content; means over ranks and steps."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            steps_of_a_rank, (world_size, stage, args, folder), world_size, start_method="spawn"
-        )  # autograd refuses forks
+        mp.start_processes(steps_of_a_rank, (world_size, stage, args, folder), world_size, start_method="spawn")
         total = Counter()
         for rank in range(world_size):
             for line in Path(folder, str(rank)).read_text().splitlines():
@@ -180,7 +178,7 @@ def sampling_rows(args) -> list[tuple[str, ...]]:
 
 def tables(args, argv) -> list[common.Table]:
     """What is counted, what the formulas give for more ranks, and what larger batches change."""
-    torch.set_num_threads(1)  # a process that has started threads must not fork
+    torch.set_num_threads(1)  # as in the processes, for the title
     title = common.command("benchmarks.traffic", argv)
     counted = f"{args.arch}, {args.size} pixels, steps of {args.batch} images; {common.machine('cpu')}"
     ranks = [f"{ranks} rank{'s' if ranks > 1 else ''}" for ranks in args.ranks]

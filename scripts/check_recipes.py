@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from utils.checkpoint import as_saved
 from utils.command_line import option_words
 from utils.errors import UserError
 from utils.runs import read_args
@@ -34,8 +35,7 @@ def check(name: str, script, config: str, data: str, out: Path, flags: list[str]
         return
     saved = read_args(out / name)
     for dest, action in parser.saved_actions().items():
-        value = getattr(args, dest)
-        value = list(value) if isinstance(value, tuple) else value
+        value = as_saved(getattr(args, dest))
         if dest in args.given and dest in saved and saved[dest] != value:
             was, now = option_words(action, saved[dest]), option_words(action, value)
             raise UserError(

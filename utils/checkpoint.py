@@ -94,16 +94,21 @@ def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "")
             print_main(line)
         check_compatible(loaded, args.arch)
         classifier = getattr(args, "classifier", "hard")
-        if classifier == "soft" and loaded.content.get("args", {}).get("kd_weight") == 0:
-            raise UserError(
-                f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
-            )
+        check_trained(path, loaded.content, classifier)
         try:
             models.check_complete(loaded.state_dict, classifier)
             models.check_weights(loaded.state_dict)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
+
+
+def check_trained(path, content: dict, classifier: str):
+    """Raises UserError if a run without distillation left the classifier, "hard" or "soft", as it was initialized."""
+    if classifier == "soft" and (content.get("args") or {}).get("kd_weight") == 0:
+        raise UserError(
+            f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
+        )
 
 
 def read(path, flag: str) -> dict:

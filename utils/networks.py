@@ -25,8 +25,7 @@ def load_network(path, classifier: str) -> tuple[nn.Module, dict, dict]:
         if found["stage"] != "iii":
             stage = found["stage"].upper()
             raise UserError(f"--classifier soft: {path} is of stage {stage}, which has one classifier; leave it out")
-        if (content.get("args") or {}).get("kd_weight") == 0:
-            raise UserError(f"--classifier soft: {path} was trained with --kd-weight 0, which leaves it untrained")
+        checkpoint.check_trained(path, content, classifier)
     return model, found, content
 
 

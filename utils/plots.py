@@ -47,6 +47,14 @@ def write_plots(run: Run, folder):
         raise UserError(f"--plots {folder}: cannot be written ({one_line(error)})") from None
 
 
+def save_figure(figure, file, flag: str):
+    """Writes a figure to the file of a flag. Raises UserError naming the flag for an ending that is no format."""
+    try:
+        figure.savefig(file)
+    except ValueError as error:
+        raise UserError(f"{flag} {file}: {one_line(error)}") from None
+
+
 def to_png(plot: Plot) -> bytes:
     """The plot as a PNG file."""
     file = io.BytesIO()

@@ -85,5 +85,5 @@ def next_commands(state, source: str | None) -> list[str]:
         return [" ".join(["python ssd_stage_iii.py --teacher_ckpt", shlex.quote(last), *shared])]
     tuned = shlex.quote(f"{state.folder.path}_tuned")
     start = ["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last)]
-    soft = ["--classifier soft"] if args.kd_weight > 0 else []  # else it was not trained
+    soft = ["--classifier soft"] if args.kd_weight > 0 and not recipe else []  # else untrained; a recipe says it
     return [" ".join([*start, *soft, "--output_dir", tuned, *shared]), report]

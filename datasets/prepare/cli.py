@@ -13,6 +13,7 @@ Every command can be run again: it keeps what is complete and does the rest.
 
 import argparse
 import functools
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 
 from ..layout import as_listed, by_split
-from ..splits import class_folders
 from . import long_tail
 from .folder_lists import write_folder_lists
 from .image_tree import find_tree, link_tree
@@ -89,7 +89,7 @@ def prepare_published(args):
 def prepare_small(args):
     """Fashion-MNIST-LT and CIFAR-LT."""
     if args.source and (args.source / "train").is_dir():
-        found = len(class_folders(args.source, "train")[1])
+        found = sum(entry.is_dir() for entry in os.scandir(args.source / "train"))
         if found != args.classes:
             raise UserError(f"--source {args.source}: train/ has {found} class folders, {args.dataset} {args.classes}")
         return prepare_long_tail(args)
@@ -103,14 +103,13 @@ def prepare_small(args):
             args.out.rmdir()
         raise
     sizes = {"train": sum(counts), "val": args.held_out * len(counts), "test": len(data.test_labels)}
-    print_long_tail(args, sizes, counts, "test")
+    print_long_tail(args, sizes, counts)
 
 
 def prepare_long_tail(args):
     """A long-tailed selection of class folders."""
     sizes, counts = long_tail.link_long_tail(args.source, args.out, *selection(args))
-    own = "val" if all((args.source / split).is_dir() for split in ("val", "test")) else "test"
-    print_long_tail(args, sizes, counts, own)
+    print_long_tail(args, sizes, counts)
 
 
 def selection(args) -> tuple:
@@ -118,9 +117,9 @@ def selection(args) -> tuple:
     return args.max_per_class, args.imbalance, args.held_out, args.seed, args.overwrite
 
 
-def print_long_tail(args, sizes: dict[str, int], counts: list[int], validation: str):
-    """Prints a selection's numbers of images; validation: the folder of its validation images if none were held out."""
-    own = f"{sizes['val']} validation, " if args.held_out or validation == "val" else ""
+def print_long_tail(args, sizes: dict[str, int], counts: list[int]):
+    """Prints a selection's numbers of images, by split; 0 validation images mean that the test images serve as them."""
+    own = f"{sizes['val']} validation, " if sizes["val"] else ""
     print(
         f"{args.out}: {sizes['train']} training ({counts[0]} to {counts[-1]} per class), {own}{sizes['test']} test "
         f"images of {len(counts)} classes (seed {args.seed})"

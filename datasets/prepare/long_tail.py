@@ -216,6 +216,7 @@ def list_files(lists: dict[str, list], classes: list[str]) -> dict[str, bytes]:
 def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
     """Writes the lists of a long-tailed selection from class folders; returns ({split: number of images}, counts).
 
+    The number of validation images is 0 if the test images serve as them.
     source: has train/<class>/<image>, and test/ or val/ with the same classes; out gets links to these folders, so that
     no image is copied. Test images are those of test/, else of val/; validation images the held-out ones of train/,
     else those of val/, else the test images. Further arguments and errors are those of choose.
@@ -249,7 +250,8 @@ def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, s
     for split in ("train", *held_splits):
         link_folder(out / split, source / split, overwrite)
     write_files(out, files, overwrite)
-    return {split: len(found) for split, found in lists.items()}, counts
+    sizes = {split: len(found) for split, found in lists.items()}
+    return sizes | ({"val": 0} if lists["val"] is lists["test"] else {}), counts
 
 
 def link_folder(link: Path, folder: Path, overwrite: bool):

@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.metrics import shot_groups
-from utils.plots import require_matplotlib
+from utils.plots import require_matplotlib, save_figure
 
 from ..dataset import load_rgb
 from ..layout import as_listed, by_split
@@ -215,10 +215,7 @@ def plot(figure_class, file: Path, splits: dict[str, Split]):
         axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
     axes.legend()
-    try:
-        figure.savefig(file)
-    except ValueError as error:  # matplotlib has no format for this ending
-        raise UserError(f"--plot {file}: {one_line(error)}") from None
+    save_figure(figure, file, "--plot")
 
 
 def given_lists(args) -> dict[str, str | None]:

@@ -8,16 +8,18 @@
 #   CONFIG  recipes: CONFIG/stage_i.txt, CONFIG/stage_ii.txt, CONFIG/stage_iii.txt (default: configs/imagenet_lt)
 #   FLAGS   further flags of all stages, for example "--amp bf16 --channels-last"
 #   PYTHON  interpreter on the nodes (default: python)
-# DIR is relative to the current folder, CONFIG and OUT are relative to the repository. A job that was stopped before its end, for instance by its time limit,
-# requeues itself and continues. If a stage fails, those after it are cancelled; the same command then continues.
+# DIR is relative to the current folder, CONFIG and OUT are relative to the repository. A job that was stopped before its
+# end, for instance by its time limit, requeues itself and continues. If a stage fails, those after it are cancelled; the
+# same command then continues.
 set -euo pipefail
 DIR=$(realpath -e "${DIR:?name the image folder}")
 export DIR
 cd "$(dirname "$0")/../.."
+. scripts/slurm/common.sh
 
-if "${PYTHON:-python}" -c 'import torch' 2>/dev/null; then # the login node may not have it
+if "$PYTHON" -c 'import torch' 2>/dev/null; then # the login node may not have it
   # shellcheck disable=SC2086  # FLAGS are words
-  "${PYTHON:-python}" scripts/check_recipes.py "${CONFIG:-configs/imagenet_lt}" "$DIR" "${OUT:-weights}" ${FLAGS:-}
+  "$PYTHON" scripts/check_recipes.py "$CONFIG" "$DIR" "$OUT" $FLAGS
 fi
 after=(--kill-on-invalid-dep=yes)
 for stage in stage_i stage_ii stage_iii; do
