@@ -20,6 +20,7 @@ def set_numerics(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor: a kernel each
 
 
 def seed_everything(*entropy: int):
