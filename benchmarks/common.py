@@ -23,6 +23,7 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+LONG = 5  # seconds of a first call that are worth a line
 
 
 def argument_parser(doc, name: str, repeats: int | None) -> ArgumentParser:
@@ -81,7 +82,8 @@ def seconds(function, device="cpu", clock=time.perf_counter) -> float:
 def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, list[float]]:
     """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
 
-    A first turn, to warm up, is left out.
+    A first turn, to warm up, is left out. A first call of many seconds is told on stderr: cuDNN's search for fast
+    algorithms and --compile take longer than all that is timed.
     """
     taken = {name: [] for name in functions}
     for turn in range(1 + repeats):
@@ -89,6 +91,8 @@ def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_count
             duration = seconds(function, device, clock)
             if turn > 0:
                 taken[name].append(duration)
+            elif duration > LONG:
+                note(("warm-up", *(name if isinstance(name, tuple) else (name,)), f"{duration:.0f} s"))
     return taken
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks on a GPU what tests on a CPU cannot show, in less than ten minutes, and writes one Markdown file.
+# Checks on a GPU what tests on a CPU cannot show, in less than twenty minutes, and writes one Markdown file.
 #   bash scripts/gpu_check.sh                          tests, steps, drift, loss, loader and a short training on a GPU
 #   bash scripts/gpu_check.sh --data cifar100-lt       trains on CIFAR100-LT (data/README.md), not on generated images
 #   bash scripts/gpu_check.sh --device cpu --quick     all parts at tiny sizes, in about a minute

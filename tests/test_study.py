@@ -58,9 +58,16 @@ def test_missing_cells_are_trained_and_done_ones_are_kept(project, monkeypatch, 
 
     monkeypatch.setattr(study.subprocess, "run", None)  # nothing may be trained
     assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
-    assert "0 cells to train" in capsys.readouterr().out
+    assert "all cells of main are done" in capsys.readouterr().out
     monkeypatch.undo()
     assert files(group) == done
+
+
+def test_plans_are_trained_seed_by_seed(project):
+    names = [(job.seed, job.cell.name) for job in study.jobs_of(["main", "more"], None)]
+    assert [name for seed, name in names if seed == 1] == ["i", "ii"] and names[-2:] == [(1, "i"), (1, "ii")]
+    assert {name for seed, name in names[:-2]} == {cell.name for cell in CELLS}
+    assert {job.seed for job in study.jobs_of(["main", "more"], [5])} == {5}
 
 
 def test_a_cell_whose_checkpoint_is_gone_is_trained_again_but_its_record_stays(project, capsys):
