@@ -85,6 +85,19 @@ def test_mistakes_are_one_line(plain_tree, tmp_path):
     assert expand(["a", "--b"]) == ["a", "--b"] and END not in expand(["x"])
 
 
+def test_a_mistake_in_a_recipe_names_its_file_and_line(tmp_path):
+    text = "--arch resnet8\n--warmup_epochs 5 --lr 0.1"
+    with pytest.raises(UserError, match=r"--warmup-epochs 5: must be below --epochs 2.* \(from .*recipe.txt, line 2\)"):
+        parse(tmp_path, text, "--epochs", "2")
+    with pytest.raises(
+        UserError, match=r"--lr x: must be a number \(--help lists the flags\)$"
+    ):  # beside it
+        parse(tmp_path, text, "--lr", "x")
+    with pytest.raises(UserError, match=r"--unknown.* \(from .*recipe.txt, line 1\)"):
+        parse(tmp_path, "--unknown 1")
+    assert type(parse(tmp_path, text).arch) is str  # checkpoints hold no other class
+
+
 def test_a_recipe_of_another_stage_is_refused(tmp_path, monkeypatch):
     for stage, name in (("i", "stage_ii"), ("iii", "stage_iii_tuned"), ("ii", "stage_iii")):
         monkeypatch.setattr("sys.argv", [f"ssd_stage_{stage}.py"])

@@ -20,6 +20,15 @@ from .errors import UserError
 
 SCRIPTS = tuple(f"ssd_stage_{stage}.py" for stage in ("i", "ii", "iii"))
 ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
+STAGE_FLAGS = {  # flags that not all stages have, and the stages that have them
+    "--con-weight": "I", "--moco-dim": "I", "--moco-k": "I", "--moco-m": "I", "--moco-t": "I",
+    "--pretrained": "I, III", "--freeze-bn": "II, III", "--last-stage-ckpt": "II", "--num-samples-cls": "II",
+    "--classifier": "II", "--teacher-ckpt": "III", "--kd-t": "III", "--kd-weight": "III",
+}  # fmt: skip
+CHECKPOINT_FLAGS = {
+    "--last-stage-ckpt": "--teacher_ckpt",
+    "--teacher-ckpt": "--last_stage_ckpt",
+}  # of stages II and III
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
@@ -49,13 +58,25 @@ class TrainingParser(ArgumentParser):
         words = list(sys.argv[1:] if argv is None else argv)
         names = [word[1:] for word in words if word.startswith("@")]
         check_recipes(self.prog, names)
-        args = super().parse_args(words)
-        args.program, args.recipes = self.prog, names
-        args.saved = sorted(self.saved_actions())
-        args.shared_words = self.shared_words(args, words)
-        args.deterministic = args.seed is not None
-        check_arguments(args)
+        try:
+            args = super().parse_args(words)
+            args.program, args.recipes = self.prog, names
+            args.saved = sorted(self.saved_actions())
+            args.shared_words = self.shared_words(args, words)
+            args.deterministic = args.seed is not None
+            check_arguments(args)
+        except UserError as error:
+            origin = recipes.origin(str(error), words)
+            raise UserError(f"{error} (from {origin})" if origin else str(error)) from None
         return args
+
+    def hint(self, flag: str) -> str:
+        """As in ArgumentParser; for a flag of another stage, which stage has it."""
+        name = flag.replace("_", "-").replace("--no-", "--", 1)
+        if (meant := CHECKPOINT_FLAGS.get(name)) in self._option_string_actions:
+            return f"; did you mean {meant}?"
+        stages = STAGE_FLAGS.get(name)
+        return f"; a flag of stage {stages}" if stages else super().hint(flag)
 
     def shared_words(self, args, words: list[str]) -> list[str]:
         """The flags that were given outside of recipes and that the next stage needs too, as words of a command."""

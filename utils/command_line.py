@@ -12,7 +12,6 @@ from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
-SYNONYMS = {"--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt"}  # of stages II and III
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -54,11 +53,13 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"{name}{'' if of_value else ':'} {error.message}")
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it may be its value, or DIR: only the flag is wrong
-            close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
-            meant = SYNONYMS.get(flags[0].replace("_", "-"))
-            close = [meant] if meant in self._option_string_actions else close
-            self.error(f"unrecognized arguments: {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+            self.error(f"unrecognized arguments: {flags[0]}{self.hint(flags[0])}")
         return found, unknown
+
+    def hint(self, flag: str) -> str:
+        """What to add to the message that a flag is unknown: one that it resembles."""
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
 
     def saved_actions(self) -> dict[str, argparse.Action]:
         """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""

@@ -1,5 +1,6 @@
 """Recipes: text files of command line words, which @FILE puts in its place."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -7,6 +8,12 @@ from .errors import UserError, one_line
 
 END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag takes no value from behind them
 MAX_DEPTH = 10  # of recipes within recipes
+
+
+class Word(str):
+    """A word of a recipe; origin: the file and line that it stands in."""
+
+    origin = ""
 
 
 def expand(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]:
@@ -34,7 +41,17 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            words += shlex.split(line, comments=True)
+            found = [Word(word) for word in shlex.split(line, comments=True)]
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
+        for word in found:
+            word.origin = f"{path}, line {number}"
+        words += found
     return expand(words, path.parent, depth + 1)
+
+
+def origin(message: str, words: list[str]) -> str:
+    """File and line of the flag that a message begins with, if a recipe was the last to give it; else empty."""
+    flag = re.search(r"--[\w-]+", message)
+    given = [w for w in expand(words) if flag and w.partition("=")[0].replace("_", "-") == flag[0].replace("_", "-")]
+    return getattr(given[-1], "origin", "") if given else ""

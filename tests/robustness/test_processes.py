@@ -28,6 +28,7 @@ from tests.helpers import (
     limited_memory,
     log_of,
     results_of,
+    run_shell,
     run_stage,
     same,
     stage_flags,
@@ -148,6 +149,12 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
     assert outcome.status in (75, 130)  # the system may merge the two into one
     assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
     assert checkpoint(tmp_path / "run")["step"] > 0
+
+
+def test_the_last_words_of_torchrun_name_the_mistake(tmp_path):
+    outcome = run_shell("i", tmp_path / "missing", tmp_path / "run", launcher=TORCHRUN)
+    assert outcome.status == 1  # torchrun's own
+    assert "missing': no such folder" in outcome.err.split("Root Cause")[1]
 
 
 @pytest.mark.full

@@ -5,10 +5,13 @@ process starts one process per GPU, or --nproc of them, and watches them: spawn.
 processes). rendezvous.py detects the way and joins the processes; signals.py stops a run.
 """
 
+import json
 import os
 import re
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,6 +57,7 @@ def launch(main_worker, parser, argv=None) -> int:
         close_progress()
         if message:
             print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+            tell_torchrun(message)
         if dist.is_initialized():  # only after a failure
             leave(status)
     return status
@@ -78,6 +82,13 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     if isinstance(error, dist.DistError) or ("gloo" in text and any(words in text for words in CONNECTION_BROKEN)):
         return 1, LOST_CONTACT
     return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
+def tell_torchrun(message: str):
+    """Writes the message where torchrun looks for the cause of a failure, so that its last words name it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def leave(status: int):
