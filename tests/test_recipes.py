@@ -89,9 +89,7 @@ def test_a_mistake_in_a_recipe_names_its_file_and_line(tmp_path):
     text = "--arch resnet8\n--warmup_epochs 5 --lr 0.1"
     with pytest.raises(UserError, match=r"--warmup-epochs 5: must be below --epochs 2.* \(from .*recipe.txt, line 2\)"):
         parse(tmp_path, text, "--epochs", "2")
-    with pytest.raises(
-        UserError, match=r"--lr x: must be a number \(--help lists the flags\)$"
-    ):  # beside it
+    with pytest.raises(UserError, match=r"--lr x: must be a number \(--help lists the flags\)$"):  # beside it
         parse(tmp_path, text, "--lr", "x")
     with pytest.raises(UserError, match=r"--unknown.* \(from .*recipe.txt, line 1\)"):
         parse(tmp_path, "--unknown 1")

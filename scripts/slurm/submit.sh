@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Submits the three stages to SLURM; each starts once the one before has finished.
+# Submits stages I, II and III, and stage II once more on stage III's checkpoint; each starts once the one before has
+# finished. Stage II, which trains one number per class, runs on one node.
 #   DIR=/data/imagenet bash scripts/slurm/submit.sh
 #   DIR=/data/imagenet OUT=runs/two_nodes bash scripts/slurm/submit.sh --partition gpu --nodes 2 --time 12:00:00
-# Arguments go to sbatch, for all three stages. Variables:
+# Arguments go to sbatch, for all stages. Variables:
 #   DIR     image folder
-#   OUT     output folders: OUT/stage_i, OUT/stage_ii, OUT/stage_iii (default: weights)
-#   CONFIG  recipes: CONFIG/stage_i.txt, CONFIG/stage_ii.txt, CONFIG/stage_iii.txt (default: configs/imagenet_lt)
+#   OUT     output folders: OUT/stage_i, stage_ii, stage_iii, stage_iii_tuned (default: weights)
+#   CONFIG  recipes: CONFIG/stage_i.txt, stage_ii.txt, stage_iii.txt, stage_iii_tuned.txt (default: configs/imagenet_lt)
 #   FLAGS   further flags of all stages, for example "--amp bf16 --channels-last"
 #   PYTHON  interpreter on the nodes (default: python)
 # DIR is relative to the current folder, CONFIG and OUT are relative to the repository. A job that was stopped before its
@@ -22,9 +23,16 @@ if "$PYTHON" -c 'import torch' 2>/dev/null; then # the login node may not have i
   "$PYTHON" scripts/check_recipes.py "$CONFIG" "$DIR" "$OUT" $FLAGS
 fi
 after=(--kill-on-invalid-dep=yes)
-for stage in stage_i stage_ii stage_iii; do
-  job=$(sbatch --parsable "${after[@]}" "$@" "scripts/slurm/$stage.sbatch")
+# submit NAME WORDS: submits a batch script, after the job before; the last of WORDS are the script and its arguments.
+submit() {
+  local name=$1 job
+  shift
+  job=$(sbatch --parsable "${after[@]}" "$@")
   job=${job%%;*} # NUMBER;CLUSTER if there are several clusters
   after=(--kill-on-invalid-dep=yes --dependency="afterok:$job")
-  echo "$stage: job $job"
-done
+  echo "$name: job $job"
+}
+submit stage_i "$@" scripts/slurm/stage_i.sbatch
+submit stage_ii "$@" --nodes=1 scripts/slurm/stage_ii.sbatch stage_i stage_ii
+submit stage_iii "$@" scripts/slurm/stage_iii.sbatch
+submit stage_iii_tuned "$@" --nodes=1 --job-name=ssd-lt-tuned scripts/slurm/stage_ii.sbatch stage_iii stage_iii_tuned

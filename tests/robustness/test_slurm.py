@@ -72,19 +72,20 @@ class Cluster:
         finished, outcomes = {"": True}, []
         for number, line in enumerate((self.folder / "jobs").read_text().splitlines(), 1):
             after = re.search(r"--dependency=afterok:(\d+) ", line)
-            status = self.run_job(number, line.split()[-1]) if finished[after[1] if after else ""] else None
+            script, *arguments = line[line.index("scripts/slurm/") :].split()
+            status = self.run_job(number, script, arguments) if finished[after[1] if after else ""] else None
             finished[str(number)] = status == 0
-            outcomes.append((Path(line.split()[-1]).name, status))
+            outcomes.append((Path(script).name, status))
         return outcomes
 
-    def run_job(self, number: int, script: str) -> int:
+    def run_job(self, number: int, script: str, arguments: list[str]) -> int:
         """The status of the last start of a job; it is started again each time that it was requeued."""
         env = self.env | {
             "SLURM_JOB_ID": str(number), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "127.0.0.1",
         }  # fmt: skip
         copy = shutil.copy(ROOT / script, self.folder / "slurm_script")  # as SLURM does: its folder is not the script's
         while True:
-            status = subprocess.run(["bash", copy], env=env, cwd=self.folder, timeout=PATIENCE).returncode
+            status = subprocess.run(["bash", copy, *arguments], env=env, cwd=self.folder, timeout=PATIENCE).returncode
             requeued = self.folder / f"requeued.{number}"
             if not requeued.exists():
                 return status
@@ -104,17 +105,20 @@ def test_the_scripts_are_valid_bash(script):
 @pytest.mark.parametrize(
     ("statuses", "outcomes", "starts"),
     [
-        ([0, 0, 0], [0, 0, 0], "i ii iii"),
-        ([75, 75, 0, 0, 75, 0], [0, 0, 0], "i i i ii iii iii"),  # requeued until each has finished
-        ([75, 2], [2, None, None], "i i"),  # a failure is not repeated, and nothing starts after it
-        ([0, 1], [0, 1, None], "i ii"),
+        ([0, 0, 0, 0], [0, 0, 0, 0], "i ii iii ii"),
+        ([75, 75, 0, 0, 75, 0, 0], [0, 0, 0, 0], "i i i ii iii iii ii"),  # requeued until each has finished
+        ([75, 2], [2, None, None, None], "i i"),  # a failure is not repeated, and nothing starts after it
+        ([0, 1], [0, 1, None, None], "i ii"),
     ],
 )
 def test_a_stage_starts_once_the_one_before_has_finished(tmp_path, statuses, outcomes, starts):
     cluster = Cluster(tmp_path, DIR=tmp_path, PYTHON="stage", FLAGS="--amp bf16 --seed 3")
     (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
-    assert cluster.submit("--nodes", "2").stdout == "stage_i: job 1\nstage_ii: job 2\nstage_iii: job 3\n"
-    assert "--nodes 2" in (tmp_path / "jobs").read_text()
+    names = ("stage_i", "stage_ii", "stage_iii", "stage_iii_tuned")
+    printed = "".join(f"{name}: job {number}\n" for number, name in enumerate(names, 1))
+    assert cluster.submit("--nodes=2").stdout == printed
+    nodes = [re.findall(r"--nodes=(\d)", line)[-1] for line in (tmp_path / "jobs").read_text().splitlines()]
+    assert nodes == ["2", "1", "2", "1"]  # the last one counts
     assert [status for _, status in cluster.run_jobs()] == outcomes
     assert cluster.steps() == [f"ssd_stage_{stage}.py" for stage in starts.split()]
     first = (tmp_path / "steps").read_text().splitlines()[0]
@@ -134,17 +138,19 @@ def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_proces
     """Each has the result of the same command without SLURM."""
     recipes, out = tmp_path / "recipes", tmp_path / "out"
     recipes.mkdir()
-    for stage in ("i", "ii", "iii"):
+    for stage in ("i", "ii", "iii", "iii_tuned"):
         (recipes / f"stage_{stage}.txt").write_text(f"{SMALL} --cos {QUEUE if stage == 'i' else ''}\n")
     cluster = Cluster(
         tmp_path, DIR=plain_tree, OUT=out, CONFIG=recipes, PYTHON="gated", FLAGS="--save-every-steps 1",
         TIME_LIMIT=out / "stage_i" / LAST,
     )  # fmt: skip
     assert cluster.submit().returncode == 0
-    assert cluster.run_jobs() == [("stage_i.sbatch", 0), ("stage_ii.sbatch", 0), ("stage_iii.sbatch", 0)]
+    assert cluster.run_jobs() == [(f"stage_{stage}.sbatch", 0) for stage in ("i", "ii", "iii", "ii")]
     assert cluster.steps()[:2] == ["ssd_stage_i.py"] * 2
     assert_same_run(out / "stage_i", run_of_two_processes)
     ii = train("ii", plain_tree, tmp_path / "ii", "--cos", *TWO, "--last_stage_ckpt", run_of_two_processes / LAST)
     iii = train("iii", plain_tree, tmp_path / "iii", "--cos", *TWO, "--teacher_ckpt", ii / LAST)
+    tuned = train("ii", plain_tree, tmp_path / "tuned", "--cos", *TWO, "--last_stage_ckpt", iii / LAST)
     assert results_of(out / "stage_ii") == results_of(ii)
     assert results_of(out / "stage_iii") == results_of(iii)
+    assert results_of(out / "stage_iii_tuned") == results_of(tuned)
