@@ -37,7 +37,8 @@ class Split(NamedTuple):
     def require(self):
         """Raises UserError with the first missing files and their number, if there are any."""
         if self.missing:
-            raise UserError(self.missing_message())
+            remedy = f"correct DIR or the list; python -m datasets.verify {self.root} --report FILE lists them all"
+            raise UserError(f"{self.missing_message()}; {remedy}")
 
     def missing_message(self) -> str:
         """One line with the first missing files and their number."""
@@ -58,7 +59,8 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; DIR is the folder that the list's paths are relative to")
+        kind = "a file" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     own = {split: root / f"{split}.txt" for split in rest}

@@ -131,7 +131,12 @@ def reason_of(error: Exception) -> str:
 
 def open_regular(path):
     """open(path, "rb") for regular files only: a FIFO would block, a device has no end. Raises OSError."""
-    if stat.S_ISREG(os.stat(path).st_mode):
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(
+            errno.EISDIR, "a folder; name a file in it, such as last_checkpoint.pth.tar", os.fspath(path)
+        )
+    if stat.S_ISREG(mode):
         file = open(path, "rb")
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file

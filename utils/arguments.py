@@ -221,7 +221,8 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
 def check_arguments(args):
     """Raises UserError if two values contradict each other, or one cannot be used on this machine."""
     if not os.path.isdir(args.data):
-        raise UserError(f"DIR {args.data!r}: no such folder; DIR is the folder that the lists' paths are relative to")
+        kind = "a file" if os.path.exists(args.data) else "no such folder"
+        raise UserError(f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to")
     most = max(32, WORKERS_PER_CORE * num_cores())
     if args.workers > most:
         raise UserError(

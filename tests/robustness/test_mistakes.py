@@ -132,7 +132,9 @@ def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
 
 
 def test_a_file_in_place_of_the_data_folder_is_named(plain_tree, tmp_path):
-    assert_mistake(run_stage("i", plain_tree / "train.txt", tmp_path / "run"), plain_tree / "train.txt", "DIR")
+    assert_mistake(
+        run_stage("i", plain_tree / "train.txt", tmp_path / "run"), plain_tree / "train.txt", "a file", "DIR"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--train-list", "--val-list", "--test-list"])
@@ -194,7 +196,8 @@ def test_missing_images_are_named(tree, tmp_path, split):
         (tree / line.split()[0]).unlink()
     count = {"train": 40, "val": 24, "test": 30}[split]
     outcome = run_stage("i", tree, tmp_path / "run")
-    assert_mistake(outcome, f"{split}.txt: 2 of {count} files", tree, lines[0].split()[0])
+    remedy = f"python -m datasets.verify {tree} --report FILE"
+    assert_mistake(outcome, f"{split}.txt: 2 of {count} files", tree, lines[0].split()[0], remedy)
 
 
 def spoil_image(tree, split, content=None):
@@ -231,7 +234,8 @@ def start_from(flag, file, data, out, *flags):
 @every_flag
 def test_a_checkpoint_that_does_not_exist_is_named(plain_tree, tmp_path, flag):
     assert_mistake(start_from(flag, tmp_path / "none.tar", plain_tree, tmp_path / "run"), tmp_path / "none.tar", flag)
-    assert_mistake(start_from(flag, tmp_path, plain_tree, tmp_path / "run"), tmp_path, flag)
+    words = (tmp_path, "a folder; name a file in it, such as last_checkpoint.pth.tar", flag)
+    assert_mistake(start_from(flag, tmp_path, plain_tree, tmp_path / "run"), *words)
 
 
 class RunsCode:
