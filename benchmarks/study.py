@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.prepare import main as prepare
-from utils.arguments import num_cores
 from utils.checkpoint import LAST
 from utils.command_line import ArgumentParser, run_command, whole_number
+from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
 from utils.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure

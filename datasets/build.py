@@ -132,12 +132,13 @@ def locate_splits(args, info) -> dict:
     """The splits that the run needs; the first process of a node looks for their files, the others use its result."""
     given = {split: getattr(args, f"{split}_list") for split in ("train", "val", "test")}
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
+    looked_for = ("test",) if args.evaluate else wanted
 
     def progress(iterator):
         return tqdm(iterator, desc="looking for the images", leave=False, disable=None if is_main_process() else True)
 
     with raise_on_all_ranks():
-        splits = find_splits(args.data, given, wanted, progress, check=info.local_rank == 0)
+        splits = find_splits(args.data, given, wanted, progress, check=looked_for if info.local_rank == 0 else ())
     host, found = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
     looked = gather_objects((host, info.local_rank, found))
     found = next(found for node, local_rank, found in looked if node == host and local_rank == 0)

@@ -7,11 +7,6 @@ the data set that they were started with: only what the sampler yields reaches t
 import numpy as np
 
 
-def generator(*entropy: int) -> np.random.Generator:
-    """A random generator for these numbers (seed, epoch, ...)."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
-
-
 class ShuffledSampler:
     """Every image once per epoch in random order; each rank takes its shard.
 
@@ -30,7 +25,7 @@ class ShuffledSampler:
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of all images, padded to a multiple of the world size."""
-        order = generator(self.seed, epoch).permutation(self.size)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return np.resize(order, len(self) * self.world_size)
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +52,7 @@ class ClassAwareSampler(ShuffledSampler):
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shard = self.permutation(epoch)[self.rank :: self.world_size]
-        rng = generator(self.seed, epoch, self.rank)
+        rng = np.random.default_rng((self.seed, epoch, self.rank))
         by_class = shard[np.argsort(self.labels[shard], kind="stable")]
         classes, first = np.unique(self.labels[by_class], return_index=True)
         images = np.split(by_class, first[1:])  # one array per class

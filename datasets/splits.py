@@ -104,11 +104,11 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[L
     return ListIndex.from_entries(str(folder), entries), classes
 
 
-def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=True) -> dict[str, Split]:
+def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=SPLITS) -> dict[str, Split]:
     """The wanted splits, each with the layout that its files were found in; given: split -> list file, or None.
 
-    progress wraps the iterator over the results of looking for files. Missing files are recorded, not
-    raised (Split.require raises); with check=False nothing is looked for. Raises UserError for what cannot be read.
+    check: the splits whose files are looked for; progress wraps the iterator over the results. Missing files are
+    recorded, not raised (Split.require raises). Raises UserError for what cannot be read.
     """
     lists = choose_lists(root, given, wanted)
     splits, classes = {}, None
@@ -117,7 +117,7 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
             index, classes = class_folders(root, split, classes)
         else:
             index = ListIndex.from_file(lists[split])
-        layout, missing = find_layout(index, root, split, progress) if check else (as_listed, [])
+        layout, missing = find_layout(index, root, split, progress) if split in check else (as_listed, [])
         splits[split] = Split(split, str(root), index, layout, tuple(missing), classes)
     return {split: splits[split] for split in wanted}
 

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: makes a virtual environment in .venv and installs a requirements file into it.
+# Sourced by demo.sh, test.sh and gpu_check.sh: makes a virtual environment in .venv and installs a requirements file into it.
 # PYTHON may name the interpreter to make it with. An existing .venv is used, and what is missing is installed.
 
 # need_venv FILE: sets $python to the environment's interpreter.

@@ -209,6 +209,15 @@ def test_flags_of_one_run_alone_do_not_keep_seeds_apart():
 
 def test_checkpoints_elsewhere_are_found_where_they_were():
     assert checkpoint_folder(Path("/no/run"), "/was/run", "/other/i/last.pth.tar") == Path("/other/i")
+    assert checkpoint_folder(Path("/no/run"), "/was/run", "last.pth.tar") == Path()
+
+
+def test_runs_that_do_not_say_where_they_started_are_averaged(tmp_path, said):
+    for seed in (0, 1):
+        folder = tmp_path / f"s{seed}" / "stage_ii"
+        write_run(folder, args=arguments(seed, folder, last_stage_ckpt=""))
+    status, out, err = said(tmp_path, "--mean", "--json")
+    assert (status, err) == (0, "") and [row["seeds"] for row in json.loads(out)] == [2]
 
 
 # Formats

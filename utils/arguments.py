@@ -15,7 +15,7 @@ from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
 from . import recipes
 from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
-from .distributed import gather_objects, print_main
+from .distributed import gather_objects, num_cores, print_main
 from .errors import UserError
 
 SCRIPTS = tuple(f"ssd_stage_{stage}.py" for stage in ("i", "ii", "iii"))
@@ -262,18 +262,12 @@ def check_recipes(program: str, names: list[str]):
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
 
 
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def settle_defaults(args):
     """Chooses the seed, workers and evaluation batch size that were not given, and prints what it chose.
 
     All ranks must call it, after the checkpoint of --resume has been read, which contains its seed.
     """
-    if args.resume:
-        check_epochs(args)
+    check_epochs(args)
     if args.seed is None:
         args.seed = gather_objects(secrets.randbelow(2**31))[0]
         if not args.evaluate:
@@ -282,8 +276,9 @@ def settle_defaults(args):
         args.workers = num_cores()
         print_main(f"{args.workers} data loading workers, one per core (--workers)")
     args.eval_batch_size = args.eval_batch_size or max(1, args.batch_size // args.accum_steps)
-    if args.cos and "schedule" in args.given and not args.evaluate:
-        print_main("--schedule is not used, since --cos is on")
+    unused = [f"--{name}" for name in ("schedule", "schedule-factor") if name.replace("-", "_") in args.given]
+    if args.cos and unused and not args.evaluate:
+        print_main(f"{' and '.join(unused)}: not used, since --cos is on")
 
 
 def check_queue(args, num_images: int, images_per_step: int):

@@ -147,14 +147,14 @@ def named(stages) -> str:
     return " or ".join(STAGE_NAMES[stage] for stage in stages)
 
 
-def is_count(value) -> bool:
+def is_whole_number(value) -> bool:
     """Whether a value is a whole number, also as a tensor or float of one element as published checkpoints hold it."""
     if isinstance(value, torch.Tensor):
         value = value.item() if value.numel() == 1 and not value.is_complex() else math.nan
     return isinstance(value, int | float) and 0 <= value < 2**31 and value == int(value)
 
 
-def is_accuracy(value) -> bool:
+def is_finite_number(value) -> bool:
     """Whether a value is a finite number of Python or numpy, or a tensor of one element."""
     try:
         return not isinstance(value, str | bytes) and math.isfinite(value)
@@ -172,13 +172,13 @@ def is_run(value) -> bool:
 
 
 PROGRESS = {
-    "epoch": (is_count, "a whole number"),
-    "step": (is_count, "a whole number"),
-    "best_acc1": (is_accuracy, "a number"),
+    "epoch": (is_whole_number, "a whole number"),
+    "step": (is_whole_number, "a whole number"),
+    "best_acc1": (is_finite_number, "a number"),
     "best_metric": (lambda value: isinstance(value, str), "a name"),
     "classes": (is_names, "a list of names"),
     "run": (is_run, "a record of seed, batch and processes"),
-    "images": (is_count, "a whole number"),
+    "images": (is_whole_number, "a whole number"),
     "args": (lambda value: isinstance(value, dict), "a record of arguments"),
     "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
 }

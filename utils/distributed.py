@@ -1,12 +1,13 @@
 """The ranks of a run and what they exchange. Without a process group, every exchange returns its input."""
 
 import contextlib
+import os
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 class DistInfo(NamedTuple):
@@ -89,6 +90,14 @@ def gather_objects(value) -> list:
     return values
 
 
+def num_cores() -> int:
+    """The cores of this process; under srun, which gives each task some of them, those of all tasks on this node."""
+    cores = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and cores.isdecimal() and int(cores) > 0:
+        return int(cores)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def broadcast_buffers(model):
     """Gives all ranks rank 0's BatchNorm statistics, which are also those in checkpoints."""
     if get_world_size() > 1:
@@ -99,12 +108,19 @@ def broadcast_buffers(model):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """If any rank raises UserError within the block, raises it on all of them, with the message of the first."""
+    """If any rank raises UserError within the block, raises it on all of them, with the message of the first.
+
+    An OSError, such as a full disk, becomes a UserError that names the file.
+    """
     message = None
     try:
         yield
     except UserError as error:
         message = str(error)
+    except ConnectionError:  # of the processes, or of a reader of the output
+        raise
+    except OSError as error:
+        message = f"{error.filename or 'reading or writing'}: {one_line(error)}"
     first = next((text for text in gather_objects(message) if text is not None), None)
     if first is not None:
         raise UserError(first, on_all_ranks=True) from None

@@ -15,7 +15,7 @@ def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -
 
     model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple that starts with the logits
     of the classifiers in order; loader: this rank's (views, labels, indices); train_counts: int (C,), training images
-    per class. All ranks take rank 0's BatchNorm statistics. Raises Stopped, after a save, if a stop was asked for.
+    per class. All ranks take rank 0's BatchNorm statistics. Raises Stopped if a stop was asked for.
     """
     defer_stop()
     broadcast_buffers(model)

@@ -151,7 +151,7 @@ def environment() -> dict:
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
-    if (root / ".git").exists():
+    if (root / ".git").exists() and shutil.which("git"):
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "commit": commit,

@@ -53,7 +53,5 @@ class StepFlags:
         return not self.flags[0]
 
     def stop(self) -> bool:
-        """Whether any rank was asked to stop before this step."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        """Whether any rank was asked to stop before this step; loss_is_finite must have been called."""
         return bool(self.flags[1])

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from datasets.dataset import load_rgb
 from datasets.loaders import to_device
 
-from .arguments import MAX_PROCESSES, num_cores
+from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
+from .distributed import num_cores
 from .errors import UserError, printable
 from .networks import load_network, logits_of
 

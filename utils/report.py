@@ -174,7 +174,7 @@ def report(args):
     if args.mean and args.per_class:
         raise UserError("--per-class: shows single runs, and contradicts --mean; leave one of them out")
     if args.plots or args.html:
-        from . import html_report, plots  # they need matplotlib
+        from . import html_report, plots  # which most reports do not need
 
         plots.require_matplotlib("--plots" if args.plots else "--html")
     runs = read_runs(args.folders)

@@ -15,9 +15,9 @@ from .summary import next_commands, run_summary
 class RunFolder:
     """The run's --output_dir; a with block on it keeps other runs out of the folder.
 
-    Rank 0 writes; an evaluation writes only results.json, and only if --output_dir was given. Entering raises
-    UserError, on all ranks, if the folder cannot be written, another run uses it, or it holds a checkpoint that this
-    run neither continues nor may overwrite.
+    Rank 0 writes; an evaluation writes only results.json and, with --plots, plots, and only if --output_dir was given.
+    Entering raises UserError, on all ranks, if the folder cannot be written, another run uses it, or it holds a
+    checkpoint that this run neither continues nor may overwrite.
     """
 
     def __init__(self, args):
@@ -76,15 +76,20 @@ class RunFolder:
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
+            earlier = []
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
             else:
-                for file in [*checkpoint.present_in(self.path), self.path / "results.json"]:
-                    file.unlink(missing_ok=True)
+                earlier = checkpoint.present_in(self.path)
+            if not self._continues() or state.epoch < self.args.epochs:  # else it may have finished already
+                earlier.append(self.path / "results.json")
+            for file in earlier:
+                file.unlink(missing_ok=True)
             self._write_args(state)
-            log.truncate_log(self.path, state.epoch if self.args.resume else 0)
+            kept = state.epoch if self._continues() else 0  # epochs
+            log.truncate_log(self.path, kept)
             if self.args.tensorboard:
-                self.summary_writer = log.create_summary_writer(self.path, state.epoch)
+                self.summary_writer = log.create_summary_writer(self.path, kept)
 
     def _write_args(self, state):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
@@ -97,7 +102,7 @@ class RunFolder:
                 earlier = read_args(self.path)
             except UserError:  # damaged: it is written anew
                 earlier = {}
-            values |= {name: earlier.get(name) for name in CHECKPOINTS if values.get(name, "") is None}
+            values |= {name: earlier.get(name) for name in CHECKPOINTS if name in values and not values[name]}
         log.write_json(file, values | {"environment": log.environment()})
 
     def write_epoch(self, record: dict):

@@ -51,7 +51,7 @@ def _collect(folder: Path, prefix: str, values: dict, seeds: dict, seen: set) ->
     seen.add(os.path.realpath(folder))
     seeds[f"{prefix}seed"] = str(args.get("seed"))
     for name, value in args.items():
-        if name in CHECKPOINTS and isinstance(value, str):
+        if name in CHECKPOINTS and value and isinstance(value, str):
             values[prefix + name] = os.path.basename(value)
             before = checkpoint_folder(folder, args.get("output_dir"), value)
             _collect(before, f"{prefix}{name}: ", values, seeds, seen)
@@ -63,7 +63,7 @@ def _collect(folder: Path, prefix: str, values: dict, seeds: dict, seen: set) ->
 def checkpoint_folder(folder: Path, output_dir, checkpoint: str) -> Path:
     """The folder of the checkpoint that a run started from, even if both folders were moved together."""
     if isinstance(output_dir, str):
-        moved = folder / os.path.relpath(os.path.dirname(checkpoint), output_dir)
+        moved = folder / os.path.relpath(os.path.dirname(checkpoint) or ".", output_dir)
         if moved.is_dir():
             return moved
     return Path(checkpoint).parent

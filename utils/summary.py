@@ -67,7 +67,7 @@ def device_name(device) -> str:
 def next_commands(state, source: str | None) -> list[str]:
     """The commands that follow a training, with the flags of this run that the next stage has as well.
 
-    source: the stage whose checkpoint the run started from, if any.
+    source: the stage whose checkpoint the run started from; None without one, and for a resumed run.
     """
     args, last = state.args, f"{state.folder.path}/last_checkpoint.pth.tar"
     following = {"i": "stage_ii", "ii": "stage_iii"}.get(state.stage)
@@ -79,7 +79,7 @@ def next_commands(state, source: str | None) -> list[str]:
     if state.stage == "i":
         return [" ".join(["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last), *shared])]
     report = f"python -m utils.report {shlex.quote(str(state.folder.path.parent))}"
-    if state.stage == "ii" and source == "iii":
+    if state.stage == "ii" and source != "i":  # a resumed run of stage II may be either
         return [report]
     if state.stage == "ii":
         return [" ".join(["python ssd_stage_iii.py --teacher_ckpt", shlex.quote(last), *shared])]

@@ -4,6 +4,7 @@ No test depends on the speed of a process: if a test must find one at a certain 
 """
 
 import contextlib
+import errno
 import functools
 import multiprocessing
 import os
@@ -37,10 +38,10 @@ from tests.helpers import (
 from tests.helpers_processes import PATIENCE, Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
 from utils.arguments import training_parser
-from utils.distributed import get_dist_info
+from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
-from utils.launch import launch, spawn
-from utils.launch.rendezvous import detect_launcher, master_address
+from utils.launch import describe_failure, launch, spawn
+from utils.launch.rendezvous import detect_launcher, master_address, select_device
 from utils.launch.signals import Stopped, defer_stop
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
@@ -343,6 +344,33 @@ def test_launch_calls_main_worker_itself(capfd):
     assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
 
 
+def test_an_error_of_nccl_keeps_its_cause():
+    status, message = describe_failure(torch.distributed.DistBackendError("NCCL error:\nDuplicate GPU detected"))
+    assert status == 1
+    assert message.startswith("lost contact") and message.endswith("(NCCL error: Duplicate GPU detected)")
+
+
+def test_a_full_disk_is_a_mistake_on_all_ranks_but_a_closed_pipe_is_none():
+    with pytest.raises(UserError, match=r"log\.txt: No space left on device"), raise_on_all_ranks():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.txt")
+    with pytest.raises(BrokenPipeError), raise_on_all_ranks():
+        raise BrokenPipeError
+
+
+def test_the_tasks_of_srun_share_the_cores_of_the_node(monkeypatch):
+    own = num_cores()
+    for name, value in (TASKS | {"SLURM_CPUS_ON_NODE": "32"}).items():
+        monkeypatch.setenv(name, value)
+    assert num_cores() == 32
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # in the batch script
+    assert num_cores() == own
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    with pytest.raises(UserError, match=r"--gpu 0: .* all 2 processes"):
+        select_device(SimpleNamespace(gpu=0, device="auto"), DistInfo(1, 2, 1, 2, "torchrun", "env://"))
+
+
 RANKS = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}
 TASKS = {
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
@@ -375,6 +403,7 @@ def detect(monkeypatch):
         (RANKS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, [], (1, 4, 0, 2, "torchrun", "env://")),
         (TASKS, [], (3, 4, 1, 2, "srun", "tcp://gpu07:20005")),
         (TASKS | {"SLURM_JOB_NODELIST": "login,gpu[1-2]"}, [], (3, 4, 1, 2, "srun", "tcp://login:20005")),
+        (TASKS | {"SLURM_STEP_NODELIST": "gpu12"}, [], (3, 4, 1, 2, "srun", "tcp://gpu12:20005")),
         (TASKS, ["--dist-url", "tcp://a:1"], (3, 4, 1, 2, "srun", "tcp://a:1")),
     ],
 )

@@ -22,8 +22,8 @@ STAND_INS = {
     # the time is over: once, as soon as the file $TIME_LIMIT exists.
     "srun": """
         echo "$@" >> "$FAKE/steps"
-        [ "$1" = --kill-on-bad-exit=0 ] || exit 99
-        shift
+        [ "$1 $2" = "--kill-on-bad-exit=0 --wait=300" ] || exit 99
+        shift 2
         for task in 0 1; do
           SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1 "$@" &
           tasks="${tasks:-} $!"
@@ -94,7 +94,7 @@ class Cluster:
 
     def steps(self) -> list[str]:
         """What srun was asked to start."""
-        return [line.split()[2] for line in (self.folder / "steps").read_text().splitlines()]
+        return [line.split()[3] for line in (self.folder / "steps").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda path: path.name)
@@ -130,6 +130,14 @@ def test_submitting_without_a_folder_of_images_says_so(tmp_path):
     cluster.env.pop("DIR", None)
     outcome = cluster.submit()
     assert outcome.returncode != 0 and "DIR: name the image folder" in outcome.stderr
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_nothing_is_submitted_if_a_recipe_is_missing(plain_tree, tmp_path):
+    shutil.copytree(ROOT / "configs" / "imagenet_lt", tmp_path / "recipes")
+    (tmp_path / "recipes" / "stage_iii_tuned.txt").unlink()
+    outcome = Cluster(tmp_path, DIR=plain_tree, CONFIG=tmp_path / "recipes", PYTHON=sys.executable).submit()
+    assert outcome.returncode == 2 and "stage_iii_tuned.txt" in outcome.stderr
     assert not (tmp_path / "jobs").exists()
 
 

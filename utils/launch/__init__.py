@@ -79,6 +79,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 1, f"a data loading worker died ({text[:200]}); give the run more memory or fewer --workers"
     if timed_out := re.search(r"Timed out waiting (\d+)ms for (?:recv|send) operation", text):  # gloo's words
         return 1, NO_ANSWER.format(int(timed_out[1]) / 1000)
+    if isinstance(error, dist.DistBackendError):  # NCCL's; every rank has one, and it may be the cause itself
+        return 1, f"{LOST_CONTACT} ({text[:300]})"
     if isinstance(error, dist.DistError) or ("gloo" in text and any(words in text for words in CONNECTION_BROKEN)):
         return 1, LOST_CONTACT
     return 1, "".join(traceback.format_exception(error)).rstrip()

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..distributed import DistInfo, set_dist_info
+from ..distributed import DistInfo, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
 
@@ -54,12 +54,13 @@ def torchrun_info() -> DistInfo:
 
 
 def srun_info(url: str | None) -> DistInfo:
-    """url: --dist-url if it is given, else the processes meet on the first host of the job."""
+    """url: --dist-url if it is given, else the processes meet on the first host of the step."""
     world_size = env_number("SLURM_STEP_NUM_TASKS", 1)
     rank = env_number("SLURM_PROCID", 0, world_size - 1)
     local_rank = env_number("SLURM_LOCALID", 0, rank)
     nodes = env_number("SLURM_STEP_NUM_NODES", 1, world_size, default=1)
-    hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", os.environ.get("SLURM_JOB_NODELIST", ""))  # gpu[07-09,12] -> gpu07
+    nodes_of_step = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes_of_step)  # gpu[07-09,12] -> gpu07
     url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID', 0) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
 
@@ -79,6 +80,9 @@ def device_type(args) -> str:
 
 def select_device(args, info: DistInfo) -> torch.device:
     """This process's device, made the current one."""
+    if args.gpu is not None and info.local_world_size > 1:
+        processes = f"all {info.local_world_size} processes of this node"
+        raise UserError(f"--gpu {args.gpu}: would put {processes} on one GPU; leave it out", on_all_ranks=True)
     if device_type(args) == "cpu":
         return torch.device("cpu")
     number = args.gpu if args.gpu is not None else info.local_rank
@@ -94,7 +98,7 @@ def process_group(args, info: DistInfo):
     set_dist_info(info)
     device = select_device(args, info)
     if info.local_world_size > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // info.local_world_size))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
     if info.launcher != "plain":
         init_process_group(args, info, device)
     yield device

@@ -46,8 +46,13 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         report = read_report(pipes[local_rank][0])
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
-    stopped = os.EX_TEMPFAIL
-    return min(outcomes, key=lambda o: (o[0] == 0, o[1] == LOST_CONTACT, o[0] == stopped, o[0] != USER_ERROR, not o[1]))
+
+    def rank(outcome):
+        status, message = outcome
+        lost = message.startswith(LOST_CONTACT)
+        return status == 0, lost, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
+
+    return min(outcomes, key=rank)
 
 
 def watch(processes) -> set:
