@@ -93,7 +93,7 @@ def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
 
 def found(root, num_classes, **given):
     lists = dict.fromkeys(("train", "val", "test")) | given
-    return find_class_names(root, find_splits(root, lists, check=False)["train"], num_classes)
+    return find_class_names(root, find_splits(root, lists, check=())["train"], num_classes)
 
 
 def test_class_names_next_to_the_training_list_come_first(named_tree, plain_tree, tmp_path):

@@ -128,7 +128,9 @@ def test_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
 
 def test_a_schedule_given_together_with_cos_gives_a_note(plain_tree, tmp_path):
     outcome = run_stage("i", plain_tree, tmp_path, "--cos", "--schedule", 1, "--epochs", 1, "--con-weight", 0)
-    assert "--schedule is not used" in outcome.out
+    assert "--schedule: not used, since --cos is on" in outcome.out
+    flags = ["--cos", "--schedule-factor", 0.5, "--epochs", 1, "--con-weight", 0, "--overwrite"]
+    assert "--schedule-factor: not used" in run_stage("i", plain_tree, tmp_path, *flags).out
 
 
 # ---- within an epoch, with another number of images per step or of processes
