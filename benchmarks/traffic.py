@@ -101,6 +101,7 @@ def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
     with common.quiet(), count_received(counts):
         ours.script.train_one_epoch(model, loader, ours.state, ours.args)
     Path(folder, str(rank)).write_text("".join(f"{size} {content}\n" for content, size in counts.items()))
+    del model, ours, loader  # with the hook's last futures, which otherwise may keep the process from ending
     dist.destroy_process_group()
 
 
