@@ -83,7 +83,7 @@ def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_count
     """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
 
     A first turn, to warm up, is left out. A first call of many seconds is told on stderr: cuDNN's search for fast
-    algorithms and --compile take longer than all that is timed.
+    algorithms and --compile can take longer than all that is timed.
     """
     taken = {name: [] for name in functions}
     for turn in range(1 + repeats):

@@ -25,10 +25,9 @@ STAGE_FLAGS = {  # flags that not all stages have, and the stages that have them
     "--pretrained": "I, III", "--freeze-bn": "II, III", "--last-stage-ckpt": "II", "--num-samples-cls": "II",
     "--classifier": "II", "--teacher-ckpt": "III", "--kd-t": "III", "--kd-weight": "III",
 }  # fmt: skip
-CHECKPOINT_FLAGS = {
-    "--last-stage-ckpt": "--teacher_ckpt",
-    "--teacher-ckpt": "--last_stage_ckpt",
-}  # of stages II and III
+CHECKPOINT_FLAGS = {  # what a flag of stage II is called in stage III, and the other way round
+    "--last-stage-ckpt": "--teacher_ckpt", "--teacher-ckpt": "--last_stage_ckpt",
+}  # fmt: skip
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8

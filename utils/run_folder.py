@@ -76,17 +76,16 @@ class RunFolder:
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
-            earlier = []
+            kept = 0  # epochs of the earlier run
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
+                kept = state.epoch
             else:
-                earlier = checkpoint.present_in(self.path)
-            if not self._continues() or state.epoch < self.args.epochs:  # else it may have finished already
-                earlier.append(self.path / "results.json")
-            for file in earlier:
-                file.unlink(missing_ok=True)
+                for file in checkpoint.present_in(self.path):
+                    file.unlink(missing_ok=True)
+            if kept < self.args.epochs:  # else the results may be those of all epochs
+                (self.path / "results.json").unlink(missing_ok=True)
             self._write_args(state)
-            kept = state.epoch if self._continues() else 0  # epochs
             log.truncate_log(self.path, kept)
             if self.args.tensorboard:
                 self.summary_writer = log.create_summary_writer(self.path, kept)

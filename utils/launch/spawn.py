@@ -47,12 +47,12 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
 
-    def rank(outcome):
+    def order(outcome):
         status, message = outcome
         lost = message.startswith(LOST_CONTACT)
         return status == 0, lost, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
 
-    return min(outcomes, key=rank)
+    return min(outcomes, key=order)
 
 
 def watch(processes) -> set:
