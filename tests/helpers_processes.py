@@ -41,11 +41,15 @@ def descendants(pid) -> list[int]:
 
 
 def alive(pid) -> bool:
-    """Whether a process still runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
-    except OSError:
-        return False
+    """Whether a process still runs, with any of its threads; a zombie does not.
+
+    The main thread may be a zombie while another one still ends, and keeps files locked and open until then.
+    """
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if stat.read_text().rsplit(") ", 1)[1][0] not in "ZX":
+                return True
+    return False
 
 
 class Job:
