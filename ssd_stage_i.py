@@ -88,7 +88,7 @@ def main_worker(args, device):
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
         check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
-        # The key encoder is in it too, without gradients, as in published checkpoints, which can so be exchanged.
+        # The key encoder is in it too, without gradients, as in published checkpoints, so that they can be exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device

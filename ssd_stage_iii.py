@@ -60,7 +60,8 @@ def train_one_epoch(model, loader, state, args):
         state.backward(loss)  # a loss that is not finite stops every rank before its weights move
         state.optimizer_step()  # after a step's last micro-batch
         losses = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
-        state.metrics.update(losses, {"hard": hard, "soft": soft}, labels)
+        logits = {"hard": hard, "soft": soft} if args.kd_weight > 0 else {"hard": hard}  # else soft does not train
+        state.metrics.update(losses, logits, labels)
         checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
 
 

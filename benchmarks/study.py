@@ -246,6 +246,9 @@ def train_all(needed: list[Job], args):
                 running[pool.submit(train, job, work, args.flags, threads)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
+                if error := future.exception():  # said now, since those that still run may take hours
+                    print(f"{time.strftime('%H:%M:%S')} {job.path}: failed; {len(running)} still running", flush=True)
+                    raise error
                 print(f"{time.strftime('%H:%M:%S')} {job.path}: {future.result():.0f} s", flush=True)
 
 

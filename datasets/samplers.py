@@ -1,7 +1,7 @@
 """Batches of (epoch, draw, index) for training, and shards without padding for evaluation.
 
-What a sampler yields depends on (seed, epoch, rank) alone. It contains epoch and draw because persistent workers keep
-the data set that they were started with: only what the sampler yields reaches them.
+What a sampler yields depends on seed, epoch, rank, world size and position alone. It contains epoch and draw because
+persistent workers keep the data set that they were started with: only what the sampler yields reaches them.
 """
 
 import numpy as np

@@ -64,7 +64,12 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     own = {split: root / f"{split}.txt" for split in rest}
-    if rest and any((root / f"{split}.txt").is_file() for split in SPLITS):
+    if rest and (present := [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]):
+        for split, file in own.items():
+            if not file.is_file():
+                raise UserError(
+                    f"{root}: has {' and '.join(present)}, but no {file.name}; add it, or name one with --{split}-list"
+                )
         chosen |= own
     elif rest and not chosen and all((root / split).is_dir() for split in SPLITS):
         return None

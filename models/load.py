@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar  # numpy 1.26 has it under this name too
 from torch import nn
 
 from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
@@ -21,8 +22,8 @@ MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all 
 
 # Published checkpoints may hold best_acc1 as a numpy scalar, under the module's new or old name.
 NUMPY_SCALARS = [
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    scalar,
+    (scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
 ]

@@ -55,7 +55,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 def contrastive_loss(q, k, labels, queue, label_queue, temperature: float, chunk_size: int | None = None):
     """contrastive_loss_plain, streamed over the queue: the same value and gradient to rounding, in far less memory.
 
-    chunk_size: keys per step; by default what suits the cache of a CPU, or the launch overhead of a GPU.
+    chunk_size: keys per chunk; by default what suits the cache of a CPU, or the launch overhead of a GPU.
     """
     if chunk_size is None:
         elements = 2**20 if q.device.type == "cpu" else 2**24

@@ -77,8 +77,8 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 def exchange_rows(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
     """Sends the first sent[0] rows to rank 0, the next sent[1] to rank 1, and so on; returns the rows from all ranks.
 
-    received: the numbers of rows that come from each rank, in whose order they are returned. rows: (n, ...), and as
-    many are returned, contiguous.
+    received: how many rows come from each rank. rows: (n, ...); returns as many, contiguous, in the order of the ranks
+    that they come from.
     """
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     dist.all_to_all_single(result, rows.contiguous(), received, sent)
@@ -102,12 +102,12 @@ def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
     dist.broadcast(order, src=0)
     own = slice(rank * count, (rank + 1) * count)
     sources = order[own] // count  # the ranks that own the images order[own], which this rank encodes
-    places = order.argsort()[own]  # of this rank's images in the shuffled order
-    leave, arrive = places.argsort(), sources.argsort(stable=True)  # sorted by destination, by source
+    positions = order.argsort()[own]  # of this rank's images in the shuffled order
+    send_order, receive_order = positions.argsort(), sources.argsort(stable=True)  # sorted by destination, by source
     ranks = torch.arange(world_size, device=order.device)[:, None]
-    sent, received = torch.stack([places // count == ranks, sources == ranks]).sum(2).tolist()
-    shuffled = exchange_rows(images[leave], sent, received)[arrive.argsort()]
+    sent, received = torch.stack([positions // count == ranks, sources == ranks]).sum(2).tolist()
+    shuffled = exchange_rows(images[send_order], sent, received)[receive_order.argsort()]
     if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
         shuffled = shuffled.contiguous(memory_format=torch.channels_last)
     features = encoder(shuffled)
-    return exchange_rows(features[arrive], received, sent)[leave.argsort()]
+    return exchange_rows(features[receive_order], received, sent)[send_order.argsort()]

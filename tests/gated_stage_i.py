@@ -3,7 +3,9 @@
 The environment variable GATE sets the point. "start": a process of --multiprocessing-distributed waits before it
 handles signals, until it is asked to stop. A number N: a process waits at its Nth heartbeat until any process of the
 run is asked to stop (the file GATE_FILE informs the others). "hang": a process opens, at its second heartbeat, a FIFO
-that nobody writes to.
+that nobody writes to, GATE_FILE.<pid>. "twice": a process waits at its sixth heartbeat for good; it makes
+GATE_FILE.<pid>, and removes it when it is asked to stop. The process of --multiprocessing-distributed that only watches
+the others never waits.
 """
 
 import os
@@ -15,15 +17,24 @@ from pathlib import Path
 from utils.launch import signals
 
 GATE, FILE = os.environ["GATE"], Path(os.environ["GATE_FILE"])
+OWN_FILE = Path(f"{FILE}.{os.getpid()}")
+WATCHES = __name__ == "__main__" and "--multiprocessing-distributed" in sys.argv
 
 
 def heartbeat(real=signals.heartbeat, calls=[]):  # noqa: B006
     real()
     calls.append(None)
+    if WATCHES:
+        return
     if GATE == "hang" and len(calls) == 2:
-        fifo = f"{FILE}.{os.getpid()}"
-        os.mkfifo(fifo)
-        open(fifo)
+        os.mkfifo(OWN_FILE)
+        OWN_FILE.open()
+    elif GATE == "twice" and len(calls) == 6:
+        OWN_FILE.touch()
+        while True:
+            if signals.stop_requested():
+                OWN_FILE.unlink(missing_ok=True)
+            time.sleep(0.01)
     elif str(len(calls)) == GATE:
         while not FILE.exists():
             if signals.stop_requested():

@@ -45,10 +45,11 @@ def alive(pid) -> bool:
 
     The main thread may be a zombie while another one still ends, and keeps files locked and open until then.
     """
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if stat.read_text().rsplit(") ", 1)[1][0] not in "ZX":
-                return True
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # this thread ended meanwhile
+                if Path(f"/proc/{pid}/task/{thread}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX":
+                    return True
     return False
 
 
@@ -74,10 +75,11 @@ class Job:
                 "PYTHONPATH": str(ROOT),
                 **(env or {}),
             }
+        environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # of torchrun; 30 s otherwise
         command = [*launcher, script, *stage_flags(stage, data, out, ("-p", 1, *flags))]
         with open(self.files[0], "w") as stdout, open(self.files[1], "w") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=cwd, stdout=stdout, stderr=stderr, env=os.environ | (env or {}),
+                list(map(str, command)), cwd=cwd, stdout=stdout, stderr=stderr, env=environment | (env or {}),
                 start_new_session=True, preexec_fn=limit,
             )  # fmt: skip
         self.pid = self.process.pid
@@ -91,6 +93,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        wait_until(lambda: not any(map(alive, self.seen)), "its processes to end")
 
     @property
     def stdout(self):

@@ -8,7 +8,9 @@ import pytest
 
 from datasets.list_file import ListIndex
 from datasets.prepare import main
+from datasets.prepare.long_tail import SmallImages, write_long_tail
 from tests.helpers import assert_command_mistake, class_image, train
+from utils.errors import UserError
 
 NAMES = ("ant", "bee", "cat", "dog")
 TRAIN, TEST = 40, 3  # images per class
@@ -137,3 +139,13 @@ def test_cifar_takes_a_tree_of_class_folders_as_source(tmp_path, capsys):
     flags = ["--source", tmp_path / "tree", "--imbalance", 6, "--out", tmp_path / "out"]
     assert prepare(*flags, command="cifar10-lt") == 0
     assert (tmp_path / "out" / "train").is_symlink() and "6 to 1 per class" in capsys.readouterr().out
+
+
+def test_writing_images_never_touches_those_behind_a_link(source, tmp_path):
+    """OUT was made with --source before: its folders are links to the user's own images."""
+    out, pixels, labels = tmp_path / "out", np.zeros((8, 32, 32, 3), np.uint8), np.repeat(np.arange(4), 2)
+    assert prepare(source, "--imbalance", 4, "--out", out) == 0
+    images = sorted(source.rglob("*.png"))
+    with pytest.raises(UserError, match=r"train: is a link to .* another --out"):
+        write_long_tail(SmallImages(list(NAMES), pixels, labels, pixels, labels), out, None, 1, 0, 0, overwrite=True)
+    assert sorted(source.rglob("*.png")) == images

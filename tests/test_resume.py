@@ -23,6 +23,7 @@ from tests.helpers import (
     stage_flags,
     train,
 )
+from utils.restore import restore_scaler
 
 
 def assert_same_run(folder, reference):
@@ -235,3 +236,18 @@ def test_a_run_without_contrast_or_teacher_resumes_without_it(plain_tree, tmp_pa
     assert log_of(tmp_path / "rest", timed=False) == log_of(whole, timed=False)[-1:]
     assert same(checkpoint(tmp_path / "rest")["state_dict"], checkpoint(whole)["state_dict"])
     assert results_of(tmp_path / "rest") == results_of(whole)
+
+
+def test_the_loss_scale_of_fp16_is_taken_from_the_checkpoint():
+    saved, scaler = torch.amp.GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu")
+    restore_scaler(scaler, saved.state_dict())
+    assert scaler.state_dict() == saved.state_dict() and scaler.get_scale() == 8
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"), [(0.0, "scale of 0"), (-1.0, "negative"), (float("inf"), "not finite"), ("8", "not finite")]
+)
+def test_a_loss_scale_that_would_skip_every_step_is_refused(scale, words):
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match=words):
+        restore_scaler(scaler, scaler.state_dict() | {"scale": scale})

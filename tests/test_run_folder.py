@@ -1,7 +1,11 @@
 """What a run folder keeps: of a finished run, of a resumed one, and when a run starts over."""
 
+import errno
 import json
 import shutil
+import sys
+
+import pytest
 
 from datasets import splits
 from tests.helpers import LAST, log_of, results_of, run_stage, train
@@ -107,3 +111,75 @@ def test_the_next_command_keeps_freeze_bn(trained, plain_tree, tmp_path):
     flags = ["--freeze-bn", "--epochs", 1]
     outcome = run_stage("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", trained["i"] / LAST, *flags)
     assert "--freeze-bn" in outcome.out.split("next:")[1]
+
+
+def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_path):
+    folder = copied(trained["i"], tmp_path / "i")
+    for file in folder.glob("*.pth.tar"):
+        file.unlink()
+    results = (folder / "results.json").read_bytes()
+    for flags in ([], ["--resume", "auto"]):
+        assert_mistake(run_stage("i", plain_tree, folder, *flags), "results.json", "no checkpoint", "--overwrite")
+    assert (folder / "results.json").read_bytes() == results
+    train("i", plain_tree, folder, "--epochs", 1, "--overwrite")
+
+
+def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    folder = copied(trained["i"], tmp_path / "i")
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--tensorboard"), "pip install tensorboard")
+    assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
+
+
+def test_a_file_system_without_locks_gets_a_warning(plain_tree, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    outcome = run_stage("i", plain_tree, tmp_path / "i", "--epochs", 1)
+    assert outcome.status == 0 and "warning: " in outcome.out and "cannot be locked (No locks available)" in outcome.out
+
+
+def test_a_checkpoint_that_is_a_link_is_resumed_in_its_folder(trained, plain_tree, tmp_path):
+    folder = copied(trained["i"], tmp_path / "i")
+    (folder / LAST).rename(tmp_path / "elsewhere")
+    (folder / LAST).symlink_to(tmp_path / "elsewhere")
+    train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
+    assert [record["epoch"] for record in log_of(folder)] == [0, 1, 2]
+
+
+def test_an_evaluation_has_the_precision_of_the_training(plain_tree, tmp_path):
+    run = train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--amp", "bf16")
+    outcome = run_stage("i", plain_tree, tmp_path / "evaluation", "--evaluate", "--resume", run / LAST)
+    assert "--amp bf16" in outcome.out
+    assert results_of(tmp_path / "evaluation") == results_of(run)
+
+
+def test_a_run_can_start_at_a_later_epoch(plain_tree, tmp_path):
+    run = train("i", plain_tree, tmp_path / "i", "--cos", "--start-epoch", 1)
+    (record,) = log_of(run)
+    assert (record["epoch"], record["lr"]) == (1, pytest.approx(0.05))  # half of a cosine of 2 epochs
+
+
+def test_a_log_that_is_no_text_ends_in_one_line(trained, plain_tree, tmp_path):
+    folder = copied(trained["i"], tmp_path / "i")
+    (folder / "log.txt").write_bytes(b"\xff\xfe")
+    outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
+    assert_mistake(outcome, str(folder / "log.txt"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("i", ["--cos", "--schedule", 1, "--epochs", 1], "--schedule: not used, since --cos is on"),
+        ("i", ["--con-weight", 0, "--moco-t", 0.1], "--moco-t: not used, since --con-weight is 0"),
+        ("iii", ["--kd-weight", 0, "--kd_t", 3, "--teacher_ckpt", "x"], "--teacher-ckpt and --kd-t: not used, since"),
+    ],
+)
+def test_a_flag_without_effect_is_named(plain_tree, tmp_path, stage, flags, words):
+    assert words in run_stage(stage, plain_tree, tmp_path / "run", "--epochs", 1, *flags).out
+
+
+def test_a_student_without_a_teacher_logs_no_untrained_classifier(plain_tree, tmp_path):
+    run = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0, "--epochs", 1)
+    assert {name for name in log_of(run)[0] if name.startswith("top")} == {"top1_hard", "top5_hard"}

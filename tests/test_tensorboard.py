@@ -6,7 +6,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import call, stage_flags
+from tests.helpers import call, stage_flags, train
 
 
 def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
@@ -27,3 +27,9 @@ def test_a_missing_tensorboard_ends_in_one_line(plain_tree, tmp_path, monkeypatc
     outcome = call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard"]))
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1 and "--tensorboard" in outcome.err and "pip install tensorboard" in outcome.err
+
+
+def test_a_resumed_run_writes_every_epoch_once(plain_tree, tmp_path):
+    for flags in (["--epochs", 2], ["--epochs", 3, "--resume", "auto"]):
+        train("i", plain_tree, tmp_path, "--tensorboard", "--con-weight", 0, *flags)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [0, 1, 2]

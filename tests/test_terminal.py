@@ -1,5 +1,6 @@
 """What a run prints: its settings first, a bar that fits a narrow terminal, its files and the next command last."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -34,14 +35,14 @@ class Terminal:
             command, cwd=ROOT, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
         )
         os.close(other)
-        self.screen = ""
+        self.screen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
 
     def read(self) -> bool:
         """Reads what has been written; returns whether the run has ended."""
         ended = self.process.poll() is not None
         try:
             while block := os.read(self.main, 65536):
-                self.screen += block.decode()
+                self.screen += self.decoder.decode(block)
         except OSError:  # there is nothing to read, or the run has ended
             pass
         return ended

@@ -14,7 +14,7 @@ from models import ARCHS
 from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
 from . import recipes
-from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number
+from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number, with_hyphens
 from .distributed import gather_objects, num_cores, print_main
 from .errors import UserError
 
@@ -71,7 +71,7 @@ class TrainingParser(ArgumentParser):
 
     def hint(self, flag: str) -> str:
         """As in ArgumentParser; for a flag of another stage, which stage has it."""
-        name = flag.replace("_", "-").replace("--no-", "--", 1)
+        name = with_hyphens(flag).replace("--no-", "--", 1)
         if (meant := CHECKPOINT_FLAGS.get(name)) in self._option_string_actions:
             return f"; did you mean {meant}?"
         stages = STAGE_FLAGS.get(name)
@@ -168,7 +168,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     run_only(data.add_argument("--num-classes", default=None, type=whole_number(1), metavar="C",
         help="number of classes (default: the training list's largest label + 1)"))
     run_only(data.add_argument("--eval-batch-size", default=None, type=whole_number(1), metavar="N",
-        help="images per evaluation step on this node (default: --batch-size, divided by --accum-steps)"))
+        help="images per evaluation batch on this node (default: --batch-size, divided by --accum-steps)"))
     data.add_argument("--jitter", default=0.4, type=number(most=1), metavar="J",
         help="strength of the query view's jitter of brightness, contrast and saturation; 0 leaves it out, as is usual "
         "on CIFAR (default: %(default)s)")
@@ -275,9 +275,22 @@ def settle_defaults(args):
         args.workers = num_cores()
         print_main(f"{args.workers} data loading workers, one per core (--workers)")
     args.eval_batch_size = args.eval_batch_size or max(1, args.batch_size // args.accum_steps)
-    unused = [f"--{name}" for name in ("schedule", "schedule-factor") if name.replace("-", "_") in args.given]
-    if args.cos and unused and not args.evaluate:
-        print_main(f"{' and '.join(unused)}: not used, since --cos is on")
+    for reason, names in () if args.evaluate else unused_arguments(args):
+        if unused := [name for name in names if name in args.given]:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+            print_main(f"{flags}: not used, since {reason}")
+
+
+def unused_arguments(args):
+    """Yields (reason, names of the arguments that it leaves without effect)."""
+    if args.cos:
+        yield "--cos is on", ("schedule", "schedule_factor")
+    if args.resume:
+        yield "--resume says it", ("start_epoch",)
+    if getattr(args, "con_weight", 1) == 0:
+        yield "--con-weight is 0", ("moco_m", "moco_t")
+    if getattr(args, "kd_weight", 1) == 0:
+        yield "--kd-weight is 0", ("teacher_ckpt", "kd_t", "freeze_bn")
 
 
 def check_queue(args, num_images: int, images_per_step: int):

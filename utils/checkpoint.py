@@ -22,7 +22,7 @@ from .metrics import MetricLogger
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
-EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight")  # what --evaluate takes
+EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight", "amp")  # what --evaluate takes
 BEST_METRIC = "class_mean"
 STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
@@ -371,15 +371,15 @@ def write(folder, content: dict, is_best: bool = False):
     folder = Path(folder)
     last = folder / LAST
 
-    def keep_previous():
+    def link_others():  # before last changes: it says how good the best is, and must not be ahead of the file
         if last.exists():
             link(last, folder / PREVIOUS)
+        if is_best:
+            link(file.name, folder / BEST)
 
     try:
-        with atomic_write(last, keep_previous) as file:
+        with atomic_write(last, link_others) as file:
             torch.save(content, file)
-        if is_best:
-            link(last, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
 

@@ -37,12 +37,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse; the error for an unknown flag suggests one that it resembles."""
-        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        known = {with_hyphens(option): option for option in self._option_string_actions}
         words = []
         for word in args if args is not None else sys.argv[1:]:
             name, equals, value = word.partition("=")
             if name.startswith("--"):
-                name = known.get(name.replace("_", "-"), name)
+                name = known.get(with_hyphens(name), name)
             words.append(name + equals + value)
         try:
             found, unknown = super().parse_known_args(words, namespace)
@@ -79,6 +79,11 @@ def run_only(action: argparse.Action) -> argparse.Action:
     """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
     action.run_only = True
     return action
+
+
+def with_hyphens(flag: str) -> str:
+    """The spelling of a flag by which it is compared: `-` and `_` are equivalent in its name."""
+    return flag.replace("_", "-")
 
 
 def option_name(action: argparse.Action) -> str:

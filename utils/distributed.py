@@ -64,8 +64,8 @@ def print_main(text: str):
 def distribute(model, device):
     """The model in DistributedDataParallel if there are several ranks; it averages gradients and sends no buffers.
 
-    The queue is the same on all ranks by construction, and large; BatchNorm's running statistics are only used
-    by evaluation, which takes rank 0's.
+    The queue is the same on all ranks by construction, and large; BatchNorm's running statistics, unless they are
+    frozen, are only used by evaluation, which takes rank 0's.
     """
     if get_world_size() == 1:
         return model

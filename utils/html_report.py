@@ -6,6 +6,7 @@ import json
 
 from .errors import UserError, one_line, printable
 from .files import atomic_write
+from .metrics import FEW_BELOW, MANY_ABOVE
 from .plots import draw, to_png
 from .report import CLASS_COLUMNS, class_cells, class_rows, few_note, summary_cells, summary_rows
 from .runs import Run, read_args
@@ -107,11 +108,9 @@ def page(runs: list[Run], groups: list[Group] | None) -> str:
     parts = [
         HEAD,
         "<h1>Results on the test images</h1>\n",
-        '<p class="note">Accuracies in per cent. Many-, medium- and ',
+        '<p class="note">Accuracies in per cent. Many-, medium- and few-shot: the mean over classes with more than '
+        f"{MANY_ABOVE}, {FEW_BELOW} to {MANY_ABOVE}, and fewer than {FEW_BELOW} training images.</p>\n",
     ]
-    parts.append(
-        "few-shot: the mean over classes with more than 100, 20 to 100, and fewer than 20 training images.</p>\n"
-    )
     if groups is not None:
         parts += ["<h3>Mean ± standard deviation over seeds</h3>\n", data_table(*summary_cells(mean_rows(groups)))]
         parts.append("<h3>Single runs</h3>\n")

@@ -122,13 +122,18 @@ def truncate_log(folder, epochs: int):
         raise UserError(f"{path}: cannot be rewritten ({one_line(error)}); move it away") from None
 
 
-def create_summary_writer(folder, first_epoch: int):
-    """TensorBoard's writer; what an earlier run wrote from first_epoch on is dropped. Raises UserError without it."""
+def require_tensorboard():
+    """TensorBoard's SummaryWriter class. Raises UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=first_epoch)
+    return SummaryWriter
+
+
+def create_summary_writer(folder, first_epoch: int):
+    """TensorBoard's writer; what an earlier run wrote from first_epoch on is dropped."""
+    return require_tensorboard()(str(folder), purge_step=first_epoch)
 
 
 def add_scalars(writer, record: dict):

@@ -58,17 +58,19 @@ def check_memory(model, batch_size: int, args, device):
         return
     step = step_memory(model, batch_size, args, device)
     gather_objects(None)  # from here on every rank holds its model
-    found = [there for there in gather_objects(available_memory(device, get_dist_info().local_world_size)) if there]
+    found = list(filter(None, gather_objects(available_memory(device, get_dist_info().local_world_size))))
     if not found:
         return
     free, source = min(found)
-    there = free + step.model  # which is in memory already
-    sizes = f"a training step needs at least {gibibytes(step.total())} per process, {gibibytes(there)} are available"
-    if args.compile or step.total() <= there:  # compiled backbones recompute what is cheap, and save less
-        if step.total() > WARN_ABOVE * there:
+    available = free + step.model  # which is in memory already
+    sizes = (
+        f"a training step needs at least {gibibytes(step.total())} per process, {gibibytes(available)} are available"
+    )
+    if args.compile or step.total() <= available:  # compiled backbones recompute what is cheap, and save less
+        if step.total() > WARN_ABOVE * available:
             print_main(f"warning: {sizes} ({source}); raise --accum-steps or lower --batch-size if memory runs out")
         return
-    limits = there, int(WARN_ABOVE * there)
+    limits = available, int(WARN_ABOVE * available)
     per_process = args.accum_steps * get_dist_info().local_world_size
     most, roomy = (n * per_process for n in largest_batches(model, args, device, limits))
     advice = "none can fit" if not most else f"at most {most} can fit" + (f", {roomy} leaves room" if roomy else "")

@@ -240,9 +240,9 @@ def draw_class_counts(train_counts: list[int]):
         if size:
             axes.axvspan(first, first + size, color=SHADES[group], linewidth=0, zorder=0)
             text = f"{group} {size}"
-            place = first + size / 2
+            middle = first + size / 2
             axes.text(
-                place, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small"
+                middle, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small"
             )
         first += size
     axes.plot(range(1, len(counts) + 1), counts, color=COLORS[0], linewidth=2, marker="o" if len(counts) < 50 else None)

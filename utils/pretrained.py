@@ -1,4 +1,4 @@
-"""--pretrained: the weights that the backbone of stage I, or the student's of stage III, starts from."""
+"""--pretrained: the weights that the backbone of stage I, or of stage III's student, starts from."""
 
 import os
 from http.client import HTTPException

@@ -4,9 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
+from .command_line import with_hyphens
 from .errors import UserError, one_line
 
-END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag takes no value from behind them
+END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
 MAX_DEPTH = 10  # of recipes within recipes
 
 
@@ -53,5 +54,5 @@ def read_recipe(path: Path, depth: int) -> list[str]:
 def origin(message: str, words: list[str]) -> str:
     """File and line of the flag that a message begins with, if a recipe was the last to give it; else empty."""
     flag = re.search(r"--[\w-]+", message)
-    given = [w for w in expand(words) if flag and w.partition("=")[0].replace("_", "-") == flag[0].replace("_", "-")]
+    given = [w for w in expand(words) if flag and with_hyphens(w.partition("=")[0]) == with_hyphens(flag[0])]
     return getattr(given[-1], "origin", "") if given else ""

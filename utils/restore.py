@@ -129,4 +129,6 @@ def restore_scaler(scaler, saved: dict | None):
     if saved and scaler.is_enabled():
         if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values()):
             raise ValueError("a value that is negative or not finite")
+        if not saved["scale"]:
+            raise ValueError("a loss scale of 0")
         scaler.load_state_dict(saved)

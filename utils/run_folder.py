@@ -17,7 +17,7 @@ class RunFolder:
 
     Rank 0 writes; an evaluation writes only results.json and, with --plots, plots, and only if --output_dir was given.
     Entering raises UserError, on all ranks, if the folder cannot be written, another run uses it, or it holds a
-    checkpoint that this run neither continues nor may overwrite.
+    checkpoint or results that this run neither continues nor may overwrite.
     """
 
     def __init__(self, args):
@@ -30,6 +30,8 @@ class RunFolder:
             if is_main_process() and self.writes:
                 if self.args.plots:
                     plots.require_matplotlib("--plots")
+                if self.args.tensorboard:
+                    log.require_tensorboard()
                 self._claim()
         return self
 
@@ -48,8 +50,10 @@ class RunFolder:
             raise UserError(f"--output_dir {folder}: cannot be written ({one_line(error)})") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
+        except OSError as error:  # a file system without locks
+            print_main(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it")
         checkpoint.remove_leftovers(folder)
         present = checkpoint.present_in(folder)
         if present and self.args.evaluate and (folder / "results.json").exists() and not self.args.overwrite:
@@ -62,10 +66,15 @@ class RunFolder:
                 f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
                 "start over with --overwrite, or choose another folder"
             )
+        if not (present or self.args.evaluate or self.args.overwrite) and (folder / "results.json").exists():
+            raise UserError(
+                f"--output_dir {folder}: holds the results.json of an earlier run, but no checkpoint; start over with "
+                "--overwrite, or choose another folder"
+            )
 
     def _continues(self) -> bool:
         """Whether --resume names a checkpoint in this folder."""
-        return bool(self.args.resume) and Path(self.args.resume).resolve().parent == self.path.resolve()
+        return bool(self.args.resume) and Path(self.args.resume).parent.resolve() == self.path.resolve()
 
     def start(self, state, data):
         """Prints the run's settings, and begins what it writes: args.json, log.txt so far, TensorBoard's files.

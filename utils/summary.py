@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import LAST
 from .distributed import get_world_size
 from .metrics import GROUPS, shot_groups
 
@@ -69,7 +70,7 @@ def next_commands(state, source: str | None) -> list[str]:
 
     source: the stage whose checkpoint the run started from; None without one, and for a resumed run.
     """
-    args, last = state.args, f"{state.folder.path}/last_checkpoint.pth.tar"
+    args, last = state.args, f"{state.folder.path}/{LAST}"
     following = {"i": "stage_ii", "ii": "stage_iii"}.get(state.stage)
     recipe = Path(args.recipes[0]).with_name(f"{following or 'stage_iii_tuned'}.txt") if args.recipes else None
     recipe = [f"@{shlex.quote(str(recipe))}"] if recipe and recipe.is_file() else []

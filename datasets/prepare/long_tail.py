@@ -179,8 +179,11 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
     """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
 
     The arguments are those of choose; held_out 0: the test images are used for validation too. Files that exist are
-    kept. Raises UserError as choose does, and if out holds a different selection and overwrite is not set.
+    kept. Raises UserError as choose does, if out holds a different selection and overwrite is not set, and if a folder
+    of out is a link: what is behind it belongs to someone else.
     """
+    for link in (out / split for split in ("train", "val", "test") if (out / split).is_symlink()):
+        raise UserError(f"{link}: is a link to {os.path.realpath(link)}, whose images stay; choose another --out")
     counts, train, held = choose(data.train_labels, data.classes, largest, imbalance, held_out, seed)
     digits = len(str(len(data.classes) - 1))
     folders = [f"{c:0{digits}}_{name.lower().replace('/', '_')}" for c, name in enumerate(data.classes)]

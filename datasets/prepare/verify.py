@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
-from utils.metrics import shot_groups
+from utils.metrics import FEW_BELOW, MANY_ABOVE, shot_groups
 from utils.plots import require_matplotlib, save_figure
 
 from ..dataset import load_rgb
@@ -211,7 +211,7 @@ def plot(figure_class, file: Path, splits: dict[str, Split]):
     for name, split in splits.items():
         counts = split.index.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
-    for bound in (20, 100):
+    for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
     axes.legend()

@@ -7,26 +7,30 @@ import time
 
 import pytest
 
-from tests.helpers import TWO, log_of, train
-from tests.helpers_processes import Job, alive
+from tests.helpers import TWO, checkpoint, log_of, train
+from tests.helpers_processes import PATIENCE, Job, alive, wait_until
 from tests.test_resume import assert_same_run
 
+STEPS = 9  # per epoch
 FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves, too
 
 
 def kill_and_resume(plain_tree, run, whole, kills, *flags, seed=0):
     """Starts a run with --resume auto and kills all its processes, `kills` times; then lets it finish.
 
-    The moments are random, and add up to about a quarter of the time that the undisturbed run took; every second kill
-    then waits for a save. Returns how many kills hit a running process, and how many left a half-written file.
+    Each comes after a random number of steps and a random part of one; every second kill then waits for a save. The
+    steps are at most half of the run's. Returns how many kills hit a running process, and how many left a half-written
+    file.
     """
     moments, hits, halves = random.Random(seed), 0, 0
-    latest = sum(record["seconds"] for record in log_of(whole)) / (2 * kills)
+    most, seconds = checkpoint(whole)["epoch"] * STEPS // (2 * kills), log_of(whole)[-1]["seconds"] / STEPS
     for number in range(kills):
         with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
             job.wait_for(r"(epoch|test|val)")
             writer = (job.ranks() or [job.pid])[0]
-            time.sleep(moments.uniform(0, latest))
+            steps = moments.randint(0, most)
+            wait_until(lambda: job.stdout.count(" [") >= steps or not alive(writer), f"{steps} steps")  # noqa: B023
+            time.sleep(moments.uniform(0, seconds))
             while number % 2 and alive(writer) and not half_written(run):
                 pass
             if alive(writer):
@@ -37,7 +41,7 @@ def kill_and_resume(plain_tree, run, whole, kills, *flags, seed=0):
         for text in (job.stderr, job.stdout):
             assert "Traceback" not in text and "skipped" not in text
     with Job("i", plain_tree, run, *FLAGS, *flags, "--resume", "auto") as job:
-        outcome = job.end()
+        outcome = job.end(10 * PATIENCE)
     assert (outcome.status, outcome.err) == (0, "")
     return hits, halves
 

@@ -30,7 +30,7 @@ STAND_INS = {
         done
         trap 'kill -KILL $tasks 2> /dev/null' EXIT
         while [ -n "${TIME_LIMIT:-}" ] && ! [ -e "$FAKE/timed" ] && kill -0 $tasks 2> /dev/null; do
-          if [ -e "$TIME_LIMIT" ]; then touch "$FAKE/timed"; kill -USR1 $tasks; fi
+          if [ -e "$TIME_LIMIT" ]; then kill -USR1 $tasks; touch "$FAKE/timed"; fi
           sleep 0.05
         done
         status=0

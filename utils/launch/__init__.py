@@ -5,6 +5,7 @@ process starts one process per GPU, or --nproc of them, and watches them: spawn.
 processes). rendezvous.py detects the way and joins the processes; signals.py stops a run.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -90,7 +91,8 @@ def tell_torchrun(message: str):
     """Writes the message where torchrun looks for the cause of a failure, so that its last words name it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
+        with contextlib.suppress(OSError):  # the message was printed
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def leave(status: int):

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..distributed import DistInfo, num_cores, set_dist_info
+from ..distributed import DistInfo, gather_objects, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
 
@@ -96,14 +96,39 @@ def select_device(args, info: DistInfo) -> torch.device:
 def process_group(args, info: DistInfo):
     """Makes this process part of the run, and yields its device. After an exception the group is left as it is."""
     set_dist_info(info)
+    note_unused_flags(args, info)
     device = select_device(args, info)
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
     if info.launcher != "plain":
         init_process_group(args, info, device)
+        check_equal_flags(args)
     yield device
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def note_unused_flags(args, info: DistInfo):
+    """Says which of the given flags start no process, because torchrun or srun has started them all."""
+    names = ("multiprocessing_distributed", "nproc", "world_size", "rank")
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in names if name in args.given)
+    if given and info.launcher in ("torchrun", "srun") and info.rank == 0:
+        print(f"{given}: not used; {info.launcher} started this as one of {info.world_size} processes", flush=True)
+
+
+def check_equal_flags(args):
+    """Raises UserError, on all ranks, for the first flag of the training that two ranks were given differently."""
+    names = (*args.saved, "evaluate", "start_epoch", "save_every_steps", "num_classes")
+    own = {name: getattr(args, name) for name in names} | {"resume": bool(args.resume)}
+    first, *others = gather_objects(own)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if other[name] != first[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all "
+                    "processes with the same flags",
+                    on_all_ranks=True,
+                )
 
 
 def init_process_group(args, info: DistInfo, device):
