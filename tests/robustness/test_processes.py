@@ -603,7 +603,7 @@ def flags_of_two_ranks(rank, words):
         ((["--save-every-steps", "1"], []), "--save-every-steps: 1 on rank 0 and 0 on rank 1"),
     ],
 )
-def test_flags_that_two_nodes_were_given_differently_are_named_on_both(words, message):
+def test_flags_that_two_nodes_were_given_differently_end_the_run_on_both(words, message):
     found = on_ranks(2, flags_of_two_ranks, words)
     assert found[0] == found[1] and found[0].startswith(message)
 
