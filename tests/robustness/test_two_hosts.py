@@ -1,6 +1,7 @@
 """A job on two hosts: the numbers are those of one, and what the other host does if one dies or the link is cut."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_a_host_that_crashes_ends_the_job_on_the_other(plain_tree, hosts, folder
         jobs[0].wait_for(r"epoch 1/1000 \[3/")
         kill_host(jobs[victim])
         outcome = jobs[1 - victim].end()
-    assert outcome.status == 1 and outcome.err.count("lost contact with another process") == 1
+    said = re.findall(r"^ssd_stage_i\.py: lost contact with another process", outcome.err, re.M)
+    assert outcome.status == 1 and len(said) == 1  # torchrun repeats it as the root cause
     if start is published:
         assert_one_line(outcome, 1, "lost contact with another process of the run")
 
