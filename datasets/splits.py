@@ -67,9 +67,8 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     if rest and (present := [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]):
         for split, file in own.items():
             if not file.is_file():
-                raise UserError(
-                    f"{root}: has {' and '.join(present)}, but no {file.name}; add it, or name one with --{split}-list"
-                )
+                there = " and ".join(present)
+                raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
         chosen |= own
     elif rest and not chosen and all((root / split).is_dir() for split in SPLITS):
         return None
