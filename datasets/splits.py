@@ -63,13 +63,9 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
         raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
-    own = {split: root / f"{split}.txt" for split in rest}
-    if rest and (present := [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]):
-        for split, file in own.items():
-            if not file.is_file():
-                there = " and ".join(present)
-                raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
-        chosen |= own
+    present = [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]
+    if rest and present:
+        chosen |= {split: root / f"{split}.txt" for split in rest}
     elif rest and not chosen and all((root / split).is_dir() for split in SPLITS):
         return None
     else:
@@ -78,6 +74,9 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
         if not file.is_file():
             if given.get(split):
                 raise UserError(f"{file}: no such list; correct --{split}-list")
+            if present:
+                there = " and ".join(present)
+                raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
             raise UserError(
                 f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
                 f"make lists with python -m datasets.prepare, or name one with --{split}-list"

@@ -277,7 +277,7 @@ def settle_defaults(args):
     args.eval_batch_size = args.eval_batch_size or max(1, args.batch_size // args.accum_steps)
     for reason, names in () if args.evaluate else unused_arguments(args):
         if unused := [name for name in names if name in args.given]:
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+            flags = " and ".join(with_hyphens(f"--{name}") for name in unused)
             print_main(f"{flags}: not used, since {reason}")
 
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..command_line import with_hyphens
 from ..distributed import DistInfo, gather_objects, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
@@ -111,7 +112,7 @@ def process_group(args, info: DistInfo):
 def note_unused_flags(args, info: DistInfo):
     """Says which of the given flags start no process, because torchrun or srun has started them all."""
     names = ("multiprocessing_distributed", "nproc", "world_size", "rank")
-    given = ", ".join(f"--{name.replace('_', '-')}" for name in names if name in args.given)
+    given = ", ".join(with_hyphens(f"--{name}") for name in names if name in args.given)
     if given and info.launcher in ("torchrun", "srun") and info.rank == 0:
         print(f"{given}: not used; {info.launcher} started this as one of {info.world_size} processes", flush=True)
 
@@ -125,7 +126,7 @@ def check_equal_flags(args):
         for name in first:
             if other[name] != first[name]:
                 raise UserError(
-                    f"--{name.replace('_', '-')}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all "
+                    f"{with_hyphens(f'--{name}')}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all "
                     "processes with the same flags",
                     on_all_ranks=True,
                 )
