@@ -22,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.prepare import main as prepare
+from datasets.prepare.cli import main as prepare
 from utils.checkpoint import LAST
 from utils.command_line import ArgumentParser, run_command, whole_number
 from utils.distributed import num_cores

@@ -1,6 +1,7 @@
 """The data of a run: which lists, checked before anything is trained, and a loader for each."""
 
 import platform
+import zlib
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,11 +20,9 @@ from utils.distributed import (
 from utils.errors import UserError
 
 from .loaders import Loader
-from .samplers import BatchSampler, EvalBatchSampler, ShuffledSampler
+from .samplers import BatchSampler, ShuffledSampler, eval_batches
 from .splits import find_class_names, find_splits
 from .transforms import Views
-
-MAX_CLASSES = 10**6  # a larger label is taken for a mistake; it could use up all memory
 
 
 class Data(NamedTuple):
@@ -72,7 +71,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             transform = Views(views, args.image_size, args.seed, args.augment, args.jitter)
         else:
             transform = Views(("eval",), args.image_size)
-            sampler = EvalBatchSampler(len(split.index), eval_batch_size, **ranks)
+            sampler = eval_batches(len(split.index), eval_batch_size, **ranks)
         workers = -(-args.workers // info.local_world_size)
         options = {"channels_last": args.channels_last, "mean": args.mean, "std": args.std}
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
@@ -129,20 +128,29 @@ def check_step(args, images_per_step: int, num_images: int, nodes: int):
 
 
 def locate_splits(args, info) -> dict:
-    """The splits that the run needs; the first process of a node looks for their files, the others use its result."""
+    """The splits that the run needs; the first process of a node looks for their files, the others use its result.
+
+    Raises UserError, on all ranks, if a split cannot be read, or if its entries are not the same on all ranks.
+    """
     given = {split: getattr(args, f"{split}_list") for split in ("train", "val", "test")}
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
-    looked_for = ("test",) if args.evaluate else wanted
+    checked = ("test",) if args.evaluate else wanted
 
     def progress(iterator):
         return tqdm(iterator, desc="looking for the images", leave=False, disable=None if is_main_process() else True)
 
     with raise_on_all_ranks():
-        splits = find_splits(args.data, given, wanted, progress, check=looked_for if info.local_rank == 0 else ())
-    host, found = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
-    looked = gather_objects((host, info.local_rank, found))
-    found = next(found for node, local_rank, found in looked if node == host and local_rank == 0)
-    return {name: s._replace(layout=found[name][0], missing=found[name][1]) for name, s in splits.items()}
+        splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
+    host, files = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
+    checksums = {name: zlib.crc32(split.index.content.numpy()) for name, split in splits.items()}
+    reports = gather_objects((host, info.local_rank, files, checksums))
+    for name, split in splits.items():
+        for rank, (_, _, _, others) in enumerate(reports):
+            if others[name] != reports[0][3][name]:
+                message = f"{split.index.name}: differs between rank 0 and rank {rank}; give all nodes the same data"
+                raise UserError(message, on_all_ranks=True)
+    files = next(files for node, local_rank, files, _ in reports if node == host and local_rank == 0)
+    return {name: s._replace(layout=files[name][0], missing=files[name][1]) for name, s in splits.items()}
 
 
 def check_labels(args, splits: dict) -> int:
@@ -153,20 +161,15 @@ def check_labels(args, splits: dict) -> int:
     num_classes = args.num_classes
     if num_classes is None:
         index = splits["train"].index
+        index.check_num_classes(hint=", or give --num-classes")
         num_classes = index.num_classes
-        if num_classes > MAX_CLASSES:
-            line = index.line(int(index.labels.argmax()))
-            raise UserError(
-                f"{index.name}, line {line}: the label {num_classes - 1} would mean {num_classes} "
-                "classes; correct the list, or give --num-classes"
-            )
     for split in splits.values():
         largest = split.index.num_classes - 1
         if largest >= num_classes:
-            line = split.index.line(int(split.index.labels.argmax()))
+            where = split.index.locate([int(split.index.labels.argmax())])
             raise UserError(
-                f"{split.index.name}, line {line}: the label {largest} is out of range of {num_classes} "
-                f"classes; correct the list, or give --num-classes {largest + 1}"
+                f"{where}: the label {largest} is out of range of {num_classes} classes; correct the list, or give "
+                f"--num-classes {largest + 1}"
             )
     return num_classes
 

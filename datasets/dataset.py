@@ -1,6 +1,7 @@
 """The data set of a list's images: reads, decodes and transforms one image at a time."""
 
 import ctypes
+import errno
 import os
 import stat
 import traceback
@@ -26,7 +27,8 @@ def load_rgb(file) -> Image.Image:
     """The image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits.
 
     Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
-    than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError.
+    than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError
+    that says that there is no memory.
     """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
@@ -42,7 +44,11 @@ def load_rgb(file) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
-        raise UserError(f"{file}: cannot be decoded ({one_line(error)}); replace the file") from None
+        number = getattr(error, "errno", None)  # of the system's errors
+        if number == errno.ENOMEM:
+            raise
+        what, hint = ("decoded", "; replace the file") if number is None else ("read", "")
+        raise UserError(f"{file}: cannot be {what} ({one_line(error)}){hint}") from None
 
 
 @contextmanager
@@ -84,7 +90,8 @@ class ListFileDataset(torch.utils.data.Dataset):
         try:
             image = load_rgb(self.file(i))
         except UserError as error:
-            raise UserError(f"{error} ({self.index.name}, line {self.index.line(i)})") from None
+            where = "" if self.index.from_folders else f" ({self.index.locate([i])})"
+            raise UserError(f"{error}{where}") from None
         return self.transform(image, (epoch, i, draw)), int(self.index.labels[i]), i
 
     def __getitems__(self, items):

@@ -9,6 +9,7 @@ FACTORS (brightness, contrast, saturation, hue), ORDER (which of the four comes 
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
@@ -35,15 +36,9 @@ def apply_color(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         _blend(images, on_device[:, ORDER][:, turn], on_device)
         shifted = hue_changes & (operations == HUE)
         _change(images, shifted, lambda some, index: _shift_hue(some, on_device[index, HUE]))
-    _change(images, parameters[:, GRAYSCALE] != 0, lambda some, index: luminance(some).expand_as(some))
+    _change(images, parameters[:, GRAYSCALE] != 0, lambda some, index: TF.rgb_to_grayscale(some, 3))
     _change(images, parameters[:, BLUR] > 0, lambda some, index: _blur(some, on_device[index, BLUR]))
     return images
-
-
-def luminance(images: torch.Tensor) -> torch.Tensor:
-    """Grey values (N, 1, H, W) of images (N, 3, H, W)."""
-    red, green, blue = images.split(1, dim=1)
-    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _change(images, chosen, operation):
@@ -68,7 +63,7 @@ def _blend(images, operations, parameters):
     factors = torch.ones_like(operations)
     for operation in (BRIGHTNESS, CONTRAST, SATURATION):
         factors = torch.where(operations == operation, parameters[:, operation], factors)
-    grey = luminance(images)
+    grey = TF.rgb_to_grayscale(images)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     reference = grey.mul_(column(operations == SATURATION)).add_(mean * column(operations == CONTRAST))
     factors = column(factors)

@@ -11,6 +11,7 @@ import torch
 from utils.errors import UserError
 
 MAX_LABEL = 2**31 - 1
+MAX_CLASSES = 10**6  # a larger label is taken for a mistake; it could use up all memory
 
 
 def parse_line(line: bytes) -> tuple[bytes, int] | None:
@@ -34,6 +35,8 @@ def parse_line(line: bytes) -> tuple[bytes, int] | None:
         raise ValueError("the path is not UTF-8 text") from None
     if b"\0" in path:
         raise ValueError("the path holds a NUL byte")
+    if b"\n" in path:
+        raise ValueError(f"the path {path.decode()!r} holds a line break")
     if path.startswith((b"/", b"\\")) or path[1:3] in (b":/", b":\\"):
         raise ValueError("the path is absolute; paths are relative to the image root")
     if b".." in path and b".." in path.replace(b"\\", b"/").split(b"/"):
@@ -116,9 +119,26 @@ class ListIndex:
         return int(np.count_nonzero(before == ord("\n"))) + 1
 
     @property
+    def from_folders(self) -> bool:
+        """Whether the entries are the files of class folders, not the lines of a list."""
+        return os.path.isdir(self.name)
+
+    def locate(self, entries) -> str:
+        """Entries for messages: the list with their lines or, from class folders, the first of their paths."""
+        if self.from_folders:
+            return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
+        return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
+
+    @property
     def num_classes(self) -> int:
         """The largest label plus one."""
         return int(self.labels.max()) + 1
+
+    def check_num_classes(self, hint: str = ""):
+        """Raises UserError, which ends with the hint, if the largest label means more classes than MAX_CLASSES."""
+        if self.num_classes > MAX_CLASSES:
+            where, number = self.locate([int(self.labels.argmax())]), self.num_classes
+            raise UserError(f"{where}: the label {number - 1} would mean {number} classes; correct the list{hint}")
 
     def counts(self, num_classes: int) -> torch.Tensor:
         """The number of images per class, int64 (num_classes,)."""

@@ -109,9 +109,8 @@ class Loader(DataLoader):
         self.batch_sampler.start_at(epoch, position)
 
     def locate(self) -> str:
-        """The list lines of the images in the latest batch, for messages."""
-        index = self.dataset.index
-        return f"{index.name}, lines {', '.join(str(index.line(i)) for i in self.indices)}"
+        """The images of the latest batch, for messages."""
+        return self.dataset.index.locate(self.indices)
 
     def __iter__(self):
         batches = self._start()

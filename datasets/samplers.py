@@ -5,6 +5,7 @@ persistent workers keep the data set that they were started with: only what the 
 """
 
 import numpy as np
+import torch
 
 
 class ShuffledSampler:
@@ -110,15 +111,7 @@ class BatchSampler:
             yield [(epoch, draw, index) for draw, index in zip(draws[batch], indices[batch], strict=True)]
 
 
-class EvalBatchSampler:
-    """This rank's shard of all images in batches; every image comes exactly once, for any world size."""
-
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.indices, self.batch_size = range(rank, size, world_size), batch_size
-
-    def __len__(self):
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self):
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, 0, i) for i in self.indices[start : start + self.batch_size]]
+def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+    """Batches of this rank's shard of all images; every image comes exactly once, for any world size."""
+    shard = [(0, 0, index) for index in range(rank, size, world_size)]
+    return torch.utils.data.BatchSampler(shard, batch_size, drop_last=False)

@@ -77,6 +77,10 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
             if present:
                 there = " and ".join(present)
                 raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
+            if all((root / split).is_dir() for split in SPLITS):
+                raise UserError(
+                    f"--{split}-list: is missing; the class folders of {root} are only read if no list is given"
+                )
             raise UserError(
                 f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
                 f"make lists with python -m datasets.prepare, or name one with --{split}-list"
@@ -87,12 +91,12 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
 def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ListIndex, list[str]]:
     """(index, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
 
-    classes: the class names in the order of their labels; by default the folder's, sorted. Raises UserError if a
-    folder belongs to no class, or if there is no image.
+    classes: the class names in the order of their labels; by default the folder's, sorted. Hidden folders are left out.
+    Raises UserError if a folder belongs to no class, or if there is no image.
     """
     folder = Path(root) / split
     try:
-        found, _ = find_classes(folder)
+        found = [name for name in find_classes(folder)[0] if not name.startswith(".")]
         classes = classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:

@@ -1,5 +1,6 @@
 """Reading images of every mode, and damaged ones."""
 
+import errno
 import os
 import random
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from datasets.dataset import ListFileDataset, load_rgb
 from datasets.list_file import ListIndex
+from datasets.splits import class_folders
 from utils.errors import UserError
 
 
@@ -73,6 +75,41 @@ def test_broken_images_are_refused(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such image"):
         load_rgb(os.path.join(tmp_path, "none.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.EACCES, r"cannot be read \(Permission denied\)$"), (None, "cannot be decoded")]
+)
+def test_an_error_of_the_file_system_is_not_called_a_damaged_image(tmp_path, monkeypatch, number, message):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number)) if number else OSError("image file is truncated")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=message):
+        load_rgb(saved(tmp_path, Image.new("RGB", (4, 4))))
+
+
+def test_a_system_without_memory_is_not_called_a_damaged_image(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(Image, "open", fail)
+    dataset = ListFileDataset(ListIndex.from_bytes("list", b"image.png 0"), tmp_path, None)
+    saved(tmp_path, Image.new("RGB", (4, 4)))
+    assert "ran out of memory" in str(dataset.__getitems__([(0, 0, 0)]))
+
+
+def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.png").write_text("no image")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()  # hidden folders are no classes
+    index, classes = class_folders(tmp_path, "train")
+    returned = ListFileDataset(index, tmp_path, None).__getitems__([(0, 0, 0)])
+    assert classes == ["a"] and index.locate([0]) == "train/a/1.png"
+    assert str(returned).startswith(f"{tmp_path}/train/a/1.png: ") and "line" not in str(returned)
+    (tmp_path / "train" / "a" / "2\n.png").touch()
+    with pytest.raises(UserError, match="holds a line break"):
+        class_folders(tmp_path, "train")
 
 
 def test_only_regular_files_are_opened(tmp_path):

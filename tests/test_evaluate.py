@@ -9,15 +9,30 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.samplers import EvalBatchSampler
+from datasets.samplers import eval_batches
+from models import SLG
 from tests.helpers import on_ranks
 from utils import report
+from utils.distributed import broadcast_buffers
 from utils.evaluation import evaluate
 from utils.metrics import ShotAccuracy, shot_groups
 
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
 CLASSES, IMAGES = len(TRAIN_COUNTS), 101
+
+
+def buffers_of_two_ranks(rank):
+    model = SLG("resnet8", 3)
+    for buffer in model.buffers():
+        buffer.fill_(rank + 5)
+    broadcast_buffers(model)
+    return [buffer.flatten()[0].item() for buffer in model.buffers()]
+
+
+def test_all_ranks_evaluate_with_the_statistics_of_rank_0():
+    first, second = on_ranks(2, buffers_of_two_ranks)
+    assert first == second and set(first) == {5}
 
 
 def predictions():
@@ -194,7 +209,7 @@ def state():
 def evaluated(rank, world=1):
     """Two classifiers on this rank's shard of the 101 images, through the sampler that the loaders use."""
     logits, labels = predictions()
-    shard = [torch.tensor([i for _, _, i in batch]) for batch in EvalBatchSampler(IMAGES, 8, rank, world)]
+    shard = [torch.tensor([i for _, _, i in batch]) for batch in eval_batches(IMAGES, 8, rank, world)]
     model = Model(lambda images: (logits[images], -logits[images]))
     batches = Batches(((images,), labels[images], images.tolist()) for images in shard)
     return evaluate(model, batches, ("hard", "soft"), TRAIN_COUNTS, state())

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets import splits
 from datasets.layout import as_listed, by_split, find_layout
 from datasets.list_file import ListIndex
 from datasets.prepare.list_writer import list_content
-from datasets.splits import class_folders, find_splits
+from datasets.splits import SPLITS, choose_lists, class_folders, find_splits
 from utils.errors import UserError
 
 
@@ -174,3 +175,28 @@ def test_a_fifo_in_a_class_folder_counts_as_missing(tmp_path):
     splits["val"].require()
     with pytest.raises(UserError, match=r"1 of 2 files .* train/cat/2\.png \(not a regular file\)"):
         splits["train"].require()
+
+
+# ---- which lists
+
+
+def test_without_lists_and_class_folders_the_published_lists_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "IMAGENET_LT", tmp_path / "data")
+    with pytest.raises(UserError, match=r"has neither train\.txt nor class folders .*ImageNet_LT_train\.txt does not"):
+        choose_lists(tmp_path, {})
+    (tmp_path / "data").mkdir()
+    for split in SPLITS:
+        (tmp_path / "data" / f"ImageNet_LT_{split}.txt").touch()
+    found = choose_lists(tmp_path, {"val": tmp_path / "data" / "ImageNet_LT_test.txt"})
+    names = {split: file.name for split, file in found.items()}
+    assert names == {split: f"ImageNet_LT_{'test' if split == 'val' else split}.txt" for split in SPLITS}
+
+
+def test_class_folders_are_not_mixed_with_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "IMAGENET_LT", tmp_path / "data")
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+    assert choose_lists(tmp_path, {}) is None
+    (tmp_path / "own.txt").touch()
+    with pytest.raises(UserError, match=r"--val-list: is missing; the class folders of .* only read if no list"):
+        choose_lists(tmp_path, {"train": tmp_path / "own.txt"})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datasets.list_file import ListIndex
-from datasets.prepare import main
+from datasets.prepare.cli import main
 from datasets.prepare.long_tail import SmallImages, write_long_tail
 from tests.helpers import assert_command_mistake, class_image, train
 from utils.errors import UserError
@@ -149,3 +149,20 @@ def test_writing_images_never_touches_those_behind_a_link(source, tmp_path):
     with pytest.raises(UserError, match=r"train: is a link to .* another --out"):
         write_long_tail(SmallImages(list(NAMES), pixels, labels, pixels, labels), out, None, 1, 0, 0, overwrite=True)
     assert sorted(source.rglob("*.png")) == images
+
+
+@pytest.mark.parametrize("own", ["train/cats/holiday.png", "val/0_ant/photo.png", "train/0_ant/00000.jpg"])
+def test_writing_images_never_removes_those_of_someone_else(tmp_path, own):
+    pixels, labels = np.zeros((8, 32, 32, 3), np.uint8), np.repeat(np.arange(4), 2)
+    data = SmallImages(list(NAMES), pixels, labels, pixels, labels)
+    (tmp_path / own).parent.mkdir(parents=True)
+    (tmp_path / own).touch()
+    with pytest.raises(UserError, match=rf"{own}: was not written by this command, and stays; choose another --out"):
+        write_long_tail(data, tmp_path, None, 1, 0, 0, overwrite=True)
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.*")] == [own]
+    (tmp_path / own).unlink()
+    (tmp_path / "train" / "linked").mkdir(parents=True)
+    (tmp_path / "val").mkdir(exist_ok=True)
+    (tmp_path / "val" / "0_ant_link").symlink_to(tmp_path / "train")
+    with pytest.raises(UserError, match=r"0_ant_link: is a link to .*, which stays"):
+        write_long_tail(data, tmp_path, None, 1, 0, 0, overwrite=True)

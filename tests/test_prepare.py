@@ -22,7 +22,8 @@ from PIL import Image
 
 from datasets.dataset import load_rgb
 from datasets.list_file import ListIndex
-from datasets.prepare import long_tail, main, published
+from datasets.prepare import long_tail, published
+from datasets.prepare.cli import main
 from datasets.prepare.folder_lists import split_class
 from datasets.prepare.long_tail import long_tail_counts, pick
 from datasets.splits import find_splits
@@ -572,12 +573,18 @@ def test_fashion_mnist_mistakes_end_in_one_line(tmp_path, fashion, capsys, monke
     command = ("fashion-mnist-lt", "--out", out, "--source")
     assert "at most 10" in fails(capsys, *command, fashion, "--max-per-class", 11)
     assert "--imbalance 20" in fails(capsys, *command, fashion, "--max-per-class", 10, "--imbalance", 20)
-    for wrong in ("0.5", "x", "1/0", "nan"):
+    for wrong in ("0.5", "x", "1/0", "nan", "1e400", "1e9999999"):
         assert "--imbalance" in fails(capsys, *command, fashion, "--imbalance", wrong)
     assert "--seed" in fails(capsys, *command, fashion, "--seed", -1)
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
     os.mkfifo(tmp_path / "train-images-idx3-ubyte")
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
+    labels = fashion / "t10k-labels-idx1-ubyte"
+    if labels.exists():  # not compressed
+        whole = labels.read_bytes()
+        labels.write_bytes(whole[:-1] + b"\x0a")
+        assert "a label of 10, of 10 classes" in fails(capsys, *command, fashion)
+        labels.write_bytes(whole)
     damaged = next(fashion.glob("train-images*"))
     damaged.write_bytes(damaged.read_bytes()[:-500])
     assert "train-images-idx3-ubyte" in fails(capsys, *command, fashion)

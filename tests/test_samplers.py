@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datasets.samplers import BatchSampler, ClassAwareSampler, EvalBatchSampler, ShuffledSampler
+from datasets.samplers import BatchSampler, ClassAwareSampler, ShuffledSampler, eval_batches
 
 LABELS = np.repeat(np.arange(6), (50, 20, 10, 5, 3, 2))
 WORLD_SIZES = (1, 2, 3)
@@ -142,7 +142,7 @@ def test_too_few_images_give_no_batch():
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("size", [1, 2, 16, 101])
 def test_evaluation_takes_every_image_once(size, world_size):
-    shards = [EvalBatchSampler(size, 8, rank, world_size) for rank in range(world_size)]
+    shards = [eval_batches(size, 8, rank, world_size) for rank in range(world_size)]
     for shard in shards:
         given = list(shard)
         assert len(given) == len(shard)

@@ -48,6 +48,25 @@ def verify(capsys):
     return run
 
 
+def test_the_same_path_below_two_splits_is_not_the_same_image(root, verify):
+    """Lists relative to their split, in a tree of one folder per split."""
+    for split in COUNTS:
+        text = (root / f"{split}.txt").read_text()
+        (root / f"{split}.txt").write_text(text.replace(f"{split}/", ""))
+    status, said = verify(root)
+    assert status == 1 and "train and val share 3 images; the first: ant/0.jpg" in said  # copies
+    for split, red in (("val", 100), ("test", 200)):
+        for file in (root / split).rglob("*.jpg"):
+            Image.new("RGB", (8, 8), (red, 99, 99)).save(file)
+    status, said = verify(root)
+    assert (status, "share" in said) == (0, False)
+
+
+def test_a_label_that_would_use_up_all_memory_is_a_mistake(root, verify):
+    append(root / "val.txt", "val/ant/0.jpg 2000000000\n")
+    assert verify(root) == (2, verify(root)[1]) and "val.txt, line 4: the label 2000000000" in verify(root)[1]
+
+
 def rows(said):
     """The table: split -> column -> cell."""
     head, *lines = [line.split() for line in said.splitlines()[:4]]

@@ -31,13 +31,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def ratio(text: str) -> str:
-    """An argparse type: an imbalance factor of at least 1, kept as text so that it stays exact."""
+    """An argparse type: an imbalance factor from 1 to a million, kept as text so that it stays exact."""
     try:
-        if Fraction(text) >= 1:
+        if len(text) <= 40 and 1 <= Fraction(text) <= 10**6:
             return text
     except (ValueError, ZeroDivisionError):
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 to a million")
 
 
 def share_or_number(text: str) -> float | int:

@@ -22,7 +22,7 @@ def split_class(count: int, val: float, test: float) -> tuple[int, int]:
 
     A share gives at least a quarter of the class or LEAST images, whichever is less; a number is limited to an equal
     part for every split; both give at least one image. At least one image is left for training. A class of two images
-    has one for training and one for testing, a class of one image only that for training.
+    has one for training and one for testing (with test 0, for validation), a class of one image only that for training.
     """
     if count < 3:
         return (0, count // 2) if test else (count // 2, 0)
@@ -141,7 +141,9 @@ def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int
     classes, entries, notes = own_splits(root) if split_already else split_folder(root, val, test, seed)
     notes += coarse_note(classes, entries["test"])
     if not entries["val"] or not entries["test"]:
-        raise UserError(f"{root}: no class has three images, so there is nothing to validate on; add images")
+        raise UserError(
+            f"{root}: no class has enough images: there is nothing to validate on, or to test on; add images"
+        )
     files = {f"{split}.txt": list_content(entries[split]) for split in SPLITS}
     files["classes.txt"] = "".join(f"{name}\n" for name in classes).encode(errors="surrogateescape")
     out.mkdir(parents=True, exist_ok=True)

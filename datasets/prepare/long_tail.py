@@ -1,6 +1,7 @@
 """Long-tailed selections: of small data sets (CIFAR, Fashion-MNIST) as PNG files, of class folders as lists."""
 
 import os
+import re
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .published import download_errors
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from the package dataset-fashion-mnist
 CIFAR = {10: CIFAR10, 100: CIFAR100}
+WRITTEN = re.compile(r"\w+/\d+_[^/]+/\d{5}\.png")  # the images that write_long_tail writes
 
 
 def long_tail_counts(largest: int, imbalance, num_classes: int) -> list[int]:
@@ -56,7 +58,7 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
 
     url: a mirror for the download. Raises UserError if the files are missing or damaged.
     """
-    if source is None and DEBIAN_FASHION_MNIST.is_dir():
+    if source is None and not url and DEBIAN_FASHION_MNIST.is_dir():
         source = DEBIAN_FASHION_MNIST
     if source is None:
         mirrors = [url.rstrip("/") + "/"] if url else FashionMNIST.mirrors
@@ -91,6 +93,8 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         if len(images) != len(labels):
             raise UserError(f"{source}: {len(images)} images but {len(labels)} labels; get the files again")
+        if labels.max() >= len(data.classes):
+            raise UserError(f"{source}: a label of {labels.max()}, of {len(data.classes)} classes; get the files again")
     return data
 
 
@@ -179,11 +183,9 @@ def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: 
     """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
 
     The arguments are those of choose; held_out 0: the test images are used for validation too. Files that exist are
-    kept. Raises UserError as choose does, if out holds a different selection and overwrite is not set, and if a folder
-    of out is a link: what is behind it belongs to someone else.
+    kept. Raises UserError as choose does, if out holds a different selection and overwrite is not set, and if images of
+    someone else are in the folders of out, or behind links there.
     """
-    for link in (out / split for split in ("train", "val", "test") if (out / split).is_symlink()):
-        raise UserError(f"{link}: is a link to {os.path.realpath(link)}, whose images stay; choose another --out")
     counts, train, held = choose(data.train_labels, data.classes, largest, imbalance, held_out, seed)
     digits = len(str(len(data.classes) - 1))
     folders = [f"{c:0{digits}}_{name.lower().replace('/', '_')}" for c, name in enumerate(data.classes)]
@@ -219,10 +221,12 @@ def list_files(lists: dict[str, list], classes: list[str]) -> dict[str, bytes]:
 def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
     """Writes the lists of a long-tailed selection from class folders; returns ({split: number of images}, counts).
 
-    The number of validation images is 0 if the test images serve as them.
+    Test images are those of test/, else of val/; validation images the held-out ones of train/, else those of val/,
+    else the test images: their number is then 0.
+
     source: has train/<class>/<image>, and test/ or val/ with the same classes; out gets links to these folders, so that
-    no image is copied. Test images are those of test/, else of val/; validation images the held-out ones of train/,
-    else those of val/, else the test images. Further arguments and errors are those of choose.
+    no image is copied; overwrite: replace lists and links of another selection. The other arguments are those of
+    choose. Raises UserError as choose does, and if source or out cannot be used.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; name the one that contains train/ and test/")
@@ -270,14 +274,26 @@ def link_folder(link: Path, folder: Path, overwrite: bool):
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):
-    """Removes images of another selection, which a reader of class folders would take for images of this one."""
+    """Removes images of an earlier selection, which a reader of class folders would take for images of this one.
+
+    Raises UserError, before any is removed, if overwrite is not set, and for everything that write_long_tail does not
+    write: links and files of other names.
+    """
+    others = []
     for split in ("train", "val", "test"):
-        for file in out.glob(f"{split}/*/*.png"):
-            if file.relative_to(out).as_posix() in images:
+        for path in sorted([out / split, *out.glob(f"{split}/*"), *out.glob(f"{split}/*/*")]):
+            name = path.relative_to(out).as_posix()
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link to {os.path.realpath(path)}, which stays; choose another --out")
+            if path.is_dir() or name in images or not path.exists():
                 continue
-            if not overwrite:
-                raise UserError(f"{file}: an image of another selection; choose another --out, or pass --overwrite")
-            file.unlink()
+            if not WRITTEN.fullmatch(name):
+                raise UserError(f"{path}: was not written by this command, and stays; choose another --out")
+            others.append(path)
+    if others and not overwrite:
+        raise UserError(f"{others[0]}: an image of another selection; choose another --out, or pass --overwrite")
+    for file in others:
+        file.unlink()
 
 
 def write_images(out: Path, images: dict[str, np.ndarray]):

@@ -8,6 +8,7 @@ Exit status: 0; 1 if an image is missing or unreadable, or if a training image i
 could be checked (no such folder, a malformed list).
 """
 
+import filecmp
 import os
 import posixpath
 from collections import Counter
@@ -146,7 +147,7 @@ def shared_images(splits: dict[str, Split]):
         if repeated := len(split.index) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
     for one, other in combinations(splits, 2):
-        both = paths[one] & paths[other]
+        both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
         if both and paths[one] == paths[other] and "train" not in (one, other):
             information.append(f"{one} and {other} are the same images")
         elif both:
@@ -154,10 +155,19 @@ def shared_images(splits: dict[str, Split]):
     return problems, information
 
 
+def is_same_image(path: str, one: Split, other: Split) -> bool:
+    """Whether a path that two lists share is one image: with a folder per split, it may be two files."""
+    files = [os.path.join(split.root, split.layout(path, split.name)) for split in (one, other)]
+    try:
+        return files[0] == files[1] or filecmp.cmp(*files, shallow=False)
+    except OSError:  # one is missing, which is a problem anyway
+        return True
+
+
 def entry(split: Split, i: int) -> str:
     """An entry for messages: its file below the root, and its line in the list."""
     file = split.layout(split.index.path(i), split.name)
-    return f"{file} ({split.index.name}, line {split.index.line(i)})" if Path(split.index.name).is_file() else file
+    return file if split.index.from_folders else f"{file} ({split.index.locate([i])})"
 
 
 def show(lines: list[str]):
@@ -194,7 +204,7 @@ def describe(split: Split, found: Findings):
 
 def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findings]):
     """Writes one line per missing or unreadable image: what, split, path in the list, reason, separated by tabs."""
-    with file.open("w", errors="surrogateescape") as report:
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as report:
         for name, split in splits.items():
             for i in split.missing:
                 image = os.path.join(split.root, split.layout(split.index.path(i), name))
@@ -237,6 +247,8 @@ def verify(args) -> int:
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
+    for split in splits.values():
+        split.index.check_num_classes()
     findings = {name: examine(split, args.decode) for name, split in splits.items()}
     problems, information = shared_images(splits)
 
