@@ -52,6 +52,12 @@ def test_the_last_flag_of_a_recipe_does_not_take_the_folder(tmp_path, last):
     assert (args.schedule, args.pretrained) in (([3, 5], None), ([120, 160], "torchvision"))
 
 
+def test_a_recipe_may_hold_the_folder(tmp_path):
+    (tmp_path / "recipe.txt").write_text(f"--epochs 3 {tmp_path}")
+    args = ssd_stage_i.get_parser().parse_args([f"@{tmp_path / 'recipe.txt'}", "--cos"])
+    assert (args.data, args.shared_words) == (str(tmp_path), ["--cos"])
+
+
 def test_a_recipe_names_others_relative_to_its_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "inner.txt").write_text("--lr 0.7\n@../base.txt")

@@ -2,14 +2,18 @@
 
 import errno
 import json
+import os
 import shutil
+import stat
 import sys
 
 import pytest
 
 from datasets import splits
-from tests.helpers import LAST, log_of, results_of, run_stage, train
+from tests.helpers import LAST, checkpoint, log_of, results_of, run_stage, same, train
 from tests.robustness.test_mistakes import assert_mistake
+from utils.files import atomic_write
+from utils.runs import run_folders
 
 
 def args_of(folder) -> dict:
@@ -183,3 +187,31 @@ def test_a_flag_without_effect_is_named(plain_tree, tmp_path, stage, flags, word
 def test_a_student_without_a_teacher_logs_no_untrained_classifier(plain_tree, tmp_path):
     run = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0, "--epochs", 1)
     assert {name for name in log_of(run)[0] if name.startswith("top")} == {"top1_hard", "top5_hard"}
+
+
+def test_starting_over_contradicts_continuing(trained, plain_tree, tmp_path):
+    shutil.copytree(trained["i"], tmp_path / "run")
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--overwrite", "--resume", "auto")
+    assert outcome.status == 2 and "--overwrite: contradicts --resume auto" in outcome.err
+    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
+
+
+def test_a_folder_that_the_file_system_cannot_flush_is_written_to(tmp_path, monkeypatch):
+    def fsync(descriptor, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "results.json").touch()
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "a" / "loop").symlink_to(tmp_path / "runs")
+    assert run_folders(tmp_path / "runs") == [tmp_path / "runs" / "a" / "link"]

@@ -165,3 +165,36 @@ def test_a_run_whose_output_is_closed_ends_in_one_line(plain_tree, tmp_path):
     run.stdout.close()  # as head does
     message = run.stderr.read()
     assert run.wait(300) == 141 and message.count("\n") == 1 and "--resume auto" in message
+
+
+COMMAND = (
+    "import sys; from utils.command_line import ArgumentParser, run_command\n"
+    "sys.exit(run_command(lambda args: print({!r}), ArgumentParser(prog='program')))"
+)
+
+
+def run_with_output(file, text="table", **environment):
+    """(exit status, stderr) of a small command whose output goes to a file; Python buffers it, as by default."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment
+    command = [sys.executable, "-c", COMMAND.format(text)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_command_whose_output_cannot_be_written_ends_in_one_line():
+    with open("/dev/full", "w") as full:
+        assert run_with_output(full) == (2, "error: program: No space left on device\n")
+
+
+def test_a_command_whose_output_is_closed_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_with_output(writer) == (141, "")
+    os.close(writer)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
+    with (tmp_path / "out").open("w") as file:
+        assert run_with_output(file, "café \udcff", PYTHONIOENCODING="ascii:strict") == (0, "")
+    assert (tmp_path / "out").read_text() == "caf\\xe9 \\udcff\n"

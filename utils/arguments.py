@@ -81,7 +81,8 @@ class TrainingParser(ArgumentParser):
         """The flags that were given outside of recipes and that the next stage needs too, as words of a command."""
         actions, given = {action.dest: action for action in self._actions}, args.given
         if args.recipes:
-            given = super().parse_args([recipes.END if word.startswith("@") else word for word in words]).given
+            own = [recipes.END if word.startswith("@") else word for word in words]
+            given = super().parse_args(own if args.data in own else [*own, args.data]).given  # DIR may be in a recipe
         return [option_words(actions[name], getattr(args, name)) for name in given if name in SHARED_ARGS]
 
     def parse_known_args(self, args=None, namespace=None):
@@ -229,6 +230,8 @@ def check_arguments(args):
         )
     if args.nproc > 1 and not args.multiprocessing_distributed:
         raise UserError(f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out")
+    if args.overwrite and args.resume == "auto" and not args.evaluate:
+        raise UserError("--overwrite: contradicts --resume auto, which would continue; leave one of them out")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
     if not args.resume:  # else a checkpoint may change the epochs
@@ -286,7 +289,7 @@ def unused_arguments(args):
     if args.cos:
         yield "--cos is on", ("schedule", "schedule_factor")
     if args.resume:
-        yield "--resume says it", ("start_epoch",)
+        yield "--resume sets the epoch", ("start_epoch",)
     if getattr(args, "con_weight", 1) == 0:
         yield "--con-weight is 0", ("moco_m", "moco_t")
     if getattr(args, "kd_weight", 1) == 0:

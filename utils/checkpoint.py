@@ -131,7 +131,7 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
     content = read(path, flag)
     found = models.infer_stage_and_arch(content["state_dict"])
     if found is None:
-        raise UserError(f"{path}: its names belong to no stage of SSD-LT; correct {flag}")
+        raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
         raise UserError(
             f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
@@ -197,7 +197,7 @@ def find_latest(folder) -> Path | None:
         except UserError as error:
             print(f"skipped {error}", file=sys.stderr, flush=True)
     if present:
-        raise UserError(f"{folder}: no checkpoint in it can be read; start over with --overwrite")
+        raise UserError(f"{folder}: no checkpoint in it can be read; to start over, remove them")
     return None
 
 
@@ -297,32 +297,37 @@ def save(state, is_best: bool = False):
     """Writes a training state as last_checkpoint.pth.tar, and as best if is_best; all ranks must call it.
 
     The format is the published one, plus what exact resuming needs: tensors, numbers, strings, lists and dicts, which
-    can be loaded with weights_only. Raises UserError if it cannot be written.
+    can be loaded with weights_only. Raises UserError, on all ranks, if it cannot be written.
     """
     averages = state.metrics.state_dict() if state.step else None
-    if is_main_process():
-        args = state.args
-        content = {
-            "epoch": state.epoch,
-            "step": state.step,
-            "stage": state.stage,
-            "arch": args.arch,
-            "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
-            "best_acc1": torch.tensor(state.best, dtype=torch.float64),
-            "best_metric": BEST_METRIC,
-            "classes": state.classes,
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "averages": averages,
-            "images": state.images,
-            "args": {name: as_saved(getattr(args, name)) for name in args.saved},
-            "run": {
-                "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
-                "batch_size": args.batch_size, "world_size": get_world_size(),
-            },
-        }  # fmt: skip
-        write(args.output_dir, content, is_best)
+    with raise_on_all_ranks():
+        if is_main_process():
+            write(state.args.output_dir, checkpoint_of(state, averages), is_best)
     heartbeat()
+
+
+def checkpoint_of(state, averages: dict | None) -> dict:
+    """The content of a training state's checkpoint; averages: the epoch's metrics so far, of all ranks."""
+    args = state.args
+    return {
+        "epoch": state.epoch,
+        "step": state.step,
+        "stage": state.stage,
+        "arch": args.arch,
+        "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
+        "best_acc1": torch.tensor(state.best, dtype=torch.float64),
+        "best_metric": BEST_METRIC,
+        "classes": state.classes,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "averages": averages,
+        "images": state.images,
+        "args": {name: as_saved(getattr(args, name)) for name in args.saved},
+        "run": {
+            "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
+            "batch_size": args.batch_size, "world_size": get_world_size(),
+        },
+    }  # fmt: skip
 
 
 def as_saved(value):
@@ -371,15 +376,15 @@ def write(folder, content: dict, is_best: bool = False):
     folder = Path(folder)
     last = folder / LAST
 
-    def link_others():  # before last changes: it says how good the best is, and must not be ahead of the file
-        if last.exists():
-            link(last, folder / PREVIOUS)
-        if is_best:
-            link(file.name, folder / BEST)
-
     try:
-        with atomic_write(last, link_others) as file:
+        with atomic_write(last) as file:
             torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            if last.exists():
+                link(last, folder / PREVIOUS)
+            if is_best:  # before last changes: it says how good the best is, and must not be ahead of the file
+                link(file.name, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
 

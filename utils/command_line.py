@@ -172,8 +172,22 @@ def output_is_closed() -> bool:
     poll.register(sys.stdout.fileno(), select.POLLERR)
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing at the exit fails again
+    drop_unwritable_output()
     return True
+
+
+def drop_unwritable_output():
+    """If stdout cannot be written, sends what it still holds nowhere: flushing it at the exit would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def escape_unprintable():
+    """Lets stdout escape the characters of paths and names that a terminal or file of its encoding cannot hold."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
@@ -181,14 +195,18 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
 
     A mistake is printed as one line on stderr; `interrupted` is printed after Ctrl-C.
     """
+    escape_unprintable()
     try:
-        return work(parser.parse_args(argv)) or 0
+        status = work(parser.parse_args(argv)) or 0
+        sys.stdout.flush()  # here, where a failure is told
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
         output_is_closed()
         return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
+        drop_unwritable_output()
         print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -22,8 +22,8 @@ class DistInfo(NamedTuple):
 
     @property
     def nodes(self) -> int:
-        """Number of nodes."""
-        return self.world_size // self.local_world_size
+        """Number of nodes; at least two if they have different numbers of processes."""
+        return -(-self.world_size // self.local_world_size)
 
 
 _info = DistInfo()

@@ -1,4 +1,4 @@
-"""The one kind of exception that is shown to a user as a single line, without a traceback."""
+"""A user's mistake as an exception, and text on one line."""
 
 
 class UserError(Exception):

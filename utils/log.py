@@ -36,8 +36,8 @@ class Progress:
             self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
             Progress.open_bar = self.bar
 
-    def step(self, short=str, long=str):
-        """Counts a step; short() for the bar or long() for the line is called every `every` steps only.
+    def step(self, short=lambda: "", long=lambda: ""):
+        """Counts a step; short() for the bar or long() for the line is called every `every` steps, and after the last.
 
         They return text, and may have to wait for the device.
         """

@@ -37,10 +37,11 @@ class MetricLogger:
         return MetricLogger(self.device, self.accum_steps)
 
     def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
-        """Adds an update: losses, and top-1 and top-5 accuracy of each classifier's logits (N, C) as top1_<name>."""
+        """Adds an update: losses, and the accuracies of each classifier's logits (N, C): top1_<name>, top5_<name>."""
         values = dict(losses)
         for name, scores in logits.items():
-            values[f"top1_{name}"], values[f"top5_{name}"] = topk_accuracy(scores.detach(), labels)
+            _, top1, top5 = topk_hits(scores.detach(), labels)
+            values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
         if self.updates and tuple(values) != self.names:
             raise UserError(
                 f"{self.source}: its averages are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
@@ -104,10 +105,14 @@ class MetricLogger:
         )
 
 
-def topk_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-1 and top-5 accuracy of a batch, in [0, 1]; logits (N, C), labels (N,)."""
-    hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return hit[:, 0].float().mean(), hit.any(dim=1).float().mean()
+def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(predicted, top1, top5) of logits (N, C): the classes int (N,), and whether they, or the first five, are right.
+
+    labels: int (N,); top1, top5: bool (N,).
+    """
+    predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hit = predicted == labels[:, None]
+    return predicted[:, 0], hit[:, 0], hit.any(dim=1)
 
 
 def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
@@ -133,12 +138,11 @@ class ShotAccuracy:
 
     def update(self, logits, labels):
         """Adds a batch: logits (N, C), labels (N,)."""
-        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hit = predicted == labels[:, None]
+        predicted, top1, top5 = topk_hits(logits, labels)
         self.images.index_add_(0, labels, torch.ones_like(labels))
-        self.top1.index_add_(0, labels, hit[:, 0].long())
-        self.top5.index_add_(0, labels, hit.any(dim=1).long())
-        pairs = self.side * self.cells[labels] + self.cells[predicted[:, 0]]
+        self.top1.index_add_(0, labels, top1.long())
+        self.top5.index_add_(0, labels, top5.long())
+        pairs = self.side * self.cells[labels] + self.cells[predicted]
         self.confusion.index_add_(0, pairs, torch.ones_like(pairs))
 
     def results(self) -> dict:

@@ -24,7 +24,7 @@ def set_numerics(args):
 
 
 def seed_everything(*entropy: int):
-    """Seeds torch, numpy and random with a function of these numbers (seed, epoch, step, rank)."""
+    """Seeds torch, numpy and random with a function of these numbers, such as (seed, epoch, step, rank)."""
     words = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
     torch.manual_seed(words[0])
     np.random.seed(words[1])

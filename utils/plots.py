@@ -76,7 +76,7 @@ def draw(run: Run):
     if counts:
         yield Plot("class_counts", "Training images per class, largest class first", draw_class_counts(counts))
     for record in run.records:
-        if record["per_class"] and counts:
+        if record["per_class"] and record["train_counts"]:
             caption = f"Accuracy of every class against its training images, {record['classifier']} classifier"
             yield Plot(f"per_class_{record['classifier']}", caption, draw_per_class(record))
     for record in run.records:

@@ -25,6 +25,7 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, printable
+from .files import walk
 from .networks import load_network, logits_of
 
 
@@ -52,12 +53,12 @@ def get_parser():
 def find_images(paths) -> list[str]:
     """The files among the paths, and the image files in and below the folders among the paths.
 
-    Raises UserError for a path that does not exist and for a folder without images.
+    Raises UserError for a path that does not exist, and for a folder that cannot be read or has no images.
     """
     files = []
     for path in paths:
         if os.path.isdir(path):
-            below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+            below = [os.path.join(folder, name) for folder, names in walk(path) for name in names]
             found = sorted(file for file in below if file.lower().endswith(IMG_EXTENSIONS))
             if not found:
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")

@@ -169,8 +169,6 @@ def get_parser() -> ArgumentParser:
 
 def report(args):
     """Prints the tables and writes the files that the command line asks for."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names and ± on a terminal that cannot show them
     if args.mean and args.per_class:
         raise UserError("--per-class: shows single runs, and contradicts --mean; leave one of them out")
     if args.plots or args.html:

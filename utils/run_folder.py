@@ -35,11 +35,16 @@ class RunFolder:
                 self._claim()
         return self
 
-    def __exit__(self, *exception):
-        if self.summary_writer is not None:
-            self.summary_writer.close()
-        if self.lock is not None:
-            self.lock.close()
+    def __exit__(self, kind, *exception):
+        try:
+            if self.summary_writer is not None:
+                self.summary_writer.close()
+        except OSError:  # a full disk; what ended the run before comes first
+            if kind is None:
+                raise
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
     def _claim(self):
         folder = self.path

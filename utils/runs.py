@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import UserError, one_line, printable
+from .files import walk
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
 MAX_COUNT = 2**53  # images; a larger number is not a count
@@ -42,11 +43,7 @@ def run_folders(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run's --output_dir, or a folder of runs")
-
-    def fail(error):
-        raise UserError(f"{error.filename}: cannot be read ({one_line(error)})")
-
-    runs = sorted(Path(path) for path, _, files in os.walk(folder, onerror=fail) if "results.json" in files)
+    runs = sorted(Path(path) for path, files in walk(folder) if "results.json" in files)
     if not runs:
         raise UserError(f"{folder}: neither it nor a folder below it holds results.json; finish the run first")
     return runs

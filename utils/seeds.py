@@ -74,7 +74,11 @@ def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
     settings = [read_settings(run) for run in runs]
     groups, notes = [], []
     for i, run in enumerate(runs):
-        same = [group for group in groups if settings[i] and settings[group[0]] and same_values(settings, i, group[0])]
+        same = [
+            group
+            for group in groups
+            if settings[i] and settings[group[0]] and settings[i].values == settings[group[0]].values
+        ]
         if not same:
             groups.append([i])
         elif any(settings[i].seeds == settings[j].seeds for j in same[0]):
@@ -89,11 +93,6 @@ def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
         notes.append("no two runs differ only in their seed; " + difference(runs, settings))
     names = distinct_names([pattern([runs[i].folder for i in group]) for group in groups])
     return [Group(printable(name), [runs[i] for i in group]) for name, group in zip(names, groups, strict=True)], notes
-
-
-def same_values(settings: list[Settings], i: int, j: int) -> bool:
-    """Whether two runs have the same settings apart from their seeds."""
-    return settings[i].values == settings[j].values
 
 
 def difference(runs: list[Run], settings: list[Settings]) -> str:

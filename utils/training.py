@@ -8,7 +8,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
-from .distributed import gather_objects, get_rank, get_world_size, is_main_process, print_main
+from .distributed import (
+    gather_objects,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    print_main,
+    raise_on_all_ranks,
+)
 from .errors import UserError
 from .launch.signals import defer_stop, heartbeat, stop_requested
 from .log import Progress, duration
@@ -219,8 +226,9 @@ class TrainState:
         if is_best:
             self.best = results[best]["class_mean"]
         self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.fresh()
-        if is_main_process():
-            self.folder.write_epoch(record)
+        with raise_on_all_ranks():
+            if is_main_process():
+                self.folder.write_epoch(record)
         losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
         accuracies = [
             f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"

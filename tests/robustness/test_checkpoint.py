@@ -75,7 +75,7 @@ def test_file_and_folder_are_flushed_before_and_after_the_name_changes(folder, m
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     under_test.write(folder, state(4))
-    assert done == ["file", PREVIOUS, "folder", LAST, "folder"]
+    assert done == ["file", PREVIOUS, "folder", "file", LAST, "folder"]
 
 
 # ---- faults in the writer
@@ -212,7 +212,7 @@ def test_no_readable_checkpoint_is_an_error(folder, tmp_path):
     for name in (LAST, PREVIOUS, BEST):
         (folder / name).unlink()
         (folder / name).write_bytes(b"nothing")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="to start over, remove them"):
         under_test.find_latest(folder)
     assert under_test.find_latest(tmp_path / "new") is None
 

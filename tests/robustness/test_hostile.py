@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import prepare
 from datasets.dataset import load_rgb
+from datasets.prepare.cli import main as prepare
 from tests.helpers import CLASSES, LAST, Outcome, checkpoint, limited_memory, run_shell, run_stage, same
 from utils.errors import UserError
 
@@ -452,12 +452,12 @@ def test_a_pipe_in_place_of_the_last_checkpoint_is_skipped(trained, plain_tree, 
 
 
 def test_an_archive_is_never_unpacked(midway, plain_tree, tmp_path):
-    """Entries other than the tensors are ignored, whatever their names."""
+    """It is refused for an entry outside of its folder, and nothing is written anywhere."""
     file = tmp_path / "a" / "b" / "hostile.tar"
     file.parent.mkdir(parents=True)
     traversing(midway, file)
     before = set(tmp_path.rglob("*"))
-    run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
+    assert_refused(run_stage("i", plain_tree, tmp_path / "run", "--resume", file), file, "not loaded")
     after = {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)}
     assert after == before
 
@@ -489,7 +489,7 @@ def test_a_hostile_archive_is_refused_in_one_line(tmp_path, monkeypatch, capsys,
     archive = tmp_path / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(ARCHIVES[case])
-    status = prepare.main(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)])
+    status = prepare(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)])
     outcome = Outcome(status, *capsys.readouterr())
     assert_refused(outcome, archive, "cannot be unpacked")
     assert not list(tmp_path.rglob("harm")) and not any((tmp_path / "tmp" / "unpacked").iterdir())
@@ -499,7 +499,7 @@ def test_an_absolute_name_in_an_archive_is_taken_as_relative(tmp_path, monkeypat
     archive = tmp_path / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(member(str(tmp_path / "harm")))
-    assert prepare.main(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)]) == 2
+    assert prepare(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)]) == 2
     assert not (tmp_path / "harm").exists() and capsys.readouterr().err.count("\n") == 1
 
 

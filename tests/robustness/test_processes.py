@@ -6,18 +6,22 @@ No test depends on the speed of a process: if a test must find one at a certain 
 import contextlib
 import errno
 import functools
+import importlib
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
+from datasets.build import locate_splits
 from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
@@ -26,7 +30,6 @@ from tests.helpers import (
     TWO,
     call,
     checkpoint,
-    limited_memory,
     log_of,
     on_ranks,
     results_of,
@@ -35,21 +38,24 @@ from tests.helpers import (
     same,
     stage_flags,
     train,
+    train_ranks,
 )
 from tests.helpers_processes import Job, alive, listening, wait_until
 from tests.test_resume import Interruption, assert_same_run
+from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import describe_failure, launch, spawn
 from utils.launch.rendezvous import (
-    check_equal_flags,
+    check_equal_starts,
     detect_launcher,
     master_address,
     note_unused_flags,
     select_device,
 )
 from utils.launch.signals import Stopped, defer_stop
+from utils.numerics import StepFlags
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -118,7 +124,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(
         assert len(job.ranks()) == 2 and listening(job.note()) == {LOOPBACK}
         job.send(number, None if rank is None else job.ranks()[rank])
         assert_stopped(job.end())
-    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), run_of_two_processes)
+    assert_same_run(train_ranks("i", plain_tree, run, "--cos", "--resume", "auto"), run_of_two_processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
@@ -169,7 +175,7 @@ def test_torchrun_passes_a_stop_on(run_of_two_processes, plain_tree, tmp_path, n
         outcome = job.send(number).end()
     assert outcome.status == 1  # torchrun's own
     assert outcome.err.count("stopped on request at epoch ") == 1
-    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), run_of_two_processes)
+    assert_same_run(train_ranks("i", plain_tree, run, "--cos", "--resume", "auto"), run_of_two_processes)
 
 
 @pytest.mark.parametrize("flags", [SEVERAL_WORKERS, pytest.param(TWO, marks=pytest.mark.full)])
@@ -295,13 +301,6 @@ def test_data_workers_of_a_killed_run_hold_no_lock_and_end(trained, plain_tree, 
         job.end()
     if not flags:
         assert_same_run(run, trained["i"])
-
-
-def test_out_of_memory_ends_in_one_line(plain_tree, tmp_path):
-    """The error comes from the system's allocator."""
-    with limited_memory():
-        outcome = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 2**31 - 1, "--moco-dim", 4096)
-    assert_one_line(outcome, 2, "out of memory")
 
 
 def fail_on_rank_1(kind, args, device):
@@ -430,6 +429,7 @@ def test_flags_and_environment_determine_rank_world_size_and_launcher(detect, en
         (RANKS | {"MASTER_ADDR": ""}, [], "MASTER_ADDR is missing"),
         (TASKS | {"SLURM_STEP_NUM_NODES": "0"}, [], "SLURM_STEP_NUM_NODES is '0'"),
         (TASKS | {"SLURM_STEP_NUM_NODES": "5"}, [], "SLURM_STEP_NUM_NODES is '5', must be a number from 1 to 4"),
+        (TASKS | {"SLURM_STEP_NUM_TASKS": "5"}, [], "5 tasks on 2 nodes; give every node as many"),
         (TASKS | {"SLURM_LOCALID": "4"}, [], "SLURM_LOCALID is '4'"),
         (TASKS | {"SLURM_JOB_ID": ""}, [], "SLURM_JOB_ID is missing"),
     ],
@@ -561,7 +561,7 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
     saved = checkpoint(run)
     assert saved["run"]["world_size"] == 2 and saved["epoch"] < 2
-    again = train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto")
+    again = train_ranks("i", plain_tree, run, "--cos", "--resume", "auto")
     for name in ("state_dict", "optimizer", "best_acc1"):
         assert same(checkpoint(again)[name], checkpoint(run_of_two_processes)[name]), name
     assert log_of(again, timed=False) == log_of(run_of_two_processes, timed=False)
@@ -586,26 +586,78 @@ def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tr
 # ---- started differently
 
 
-def flags_of_two_ranks(rank, words):
-    """The message of the check, on this rank."""
-    args = SMALL_RUN[0].parse_args([*words[rank], str(ROOT)])
+def refusal(check, *args) -> str:
+    """The message of an error that all ranks raise."""
     with pytest.raises(UserError) as caught:
-        check_equal_flags(args)
+        check(*args)
     assert caught.value.on_all_ranks
     return str(caught.value)
 
 
+def start_of_two_ranks(rank, starts):
+    """What the check says of (stage, flags, processes per node) of each rank, on this rank."""
+    stage, flags, local_world_size = starts[rank]
+    args = importlib.import_module(f"ssd_stage_{stage}").get_parser().parse_args([*flags, str(ROOT)])
+    args.program = f"ssd_stage_{stage}.py"  # here it is pytest
+    return refusal(check_equal_starts, args, DistInfo(rank, 2, 0, local_world_size))
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("starts", "message"),
     [
-        ((["-b", "8"], ["-b", "6"]), "--batch-size: 8 on rank 0 and 6 on rank 1"),
-        ((["--seed", "1"], []), "--seed: 1 on rank 0 and None on rank 1"),
-        ((["--save-every-steps", "1"], []), "--save-every-steps: 1 on rank 0 and 0 on rank 1"),
+        ((("i", ["-b", "8"], 1), ("i", ["-b", "6"], 1)), "--batch-size: 8 on rank 0 and 6 on rank 1"),
+        ((("ii", ["--seed", "1"], 1), ("ii", [], 1)), "--seed: 1 on rank 0 and None on rank 1"),
+        ((("i", [], 2), ("i", ["-b", "6"], 1)), "processes per node: 2 on rank 0 and 1 on rank 1"),
+        ((("i", [], 1), ("iii", [], 1)), "script: ssd_stage_i.py on rank 0 and ssd_stage_iii.py on rank 1"),
     ],
 )
-def test_flags_that_two_nodes_were_given_differently_end_the_run_on_both(words, message):
-    found = on_ranks(2, flags_of_two_ranks, words)
+def test_two_nodes_that_were_started_differently_end_in_one_line_on_both(starts, message):
+    found = on_ranks(2, start_of_two_ranks, starts)
     assert found[0] == found[1] and found[0].startswith(message)
+
+
+def lists_of_two_ranks(rank, tree, folder):
+    parser = importlib.import_module("ssd_stage_i").get_parser()
+    args = parser.parse_args(["--train-list", str(folder / f"{rank}.txt"), str(tree)])
+    return refusal(locate_splits, args, DistInfo(rank, 2, 0, 1))
+
+
+def test_two_nodes_with_different_lists_end_in_one_line_on_both(plain_tree, tmp_path):
+    lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "0.txt").write_text("".join(lines))
+    (tmp_path / "1.txt").write_text("".join(lines[:-1]))
+    for rank, message in enumerate(on_ranks(2, lists_of_two_ranks, plain_tree, tmp_path)):
+        assert message.startswith(f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1")
+
+
+def loss_of_two_ranks(rank):
+    return StepFlags(torch.tensor([1.0, torch.nan][rank]), False).loss_is_finite()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
+    assert on_ranks(2, loss_of_two_ranks) == [False, False]
+
+
+def failed_save(rank):
+    """Rank 0 cannot write; the others only find out."""
+    with mock.patch.object(checkpoints, "checkpoint_of"), mock.patch.object(checkpoints.torch, "save") as write:
+        write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+        state = SimpleNamespace(step=0, args=SimpleNamespace(output_dir=tempfile.gettempdir()))
+        return refusal(checkpoints.save, state)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks():
+    first, second = on_ranks(2, failed_save)
+    assert first == second and "cannot be written (No space left on device)" in first
+
+
+def test_nodes_with_different_numbers_of_processes_are_several_nodes():
+    assert DistInfo(0, 12, 0, 8).nodes == 2 and DistInfo(8, 12, 0, 4).nodes == 3
+
+
+def test_errors_of_the_system_are_one_line():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert describe_failure(error) == (2, "reading or writing: No space left on device")
 
 
 def test_flags_that_start_no_process_under_torchrun_are_named(capsys):
@@ -644,7 +696,7 @@ def test_a_message_that_torchrun_cannot_be_told_is_still_printed(capsys, monkeyp
 
 
 def test_every_process_finds_images_in_folders_per_split(run_of_two_processes, reorganized_tree, tmp_path):
-    assert_same_run(train("i", reorganized_tree, tmp_path / "run", "--cos", *TWO), run_of_two_processes)
+    assert_same_run(train_ranks("i", reorganized_tree, tmp_path / "run", "--cos"), run_of_two_processes)
 
 
 def test_two_processes_that_are_stopped_in_a_validation_resume(run_of_two_processes, plain_tree, tmp_path):
@@ -653,10 +705,10 @@ def test_two_processes_that_are_stopped_in_a_validation_resume(run_of_two_proces
         job.wait_for(r"val \[1/")
         assert_stopped(job.send(signal.SIGTERM, job.ranks()[1]).end())
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
-    assert_same_run(train("i", plain_tree, run, "--cos", *TWO, "--resume", "auto"), run_of_two_processes)
+    assert_same_run(train_ranks("i", plain_tree, run, "--cos", "--resume", "auto"), run_of_two_processes)
 
 
 def test_two_processes_evaluate_like_one(run_of_two_processes, plain_tree, tmp_path):
     flags = ["--evaluate", "--resume", run_of_two_processes / LAST]
-    one, two = (train("i", plain_tree, tmp_path / str(len(words)), *flags, *words) for words in ([], TWO))
+    one, two = (start("i", plain_tree, tmp_path / start.__name__, *flags) for start in (train, train_ranks))
     assert results_of(one) == results_of(two) == results_of(run_of_two_processes)

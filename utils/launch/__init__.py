@@ -1,8 +1,9 @@
 """Runs main_worker(args, device) on every rank, and says in one line why a run failed.
 
-There are four ways to start a run: a plain call (one process, no process group), --multiprocessing-distributed (this
-process starts one process per GPU, or --nproc of them, and watches them: spawn.py), torchrun and srun (they start the
-processes). rendezvous.py detects the way and joins the processes; signals.py stops a run.
+There are five ways to start a run: a plain call (one process, no process group), a plain call per node with
+--world-size, --multiprocessing-distributed (this process starts one process per GPU, or --nproc of them, and watches
+them: spawn.py), torchrun and srun (they start the processes). rendezvous.py detects the way and joins the processes;
+signals.py stops a run.
 """
 
 import contextlib
@@ -17,9 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, output_is_closed
+from ..command_line import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    USER_ERROR,
+    drop_unwritable_output,
+    escape_unprintable,
+    output_is_closed,
+)
 from ..distributed import get_dist_info
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..log import close_progress
 from .rendezvous import detect_launcher, process_group
 from .signals import Stopped, handle_stop_signals
@@ -38,12 +46,14 @@ CONNECTION_BROKEN = (  # how gloo and the system say it
 def launch(main_worker, parser, argv=None) -> int:
     """Calls main_worker(args, device) in this process, or in those that it starts, and returns the exit status.
 
-    0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 1 after any
-    other failure. The reason is printed on stderr, in one line if it is known.
+    0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 141 if the
+    reader of the output has closed it; 1 after any other failure. The reason is printed on stderr, in one line if it is
+    known.
     """
     from .spawn import run_processes  # not at the top, since it imports this module
 
     status, message = 0, ""
+    escape_unprintable()
     with handle_stop_signals(parser.prog):
         try:
             args = parser.parse_args(argv)
@@ -74,6 +84,9 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"
     if isinstance(error, BrokenPipeError) and output_is_closed():
         return BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # a full disk, for instance
+        drop_unwritable_output()
+        return USER_ERROR, f"{error.filename or 'reading or writing'}: {one_line(error)}"
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:

@@ -60,6 +60,8 @@ def srun_info(url: str | None) -> DistInfo:
     rank = env_number("SLURM_PROCID", 0, world_size - 1)
     local_rank = env_number("SLURM_LOCALID", 0, rank)
     nodes = env_number("SLURM_STEP_NUM_NODES", 1, world_size, default=1)
+    if world_size % nodes:
+        raise UserError(f"srun: {world_size} tasks on {nodes} nodes; give every node as many, with --ntasks-per-node")
     nodes_of_step = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes_of_step)  # gpu[07-09,12] -> gpu07
     url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID', 0) % 20000}"
@@ -88,7 +90,10 @@ def select_device(args, info: DistInfo) -> torch.device:
         return torch.device("cpu")
     number = args.gpu if args.gpu is not None else info.local_rank
     if number >= torch.cuda.device_count():
-        raise UserError(f"process {info.local_rank} of this node has no GPU of its own; start one process per GPU")
+        raise UserError(
+            f"process {info.local_rank} of this node has no GPU of its own: it sees {torch.cuda.device_count()}; start "
+            "one process per GPU (--nproc-per-node, --nproc), each of which sees all GPUs of its node"
+        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -103,31 +108,34 @@ def process_group(args, info: DistInfo):
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
     if info.launcher != "plain":
         init_process_group(args, info, device)
-        check_equal_flags(args)
+        check_equal_starts(args, info)
     yield device
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def note_unused_flags(args, info: DistInfo):
-    """Says which of the given flags start no process, because torchrun or srun has started them all."""
+    """Prints which of the given flags have no effect, since torchrun or srun has started the processes."""
     names = ("multiprocessing_distributed", "nproc", "world_size", "rank")
     given = ", ".join(with_hyphens(f"--{name}") for name in names if name in args.given)
     if given and info.launcher in ("torchrun", "srun") and info.rank == 0:
         print(f"{given}: not used; {info.launcher} started this as one of {info.world_size} processes", flush=True)
 
 
-def check_equal_flags(args):
-    """Raises UserError, on all ranks, for the first flag of the training that two ranks were given differently."""
+def check_equal_starts(args, info: DistInfo):
+    """Raises UserError, on all ranks, for the first thing that two ranks do not share.
+
+    That is the script, the number of processes per node, or a flag that the training depends on.
+    """
+    own = {"script": args.program, "processes per node": info.local_world_size}
     names = (*args.saved, "evaluate", "start_epoch", "save_every_steps", "num_classes")
-    own = {name: getattr(args, name) for name in names} | {"resume": bool(args.resume)}
+    own |= {with_hyphens(f"--{name}"): getattr(args, name) for name in names} | {"--resume": bool(args.resume)}
     first, *others = gather_objects(own)
     for rank, other in enumerate(others, 1):
         for name in first:
             if other[name] != first[name]:
                 raise UserError(
-                    f"{with_hyphens(f'--{name}')}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all "
-                    "processes with the same flags",
+                    f"{name}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all processes alike",
                     on_all_ranks=True,
                 )
 

@@ -8,7 +8,7 @@ from multiprocessing import connection, resource_tracker
 
 import torch.multiprocessing as mp
 
-from ..command_line import USER_ERROR
+from ..command_line import USER_ERROR, escape_unprintable
 from ..distributed import DistInfo
 from ..errors import UserError, one_line
 from . import LOST_CONTACT, describe_failure, leave
@@ -100,6 +100,7 @@ def describe_death(rank: int, code: int) -> str:
 def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
     """A started process: runs main_worker, and reports (exit status, message). It ends if its parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    escape_unprintable()
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # otherwise data workers would be spawned, too
     info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
     report = channels[local_rank].send
