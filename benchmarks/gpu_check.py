@@ -226,6 +226,7 @@ def check(args, argv) -> int:
         if not args.data:
             make_images(work / "images", args.quick)
         todo = [part for part in parts(args, work) if not args.only or part.name in args.only]
+        file.write_text(report(args, argv, results, len(todo)))  # can it be written?
         for number, part in enumerate(todo):
             left = end - time.monotonic()
             if left < LEAST:

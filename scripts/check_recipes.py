@@ -6,6 +6,7 @@ Of a stage that has results in OUT it also checks that they were trained with th
 line, if something is wrong. scripts/train.sh and scripts/slurm/submit.sh call it.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
 from utils.checkpoint import as_saved
-from utils.command_line import option_words
+from utils.command_line import ArgumentParser, option_words, run_command
 from utils.errors import UserError
 from utils.runs import read_args
 
@@ -26,7 +27,7 @@ def check(name: str, script, config: str, data: str, out: Path, flags: list[str]
     """Raises UserError if a stage would refuse its command line, or was trained with other flags."""
     parser, recipe = script.get_parser(), f"{config}/{name}.txt"
     try:
-        args = parser.parse_args([f"@{recipe}", *flags, data])
+        args = parser.parse_args([f"@{recipe}", data, *flags])
     except UserError as error:
         names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
         hint = "; the flags go to every stage, that of one stage belongs in its recipe"
@@ -43,16 +44,23 @@ def check(name: str, script, config: str, data: str, out: Path, flags: list[str]
             )
 
 
-def main(argv) -> int:
-    config, data, out, *flags = argv
-    try:
-        for name, script in STAGES.items():
-            check(name, script, config, data, Path(out), flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def check_all(args):
+    for name, script in STAGES.items():
+        check(name, script, args.config, args.data, args.out, args.flags)
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__, prog="check_recipes.py")
+    parser.add_argument("config", metavar="CONFIG", help="folder of recipes")
+    parser.add_argument("data", metavar="DIR", help="image folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the stages' output folders")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of all stages")
+    return parser
+
+
+def main(argv=None) -> int:
+    return run_command(check_all, get_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -18,5 +18,5 @@ esac
 need_venv requirements.txt
 data=runs/fashion-mnist-lt
 prepare() { "$python" -m datasets.prepare fashion-mnist-lt --out "$data" --imbalance 100 --max-per-class 500; }
-prepare || { as_root_install dataset-fashion-mnist && prepare; }
+prepare || { [ $? = 2 ] && as_root_install dataset-fashion-mnist && prepare; }
 PATH=$(dirname "$python"):$PATH LAUNCH=python exec bash scripts/train.sh configs/fashion_mnist_lt "$data" $out "${flags[@]}"

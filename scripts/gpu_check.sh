@@ -6,29 +6,15 @@
 # Further flags: --write FILE (gpu_check.md by default), --only PART, --batch N, --minutes M; see --help. The status is 1
 # if a part failed, and 2 without a GPU. Nothing is installed if PYTHON, .venv or python3 has torch and pytest already.
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "$0")/.."
-. scripts/venv.sh
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/scripts/venv.sh"
 
-# find_python: sets $python to an interpreter that has what is needed.
-find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} "$PWD/.venv/bin/python" python3; do
-    if "$candidate" -c 'import numpy, pytest, torch, torchvision, tqdm' 2>/dev/null; then
-      python=$candidate
-      return
-    fi
-  done
-  return 1
-}
-
-if ! find_python; then
-  need_venv requirements-dev.txt || true # offline it fails
-  if ! find_python; then
+find_here() { find_python "numpy pytest torch torchvision tqdm" ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; }
+if ! find_here; then
+  (cd "$root" && need_venv requirements-dev.txt) || true # offline it fails
+  if ! find_here; then
     echo "gpu_check.sh: no Python with torch, torchvision, numpy, tqdm and pytest; name one with PYTHON=/path/to/python3" >&2
     exit 2
   fi
 fi
-root=$PWD
-cd "$caller"
 PYTHONPATH=$root exec "$python" -m benchmarks.gpu_check "$@"

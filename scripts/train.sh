@@ -27,22 +27,26 @@ for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
     exit 2
   fi
 done
-python=python
-command -v python >/dev/null || python=$root/.venv/bin/python
+. "$root/scripts/venv.sh"
+find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
+  echo "train.sh: no Python with torch, torchvision and tqdm; pip install -r requirements.txt, or activate their environment" >&2
+  exit 2
+}
 "$python" "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
 launch=("$python")
 [ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 
-# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75. Ctrl-C reaches it by itself; should
-# the stage miss it, at least no other stage starts.
-child='' signaled='' interrupted=
-trap 'signaled=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
-trap 'signaled=1 interrupted=1' INT
+# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. Should
+# they come too late for the stage, at least no other starts.
+child='' signaled='' stop=
+trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
+trap 'signaled=1 stop=130' INT
 
 # stage TITLE NAME SCRIPT [flags]: trains one stage, unless it has results already.
 stage() {
   local title=$1 folder=$out/$2 recipe=$config/$2.txt script=$3 status=0 started=$SECONDS
   shift 3
+  [ -z "$stop" ] || exit "$stop"
   if [ -f "$folder/results.json" ]; then
     echo "== $title: done, in $folder"
     return
@@ -54,6 +58,7 @@ stage() {
     exec "${words[@]}"
   ) &
   child=$!
+  [ -z "$stop" ] || kill -TERM "$child" 2>/dev/null || true # the signal came before there was a child
   wait "$child" || status=$?
   while [ -n "$signaled" ]; do # wait was interrupted: the stage is still saving
     signaled=
@@ -65,8 +70,8 @@ stage() {
     echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
     exit "$status"
   fi
+  child=
   echo "== $title: $((SECONDS - started)) s"
-  [ -z "$interrupted" ] || exit 130
 }
 
 last=last_checkpoint.pth.tar

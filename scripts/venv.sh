@@ -1,5 +1,20 @@
-# Sourced by demo.sh, test.sh and gpu_check.sh: makes a virtual environment in .venv and installs a requirements file into it.
-# PYTHON may name the interpreter to make it with. An existing .venv is used, and what is missing is installed.
+# Sourced by the scripts here: finds an interpreter, or makes a virtual environment in .venv and installs a requirements
+# file into it. PYTHON may name the interpreter to make it with. An existing .venv is used, and what is missing installed.
+
+# find_python "MODULES" CANDIDATE...: sets $python to the first candidate that has the modules; fails if none has.
+find_python() {
+  local modules=$1 candidate
+  shift
+  for candidate in "$@"; do
+    # shellcheck disable=SC2086  # MODULES are words
+    if "$candidate" -c 'import sys; from importlib.util import find_spec as f; sys.exit(not all(map(f, sys.argv[1:])))' \
+      $modules 2>/dev/null; then
+      python=$candidate
+      return
+    fi
+  done
+  return 1
+}
 
 # need_venv FILE: sets $python to the environment's interpreter.
 need_venv() {

@@ -1,12 +1,15 @@
 """scripts/train.sh: stopped or killed within any stage, the same command ends with the same results."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
-import time
+
+import pytest
 
 from tests.helpers import QUEUE, ROOT, SMALL, results_of
+from tests.helpers_processes import wait_until
 
 STAGES = {"stage_i": "i", "stage_ii": "ii", "stage_iii": "iii", "stage_iii_tuned": "tuned"}  # keys of `trained`
 
@@ -30,25 +33,27 @@ def start(*words, launch=None) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_stopped_or_killed_in_any_stage_it_ends_with_the_same_results(trained, plain_tree, tmp_path):
-    words = write_recipes(tmp_path / "config"), plain_tree, tmp_path / "runs with space"
-    for number, stage in enumerate(STAGES):
+def test_stopped_or_killed_within_a_stage_it_ends_with_the_same_results(trained, plain_tree, tmp_path):
+    out = tmp_path / "runs with space"
+    words = write_recipes(tmp_path / "config"), plain_tree, out
+    out.mkdir()
+    for stage in ("stage_i", "stage_iii_tuned"):  # are not interrupted
+        (out / f"{stage}.waiting").touch()
+    for stage, number in (("stage_ii", signal.SIGTERM), ("stage_iii", signal.SIGKILL)):
         run = start(*words, launch=f"{sys.executable} {ROOT}/tests/gated_launch.py")
-        while not (tmp_path / "runs with space" / f"{stage}.waiting").exists():
-            assert run.poll() is None, run.stdout.read()
-            time.sleep(0.05)
-        if number % 2:
-            os.killpg(run.pid, signal.SIGKILL)
+        wait_until(lambda: (out / f"{stage}.waiting").exists() or run.poll() is not None, stage)  # noqa: B023
+        if number == signal.SIGKILL:
+            os.killpg(run.pid, number)
         else:
-            run.send_signal(signal.SIGTERM)  # to the shell alone
+            run.send_signal(number)  # to the shell alone
         output, _ = run.communicate()
-        assert run.returncode == (-signal.SIGKILL if number % 2 else 75), output
-        assert output.count(": done, in ") == max(0, number - 1)  # the stage before was finished in this start
+        assert run.returncode == (-number if number == signal.SIGKILL else 75), output
+        assert output.count(": done, in ") == (stage == "stage_iii")  # stage I; stage II was finished in this start
     run = start(*words, launch=f"{sys.executable} {ROOT}/tests/gated_launch.py")
     output, _ = run.communicate()
     assert run.returncode == 0, output
     for stage, name in STAGES.items():
-        assert results_of(tmp_path / "runs with space" / stage) == results_of(trained[name])
+        assert results_of(out / stage) == results_of(trained[name])
     rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|") and "classifier" in line]
     assert rows[-5:] == [
         "stage_i, linear classifier", "stage_ii, lws classifier", "stage_iii, hard classifier",
@@ -66,18 +71,34 @@ def test_ctrl_c_while_a_stage_starts_ends_the_run(plain_tree, tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # as the terminal does
     output, _ = run.communicate()
     assert run.returncode not in (0, None) and "== stage II:" not in output
+    assert not (tmp_path / "out" / "stage_i" / "results.json").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_too_late_for_a_stage_stops_before_the_next(tmp_path, number, status):
+    """In place of a stage: it signals the shell, and ends as if it had finished before that."""
+    (tmp_path / "data").mkdir()
+    stage = tmp_path / "stage"
+    stage.write_text(f"#!/bin/bash\ntrap '' TERM\nkill -{int(number)} $PPID\nexit 0\n")
+    stage.chmod(0o755)
+    run = start(write_recipes(tmp_path / "config"), tmp_path / "data", tmp_path / "out", launch=str(stage))
+    output, _ = run.communicate()
+    assert run.returncode == status and "== stage I:" in output and "== stage II:" not in output
 
 
 def test_a_flag_that_one_stage_does_not_have_is_refused_before_the_first_is_trained(plain_tree, tmp_path):
-    words = write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out"
-    for flags, message in (
-        (["--moco-k", 32], "stage_ii.txt: unrecognized"),
-        (["--warmup-epochs", 9], "below --epochs"),
-    ):
-        run = start(*words, *flags)
-        output, _ = run.communicate()
-        assert run.returncode == 2 and output.count("\n") == 1 and message in output
-        assert "flags go to every stage" in output and not (tmp_path / "out").exists()
+    run = start(write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out", "--moco-k", 32)
+    output, _ = run.communicate()
+    assert run.returncode == 2 and output.count("\n") == 1 and "stage_ii.txt: unrecognized" in output
+    assert "flags go to every stage" in output and not (tmp_path / "out").exists()
+
+
+def test_the_flags_of_all_stages_are_checked(plain_tree, tmp_path, capsys):
+    check_recipes = runpy.run_path(str(ROOT / "scripts" / "check_recipes.py"))["main"]
+    words = list(map(str, (write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out")))
+    assert check_recipes([*words, "--no-cos", "--schedule", "1", "2"]) == 0  # whose last flag takes any number of words
+    assert check_recipes([*words, "--warmup-epochs", "9"]) == 2 and "below --epochs" in capsys.readouterr().err
+    assert check_recipes(words[:2]) == 2 and "required: OUT" in capsys.readouterr().err
 
 
 def test_its_mistakes_are_one_line(plain_tree, tmp_path):

@@ -7,10 +7,10 @@ OUT=${OUT:-weights} CONFIG=${CONFIG:-configs/imagenet_lt} PYTHON=${PYTHON:-pytho
 run_stage() {
   local status=0
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job by itself
-  # The tasks leave as soon as they need not help to save: the first to leave must not end rank 0, which still writes.
-  # But if a task has failed, the others may wait for it: they are ended after 300 s.
+  # A task that has been stopped must not end the others, of which one may still write. But if a task has failed, the
+  # others may wait for it: they are ended after 300 s.
   # shellcheck disable=SC2086  # FLAGS are words
-  srun --kill-on-bad-exit=0 --wait=300 "$PYTHON" "$@" --resume auto --save-every-steps 500 $FLAGS "$DIR" || status=$?
+  srun --kill-on-bad-exit=0 --wait=300 "$PYTHON" "$@" --resume auto --save-every-steps 500 "$DIR" $FLAGS || status=$?
   if [ "$status" = 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi

@@ -11,7 +11,7 @@
 #   PYTHON  interpreter on the nodes (default: python)
 # DIR is relative to the current folder, CONFIG and OUT are relative to the repository. A job that was stopped before its
 # end, for instance by its time limit, requeues itself and continues. If a stage fails, those after it are cancelled; the
-# same command then continues.
+# same command then continues. A stage that has results in OUT is not submitted again.
 set -euo pipefail
 DIR=$(realpath -e "${DIR:?name the image folder}")
 export DIR
@@ -27,6 +27,10 @@ after=(--kill-on-invalid-dep=yes)
 submit() {
   local name=$1 job
   shift
+  if [ -f "$OUT/$name/results.json" ]; then
+    echo "$name: done, in $OUT/$name"
+    return
+  fi
   job=$(sbatch --parsable "${after[@]}" "$@")
   job=${job%%;*} # NUMBER;CLUSTER if there are several clusters
   after=(--kill-on-invalid-dep=yes --dependency="afterok:$job")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import LAST, QUEUE, ROOT, SMALL, TWO, results_of, train
+from tests.helpers import LAST, QUEUE, ROOT, SMALL, results_of, train_ranks
 from tests.helpers_processes import PATIENCE
 from tests.test_resume import assert_same_run
 
@@ -122,7 +122,16 @@ def test_a_stage_starts_once_the_one_before_has_finished(tmp_path, statuses, out
     assert [status for _, status in cluster.run_jobs()] == outcomes
     assert cluster.steps() == [f"ssd_stage_{stage}.py" for stage in starts.split()]
     first = (tmp_path / "steps").read_text().splitlines()[0]
-    assert first.endswith(f" --amp bf16 --seed 3 {tmp_path}") and " --resume auto " in first
+    assert first.endswith(f" {tmp_path} --amp bf16 --seed 3") and " --resume auto " in first
+
+
+def test_a_stage_that_is_done_is_not_submitted_again(tmp_path):
+    (tmp_path / "stage_i").mkdir()
+    (tmp_path / "stage_i" / "results.json").write_text("[]")
+    cluster = Cluster(tmp_path, DIR=tmp_path, OUT=tmp_path, PYTHON="none")
+    assert cluster.submit().stdout.startswith(f"stage_i: done, in {tmp_path}/stage_i\nstage_ii: job 1\n")
+    first, second, third = (tmp_path / "jobs").read_text().splitlines()
+    assert "afterok" not in first and "afterok:1 " in second and "afterok:2 " in third
 
 
 def test_submitting_without_a_folder_of_images_says_so(tmp_path):
@@ -156,9 +165,9 @@ def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_proces
     assert cluster.run_jobs() == [(f"stage_{stage}.sbatch", 0) for stage in ("i", "ii", "iii", "ii")]
     assert cluster.steps()[:2] == ["ssd_stage_i.py"] * 2
     assert_same_run(out / "stage_i", run_of_two_processes)
-    ii = train("ii", plain_tree, tmp_path / "ii", "--cos", *TWO, "--last_stage_ckpt", run_of_two_processes / LAST)
-    iii = train("iii", plain_tree, tmp_path / "iii", "--cos", *TWO, "--teacher_ckpt", ii / LAST)
-    tuned = train("ii", plain_tree, tmp_path / "tuned", "--cos", *TWO, "--last_stage_ckpt", iii / LAST)
+    ii = train_ranks("ii", plain_tree, tmp_path / "ii", "--cos", "--last_stage_ckpt", run_of_two_processes / LAST)
+    iii = train_ranks("iii", plain_tree, tmp_path / "iii", "--cos", "--teacher_ckpt", ii / LAST)
+    tuned = train_ranks("ii", plain_tree, tmp_path / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
     assert results_of(out / "stage_ii") == results_of(ii)
     assert results_of(out / "stage_iii") == results_of(iii)
     assert results_of(out / "stage_iii_tuned") == results_of(tuned)
