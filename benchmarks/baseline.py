@@ -1,6 +1,6 @@
 """Plain versions of the three stages, written like their published formulas, to compare with.
 
-The backbones and heads are the same; float32, NCHW. Nothing is done to save memory or waiting for the device.
+The backbones and heads are the same; float32, NCHW. Nothing is done to save memory, or to wait less for the device.
 """
 
 import torch

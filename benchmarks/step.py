@@ -331,7 +331,7 @@ def drift_tables(args, argv) -> list[common.Table]:
     return [common.Table("drift", title, headers, rows)]
 
 
-def get_parser(drift: bool):
+def get_parser(drift: bool = False):
     """The flags; drift: with the defaults of --drift."""
     parser = common.argument_parser(__doc__, "step", repeats=5)
     add, size = parser.add_argument, whole_number(1)
@@ -350,11 +350,6 @@ def get_parser(drift: bool):
     default = without_float32 if torch.cuda.is_available() else on_cpu
     add("--variants", nargs="+", default=default, choices=VARIANTS)
     return parser
-
-
-def parse(argv):
-    """The arguments, as main takes them."""
-    return get_parser("--drift" in argv).parse_args(argv)
 
 
 def main(argv=None) -> int:

@@ -15,7 +15,7 @@ try:
 except ImportError:  # tests/test_gpu.py needs torch, torchvision and pytest only
     settings = None
 
-from tests.helpers import LAST, TWO, train, write_tree
+from tests.helpers import LAST, train, train_ranks, write_tree
 
 for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
     del os.environ[name]  # set by the job that the tests run in
@@ -67,4 +67,4 @@ def trained(plain_tree, tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_of_two_processes(plain_tree, tmp_path_factory):
     """A run of two processes that was not interrupted."""
-    return train("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos", *TWO)
+    return train_ranks("i", plain_tree, tmp_path_factory.mktemp("two") / "whole", "--cos")

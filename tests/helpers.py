@@ -109,6 +109,47 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     return Outcome(done.returncode, *written)
 
 
+def _run_rank(stage, argv, environment, files):
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, file in enumerate(files, 1):  # stdout, stderr
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.exit(MAINS[stage](argv))
+
+
+def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
+    """A small run as `world` ranks on one node, told by torchrun's variables; the outcome of each.
+
+    The ranks are forked from a process that has imported everything, which is far cheaper than to start them anew.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+    }  # fmt: skip
+    argv = stage_flags(stage, data, out, flags)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in range(world)]
+        ranks = [
+            forkserver().Process(
+                target=_run_rank,
+                args=(stage, argv, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank]),
+            )
+            for rank in range(world)
+        ]
+        join(ranks)
+        return [
+            Outcome(process.exitcode, *(Path(file).read_text() for file in own))
+            for process, own in zip(ranks, files, strict=True)
+        ]
+
+
+def train_ranks(stage: str, data, out, *flags) -> Path:
+    """A small run as two ranks that has to succeed; returns its folder."""
+    assert [(outcome.status, outcome.err) for outcome in run_ranks(stage, data, out, *flags)] == [(0, "")] * 2
+    return Path(out)
+
+
 def assert_command_mistake(outcome, *words):
     """That (status, stdout, stderr) of a small command line is a mistake's, in one line that holds the words."""
     status, out, err = outcome
@@ -163,19 +204,32 @@ def _rank(function, rank, world, folder, args):
     dist.destroy_process_group()
 
 
+def forkserver():
+    """A multiprocessing context whose processes are forked from one that only imported.
+
+    Autograd refuses a backward pass in a fork of a process that ran one.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers"])
+    return context
+
+
+def join(processes):
+    """Starts processes, and waits for their end."""
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)  # a machine with other work may need that
+
+
 def on_ranks(world: int, function, *args, method="forkserver") -> list:
     """function(rank, *args) on each of `world` processes of a gloo group; what they return, by rank.
 
-    They are forked from a process that only imported: autograd refuses a backward pass in a fork of one that ran one.
     method="fork" forks this process, for a function that cannot be pickled and runs no backward pass.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context(method)
-        context.set_forkserver_preload(["tests.helpers"])
+        context = mp.get_context("fork") if method == "fork" else forkserver()
         ranks = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(300)  # a machine with other work may need that
+        join(ranks)
         assert [process.exitcode for process in ranks] == [0] * world
         return [torch.load(os.path.join(folder, str(rank)), weights_only=True) for rank in range(world)]

@@ -11,6 +11,7 @@ from benchmarks import arithmetic, baseline, common, step, traffic
 from benchmarks.all import MAINS, QUICK
 from datasets.samplers import ClassAwareSampler
 from models import distillation_loss
+from tests.helpers import forkserver
 from utils.errors import UserError
 
 CPU = ["--device", "cpu"]
@@ -62,9 +63,15 @@ def test_the_arithmetic_counts_what_a_rank_receives_on_average():
     assert sum(arithmetic.received("i", 24, 24, 100, SimpleNamespace(size=2, dim=3)).values()) == 0
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.fixture
+def cheap_processes(monkeypatch):
+    """The processes of benchmarks.traffic are forked from one that has imported everything."""
+    start, method = traffic.mp.start_processes, forkserver().get_start_method()
+    monkeypatch.setattr(traffic.mp, "start_processes", lambda *a, **k: start(*a, **k | {"start_method": method}))
+
+
 @pytest.mark.parametrize("stage", ["i", "iii"])
-def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, world_size):
+def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, cheap_processes, world_size=4):
     sizes = "--arch resnet8 --size 16 --classes 5 --queue 64 --batch 32 --steps 3"
     args = traffic.get_parser().parse_args(sizes.split())
     found, expected = traffic.measured(stage, world_size, args), traffic.calculated(stage, world_size, 32, args)
@@ -80,7 +87,7 @@ def test_the_bytes_of_real_steps_are_those_of_the_formulas(stage, world_size):
         )
 
 
-def test_traffic_writes_its_tables(tmp_path, capsys):
+def test_traffic_writes_its_tables(tmp_path, capsys, cheap_processes):
     file = tmp_path / "scaling.md"
     names = ("traffic", "traffic by ranks", "large batches", "class-aware sampling by ranks")
     file.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
@@ -133,7 +140,7 @@ def test_baseline_distillation_loss_equals_the_models():
 @pytest.mark.parametrize("stage", ["i", "ii", "iii"])
 def test_baseline_step_equals_the_scripts_step(stage):
     """Three steps of both give the same losses and parameters, once both start from the same weights and labels."""
-    args = step.parse([*options("step"), "--stages", stage])
+    args = step.get_parser().parse_args([*options("step"), "--stages", stage])
     ours, plain = step.Ours(stage, "float32", args), step.Baseline(stage, args)
     plain.model.load_state_dict(ours.model.state_dict())
     views, labels = step.batch_of(stage, args.batch, args)
@@ -175,7 +182,7 @@ def test_tf32_is_on_for_its_own_steps_and_products_alone(monkeypatch, capsys):
 
 
 def test_nothing_is_printed_between_timed_steps(capsys):
-    args = step.parse([*options("step"), "--stages", "ii"])
+    args = step.get_parser().parse_args([*options("step"), "--stages", "ii"])
     ours, (views, labels) = step.Ours("ii", "float32", args), step.batch_of("ii", args.batch, args)
     for _ in range(12):  # the scripts print every 10 steps
         ours(views, labels)

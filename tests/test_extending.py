@@ -33,18 +33,20 @@ def apply(project, *numbers):
         subprocess.run(["git", "apply", "change.diff"], cwd=project, check=True, env=environment)
 
 
-def run(project, stage, data, out, *flags):
-    command = [sys.executable, f"ssd_stage_{stage}.py", *stage_flags(stage, data, out, flags)]
-    subprocess.run(list(map(str, command)), cwd=project, check=True, stdout=subprocess.DEVNULL)
-    return out
+def run(project, *runs, code=""):
+    """Runs (stage, command line) one after the other in a process of the changed project, then the code."""
+    lines = [f"import ssd_stage_{stage}; assert ssd_stage_{stage}.main({words}) == 0" for stage, words in runs]
+    command = [sys.executable, "-c", "\n".join([*lines, code])]
+    subprocess.run(command, cwd=project, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_logit_adjustment_changes_the_loss_by_its_flag_alone(project, plain_tree, tmp_path):
     apply(project, 0)
     flags = ["--epochs", 1, "--con-weight", 0]
     before = log_of(train("i", plain_tree, tmp_path / "before", *flags), timed=False)
-    off = run(project, "i", plain_tree, tmp_path / "off", *flags)
-    on = run(project, "i", plain_tree, tmp_path / "on", *flags, "--logit-adjustment", 1)
+    off, on = tmp_path / "off", tmp_path / "on"
+    adjusted = stage_flags("i", plain_tree, on, [*flags, "--logit-adjustment", 1])
+    run(project, ("i", stage_flags("i", plain_tree, off, flags)), ("i", adjusted))
     assert log_of(off, timed=False) == before != log_of(on, timed=False)
     assert torch.load(on / LAST, weights_only=True)["args"]["logit_adjustment"] == 1
 
@@ -52,13 +54,13 @@ def test_logit_adjustment_changes_the_loss_by_its_flag_alone(project, plain_tree
 def test_a_new_backbone_and_a_new_sampler_train(project, plain_tree, tmp_path):
     apply(project, 1, 2)
     flags = ["--arch", "mobilenet_v3_small", "--epochs", 1]
-    folder = run(project, "i", plain_tree, tmp_path / "i", *flags)
-    assert json.loads((folder / "args.json").read_text())["arch"] == "mobilenet_v3_small"
-    run(project, "ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", folder / LAST, *flags)
+    first = stage_flags("i", plain_tree, tmp_path / "i", flags)
+    second = stage_flags("ii", plain_tree, tmp_path / "ii", ["--last_stage_ckpt", tmp_path / "i" / LAST, *flags])
     code = (
         "import numpy as np; from datasets.samplers import SquareRootSampler as S\n"
         "labels = np.repeat([0, 1], [400, 4]); draws, indices = S(labels, seed=0).epoch(0)\n"
         "assert len(indices) == 404 and 20 < (labels[indices] == 1).sum() < 60\n"  # a share of 2 / 22
         "assert len(set(zip(draws.tolist(), indices.tolist()))) == 404\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
+    run(project, ("i", first), ("ii", second), code=code)
+    assert json.loads((tmp_path / "i" / "args.json").read_text())["arch"] == "mobilenet_v3_small"

@@ -18,7 +18,7 @@ from utils.memory import StepMemory, available_memory, check_memory, free_in_cgr
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
-BACKBONES = ("resnet8", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
+BACKBONES = ("resnet8", "resnet18", "resnext50_32x4d")
 HUGE = ("--image-size", 1024, "-b", 100)
 
 
@@ -182,8 +182,7 @@ def offer(monkeypatch, size):
     monkeypatch.setattr(memory, "available_memory", lambda *_: found)
 
 
-@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize(("stage", "amp"), [("i", "none"), ("ii", "none"), ("iii", "none"), ("i", "bf16")])
 def test_the_batch_size_in_the_message_is_the_largest_that_fits(stage, amp, monkeypatch):
     model, args = build(stage, "resnet8"), arguments(amp=amp, image_size=64, batch_size=10**6)
     for limit in (300 * MIB, 33 * GIB + 7):
@@ -295,7 +294,9 @@ def test_a_step_that_the_address_space_cannot_hold_is_refused_in_one_line(plain_
 
 def test_without_the_check_the_run_starts(plain_tree, tmp_path):
     with limited_memory(GIB):
-        outcome = run_stage("iii", plain_tree, tmp_path / "run", "--kd-weight", 0, *HUGE, "--no-memory-check")
+        outcome = run_stage(
+            "iii", plain_tree, tmp_path / "run", "--kd-weight", 0, "--jitter", 0, *HUGE, "--no-memory-check"
+        )
     assert outcome.status == 2 and "out of memory" in outcome.err and "--no-memory-check" not in outcome.err
     assert (tmp_path / "run" / "args.json").exists()
 

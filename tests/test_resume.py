@@ -13,7 +13,6 @@ from tests.helpers import (
     LAST,
     PREVIOUS,
     STAGES,
-    TWO,
     call,
     checkpoint,
     log_of,
@@ -22,6 +21,7 @@ from tests.helpers import (
     same,
     stage_flags,
     train,
+    train_ranks,
 )
 from utils.restore import restore_scaler
 
@@ -34,14 +34,14 @@ def assert_same_run(folder, reference):
     assert results_of(folder) == results_of(reference)
 
 
-def resumed(stage, data, run, to, *flags):
+def resumed(stage, data, run, to, *flags, start=train):
     """A copy of a run's folder, continued from its previous checkpoint as if everything later had been lost."""
     shutil.copytree(run, to)
     (to / "results.json").unlink()
     shutil.copy(run / PREVIOUS, to / LAST)
     if checkpoint(run, PREVIOUS)["epoch"] < checkpoint(run, BEST)["epoch"]:
         (to / BEST).unlink()
-    return train(stage, data, to, "--cos", *flags, "--resume", to / LAST)
+    return start(stage, data, to, "--cos", *flags, "--resume", to / LAST)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -83,24 +83,26 @@ def test_resuming_within_an_epoch_changes_nothing(saved_often, plain_tree, tmp_p
 
 
 def test_resuming_two_processes_changes_nothing(run_of_two_processes, plain_tree, tmp_path):
-    often = train("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5, *TWO)
+    often = train_ranks("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5)
     for run, step in ((often, 5), (run_of_two_processes, 0)):
         assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
-        assert_same_run(resumed("i", plain_tree, run, tmp_path / f"from {step}", *TWO), run_of_two_processes)
+        assert_same_run(
+            resumed("i", plain_tree, run, tmp_path / f"from {step}", start=train_ranks), run_of_two_processes
+        )
 
 
 # ---- --accum-steps
 
 
-@pytest.mark.parametrize(("stage", "flags"), [("i", []), ("i", TWO), ("ii", []), ("iii", [])])
-def test_resuming_within_an_epoch_of_micro_batches_changes_nothing(trained, plain_tree, tmp_path, stage, flags):
+@pytest.mark.parametrize(("stage", "start"), [("i", train), ("i", train_ranks), ("ii", train), ("iii", train)])
+def test_resuming_within_an_epoch_of_micro_batches_changes_nothing(trained, plain_tree, tmp_path, stage, start):
     source = {"i": [], "ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--kd-weight", 0]}[stage]
-    accumulating = ["--accum-steps", 4, "--save-every-steps", 5, *source, *flags]
-    whole = train(stage, plain_tree, tmp_path / "whole", "--cos", *accumulating)
+    accumulating = ["--accum-steps", 4, "--save-every-steps", 5, *source]
+    whole = start(stage, plain_tree, tmp_path / "whole", "--cos", *accumulating)
     stopped = checkpoint(whole, PREVIOUS)
     assert (stopped["epoch"], stopped["step"], stopped["images"]) == (1, 5, 5 * 16)
     assert stopped["averages"]["steps"] == 5 and stopped["args"]["accum_steps"] == 4
-    assert_same_run(resumed(stage, plain_tree, whole, tmp_path / "again", "--save-every-steps", 5, *flags), whole)
+    assert_same_run(resumed(stage, plain_tree, whole, tmp_path / "again", "--save-every-steps", 5, start=start), whole)
     assert not same(checkpoint(whole)["state_dict"], checkpoint(trained[stage])["state_dict"])  # BatchNorm of 4 images
 
 
@@ -117,10 +119,18 @@ def in_micro_batch(number, action, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
 
 
-@pytest.mark.parametrize("number", [5, 6, 8])
-def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, tmp_path, monkeypatch, number):
+@pytest.fixture(scope="module")
+def in_micro_batches(plain_tree, tmp_path_factory):
+    """A run of stage I with four micro-batches per step, and its flags."""
     flags = ["--cos", "--accum-steps", 4, "--no-memory-check"]
-    whole = train("i", plain_tree, tmp_path / "whole", *flags)
+    return train("i", plain_tree, tmp_path_factory.mktemp("micro") / "whole", *flags), flags
+
+
+@pytest.mark.parametrize("number", [5, 6, 8])
+def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(
+    in_micro_batches, plain_tree, tmp_path, monkeypatch, number
+):
+    whole, flags = in_micro_batches
     with monkeypatch.context() as patch:
         in_micro_batch(number, lambda loss: signal.raise_signal(signal.SIGTERM) or loss, patch)
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
@@ -204,8 +214,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, 
 # ---- checkpoints of the published scripts
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("best", [float, torch.tensor, np.float64])
+@pytest.mark.parametrize(("prefix", "best"), [("module.", float), ("", torch.tensor), ("module.", np.float64)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, prefix, best):
     """They have only these five entries; best_acc1 may have any type, and a tensor rounds it to float32."""

@@ -9,12 +9,11 @@ from tests.helpers import (
     IMAGES,
     LAST,
     PREVIOUS,
-    TWO,
     call,
     checkpoint,
     log_of,
     results_of,
-    run_shell,
+    run_ranks,
     run_stage,
     same,
     stage_flags,
@@ -73,6 +72,7 @@ def test_flags_of_the_later_stages_are_kept(trained, plain_tree, tmp_path, stage
     run = train(stage, plain_tree, tmp_path / "run", *words, *source, "--epochs", 1)
     outcome = run_stage(stage, plain_tree, tmp_path / "again", "--resume", run / LAST)
     assert outcome.status == 0 and " ".join(map(str, words)) in outcome.out
+    assert not same(checkpoint(run)["state_dict"], checkpoint(trained[stage], PREVIOUS)["state_dict"])  # one epoch too
     assert args_of(tmp_path / "again")[flag.strip("-").replace("-", "_")] == value
 
 
@@ -107,6 +107,8 @@ def test_every_given_flag_that_differs_gives_one_warning(trained, plain_tree, tm
     warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: ")]
     assert [line.startswith(f"warning: {flag} is given") for line in warnings] == [True]
     assert str(trained["i"] / PREVIOUS) in warnings[0] and f"saved with {flag.split()[0]}" in warnings[0]
+    weights = [checkpoint(folder)["state_dict"] for folder in (tmp_path, trained["i"])]
+    assert same(*weights) == (flag == "--schedule 1 2")  # which --cos leaves without effect
 
 
 def test_nothing_is_said_if_nothing_differs(trained, plain_tree, tmp_path):
@@ -142,16 +144,22 @@ def seen(folder):
     return content["images"], content["step"]
 
 
-@pytest.mark.parametrize("stage", ["i", "iii"])
-@pytest.mark.parametrize("flags", [["-b", 24], ["-b", 10], TWO], ids=str)
-def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tmp_path, stage, flags):
+def continued(stage, data, run, out, batch, world):
+    """What rank 0 said of the rest of a run's first epoch, with this batch and number of processes."""
+    flags = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, "-b", batch]
+    outcomes = run_ranks(stage, data, out, *flags) if world == 2 else [run_stage(stage, data, out, *flags)]
+    assert all(outcome.status == 0 for outcome in outcomes), outcomes
+    return outcomes[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "world"), [("i", 24, 1), ("i", 10, 1), ("i", 16, 2), ("iii", 24, 1), ("iii", 16, 2)]
+)
+def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tmp_path, stage, batch, world):
     source = {"i": [], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
     run = train(stage, plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
     assert seen(run) == (80, 5)
-    words = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, *flags]
-    shown = run_shell(stage, plain_tree, tmp_path / "again", *words)
-    assert shown.status == 0, shown
-    batch = 16 if flags == TWO else flags[1]
+    shown = continued(stage, plain_tree, run, tmp_path / "again", batch, world)
     assert "warning: epoch 1 continues after its first 80 images" in shown.out
     steps = [line.split()[2] for line in shown.out.splitlines() if line.startswith("epoch 1/1 [")]
     more = (IMAGES - 80) // batch
@@ -163,15 +171,14 @@ def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tm
         assert content["state_dict"]["module.queue_ptr"].tolist() == [pointer]
 
 
-@pytest.mark.parametrize("flags", [["-b", 24], TWO], ids=str)
-def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path, flags):
+@pytest.mark.parametrize(("batch", "world"), [(24, 1), (16, 2)])
+def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path, batch, world):
     source = ["--last_stage_ckpt", trained["i"] / LAST]
     run = train("ii", plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
-    words = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, *flags]
-    outcome = run_shell("ii", plain_tree, tmp_path / "again", *words)
-    assert outcome.status == 0 and "warning: epoch 1 starts over" in outcome.out
+    outcome = continued("ii", plain_tree, run, tmp_path / "again", batch, world)
+    assert "warning: epoch 1 starts over" in outcome.out
     steps = [line for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
-    assert len(steps) == IMAGES // (16 if flags == TWO else 24) and steps[0].startswith("epoch 1/1 [1/")
+    assert len(steps) == IMAGES // batch and steps[0].startswith("epoch 1/1 [1/")
 
 
 def test_the_images_of_two_halves_of_an_epoch_are_those_of_the_whole():

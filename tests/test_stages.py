@@ -1,6 +1,7 @@
 """The stages from the command line to their files, on image trees in every layout, with every launcher."""
 
 import gzip
+import inspect
 import json
 import os
 import socket
@@ -13,7 +14,8 @@ import torch
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
-from datasets import prepare
+from datasets.prepare.cli import main as prepare
+from models import SDL, SLG, SSFL
 from tests.helpers import (
     CLASSES,
     COUNTS,
@@ -31,7 +33,9 @@ from tests.helpers import (
     same,
     stage_flags,
     train,
+    train_ranks,
 )
+from utils.training import prepare_model
 
 PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
@@ -103,7 +107,7 @@ def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
         write_idx(source / f"{name}-images-idx3-ubyte", images)
         write_idx(source / f"{name}-labels-idx1-ubyte", labels)
     command = f"fashion-mnist-lt --out {data} --source {source} --imbalance 4 --max-per-class 8"
-    assert prepare.main(command.split()) == 0
+    assert prepare(command.split()) == 0
     all_stages(data, tmp_path, "--epochs", 1)
     for run in RUNS:
         for result in results_of(tmp_path / run):
@@ -111,11 +115,11 @@ def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
             assert result["many"] is result["medium"] is None and result["few"] is not None
 
 
-def test_all_stages_train_on_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
+def test_all_stages_train_on_large_jpegs(jpeg_tree, tmp_path):
     small = ["--arch", "resnet18", "--image-size", 224, "-b", 4, "--epochs", 1]
 
     def run(stage, data, out, *flags):
-        outcome = run_shell(stage, data, out, *flags)
+        outcome = (run_shell if stage == "i" else run_stage)(stage, data, out, *flags)
         assert (outcome.status, outcome.err) == (0, "")
 
     all_stages(jpeg_tree, tmp_path, *small, run=run)
@@ -124,7 +128,7 @@ def test_all_stages_train_on_large_jpegs_through_the_shell(jpeg_tree, tmp_path):
             (classifier, 6) for classifier in CLASSIFIERS[name]
         ]
     again = tmp_path / "again"
-    outcome = run_shell("iii", jpeg_tree, again, *small, "--resume", tmp_path / "iii" / LAST, "--evaluate")
+    outcome = run_stage("iii", jpeg_tree, again, *small, "--resume", tmp_path / "iii" / LAST, "--evaluate")
     assert outcome.status == 0 and results_of(again) == results_of(tmp_path / "iii")
 
 
@@ -230,6 +234,7 @@ def test_optimizer_holds_what_the_published_one_holds(trained, run):
         held = [name for name in names if not name.startswith(("module.encoder_t.", "module.classifier_t."))]
     (group,) = saved["optimizer"]["param_groups"]
     assert len(group["params"]) == len(held)
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     moved = {index: held[index] for index in saved["optimizer"]["state"]}
     still = {name for name in held if name.startswith(("module.encoder_k.", "module.k_fc."))}
     assert set(moved.values()) == set(held) - still
@@ -372,6 +377,33 @@ def test_bf16_channels_last_and_device_augmentation_change_the_loss_little(train
     assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device changed something
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_channels_last_reaches_the_weights_and_compiling_keeps_their_names(stage):
+    model = SSFL("resnet8", 3, queue_size=8) if stage == "i" else (SLG if stage == "ii" else SDL)("resnet8", 3)
+    names = list(model.state_dict())
+    args = PARSERS[stage]().parse_args(["--channels-last", "--compile", "--device", "cpu", "."])
+    prepare_model(model, torch.device("cpu"), args)
+    assert list(model.state_dict()) == names  # nothing is compiled before the first call
+    encoders = [module for name, module in model.named_children() if name.startswith("encoder")]
+    assert encoders and all(encoder._compiled_call_impl is not None for encoder in encoders)
+    weights = [p for encoder in encoders for p in encoder.parameters() if p.dim() == 4 and p.shape[1] > 1 < p.shape[2]]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_the_defaults_of_the_models_are_the_published_ones():
+    defaults = {
+        name: value.default
+        for model in (SSFL, SDL)
+        for name, value in inspect.signature(model).parameters.items()
+        if name not in ("arch", "num_classes")
+    }
+    assert defaults == {
+        "dim": 128, "queue_size": 115712, "momentum": 0.999, "temperature": 2.0, "contrast": True, "freeze_bn": False,
+        "distill": True,
+    }  # fmt: skip
+    assert inspect.signature(SSFL).parameters["temperature"].default == 0.2
+
+
 def test_the_same_seed_gives_the_same_run(trained, plain_tree, tmp_path):
     again = train("i", plain_tree, tmp_path / "again", "--cos")
     assert same(checkpoint(again), checkpoint(trained["i"]))
@@ -462,8 +494,11 @@ def test_two_spawned_processes_and_torchrun_give_the_same_run(trained, plain_tre
         flags = ["--last_stage_ckpt", train("i", plain_tree, tmp_path / "i", *young) / LAST, *young]
     alone = train(stage, plain_tree, tmp_path / "alone", *flags)
     spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, "--multiprocessing-distributed", "--nproc", 2)
-    outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
-    assert outcome.status == 0, outcome.err
+    if stage == "i":
+        outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
+        assert outcome.status == 0, outcome.err
+    else:
+        train_ranks(stage, plain_tree, tmp_path / "torchrun", *flags)  # with torchrun's variables
     assert same(checkpoint(tmp_path / "torchrun"), checkpoint(spawned))
     assert checkpoint(spawned)["run"]["world_size"] == 2
     assert log_of(tmp_path / "torchrun", timed=False) == log_of(spawned, timed=False)

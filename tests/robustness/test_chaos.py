@@ -55,9 +55,9 @@ def assert_nothing_is_left(run, whole):
     assert {file.name for file in run.iterdir()} == {file.name for file in whole.iterdir()}
 
 
-def test_a_run_killed_three_times_ends_like_one_that_was_not(plain_tree, tmp_path):
+def test_a_run_killed_twice_ends_like_one_that_was_not(plain_tree, tmp_path):
     whole = train("i", plain_tree, tmp_path / "whole", *FLAGS)
-    hits, _ = kill_and_resume(plain_tree, tmp_path / "run", whole, 3, "-j", 1)
+    hits, _ = kill_and_resume(plain_tree, tmp_path / "run", whole, 2, "-j", 1)
     assert hits > 0
     assert_same_run(tmp_path / "run", whole)
     assert_nothing_is_left(tmp_path / "run", whole)

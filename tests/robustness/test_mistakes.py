@@ -19,6 +19,7 @@ from tests.helpers import (
     call,
     checkpoint,
     log_of,
+    run_ranks,
     run_shell,
     run_stage,
     same,
@@ -426,6 +427,7 @@ def test_a_second_run_in_the_same_folder_is_refused(plain_tree, tmp_path):
 # ---- through the shell, where stderr may contain nothing else
 
 
+@pytest.mark.full
 def test_shell_a_data_folder_that_does_not_exist_ends_in_one_line(tmp_path):
     assert_mistake(run_shell("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none")
 
@@ -442,30 +444,31 @@ def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, 
     assert_mistake(outcome, file, "val.txt, line 1")
 
 
-def test_shell_fewer_than_two_images_per_process_end_in_one_line(plain_tree, tmp_path):
-    outcome = run_shell("i", plain_tree, tmp_path / "run", *TWO, "-b", 3)
-    assert_mistake(outcome, "--batch-size 3", "2 processes", "at least 4")
+def assert_mistake_of_all_ranks(outcomes, *words):
+    """That all ranks end, and the first alone says why."""
+    assert_mistake(outcomes[0], *words)
+    assert [(outcome.status, outcome.err) for outcome in outcomes[1:]] == [(2, "")] * (len(outcomes) - 1), outcomes
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, world, words",
     [
-        (["-b", 16, "--accum-steps", 5], ["--accum-steps 5", "at most 4", "2 processes"]),
-        (["-b", 16, "--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys"]),
-        (
-            ["-b", 156, "--nproc", 4, "--moco-k", 200],
-            ["--batch-size 156", "154 images", "no full step"],
-        ),  # 4 x 39, padded
+        (["-b", 3], 2, ["--batch-size 3", "2 processes", "at least 4"]),
+        (["-b", 16, "--accum-steps", 5], 2, ["--accum-steps 5", "at most 4", "2 processes"]),
+        (["-b", 16, "--accum-steps", 4, "--moco-k", 15], 2, ["--moco-k 15", "16 keys"]),
+        (["-b", 156, "--moco-k", 200], 4, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
     ],
 )
-def test_shell_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(plain_tree, tmp_path, flags, words):
-    assert_mistake(run_shell("i", plain_tree, tmp_path / "run", *TWO, *flags), *words)
+def test_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(
+    plain_tree, tmp_path, flags, world, words
+):
+    assert_mistake_of_all_ranks(run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world), *words)
 
 
-def test_shell_a_pickle_given_to_two_processes_ends_in_one_line(trained, plain_tree, tmp_path):
+def test_a_pickle_given_to_two_processes_ends_in_one_line(trained, plain_tree, tmp_path):
     file = spoilt_checkpoint("pickle", trained["i"] / LAST, tmp_path)
-    outcome = run_shell("ii", plain_tree, tmp_path / "run", *TWO, "--last_stage_ckpt", file)
-    assert_mistake(outcome, file, "--last_stage_ckpt")
+    outcomes = run_ranks("ii", plain_tree, tmp_path / "run", "--last_stage_ckpt", file)
+    assert_mistake_of_all_ranks(outcomes, file, "--last_stage_ckpt")
     assert not (tmp_path / "harm").exists()
 
 
