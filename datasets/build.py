@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from utils.distributed import (
+    find_difference,
     gather_objects,
     get_dist_info,
     get_rank,
@@ -141,15 +142,15 @@ def locate_splits(args, info) -> dict:
 
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
+    difference = find_difference({name: zlib.crc32(split.index.content.numpy()) for name, split in splits.items()})
+    if difference:
+        file, rank = splits[difference[0]].index.name, difference[1]
+        raise UserError(
+            f"{file}: differs between rank 0 and rank {rank}; give all nodes the same data", on_all_ranks=True
+        )
     host, files = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
-    checksums = {name: zlib.crc32(split.index.content.numpy()) for name, split in splits.items()}
-    reports = gather_objects((host, info.local_rank, files, checksums))
-    for name, split in splits.items():
-        for rank, (_, _, _, others) in enumerate(reports):
-            if others[name] != reports[0][3][name]:
-                message = f"{split.index.name}: differs between rank 0 and rank {rank}; give all nodes the same data"
-                raise UserError(message, on_all_ranks=True)
-    files = next(files for node, local_rank, files, _ in reports if node == host and local_rank == 0)
+    reports = gather_objects((host, info.local_rank, files))
+    files = next(files for node, local_rank, files in reports if node == host and local_rank == 0)
     return {name: s._replace(layout=files[name][0], missing=files[name][1]) for name, s in splits.items()}
 
 

@@ -376,15 +376,15 @@ def write(folder, content: dict, is_best: bool = False):
     folder = Path(folder)
     last = folder / LAST
 
+    def link_others():  # before last changes: it says how good the best is, and must not be ahead of the file
+        if last.exists():
+            link(last, folder / PREVIOUS)
+        if is_best:
+            link(file.name, folder / BEST)
+
     try:
-        with atomic_write(last) as file:
+        with atomic_write(last, link_others) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-            if last.exists():
-                link(last, folder / PREVIOUS)
-            if is_best:  # before last changes: it says how good the best is, and must not be ahead of the file
-                link(file.name, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
 

@@ -203,7 +203,7 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
-        output_is_closed()
+        drop_unwritable_output()
         return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
         drop_unwritable_output()

@@ -90,6 +90,16 @@ def gather_objects(value) -> list:
     return values
 
 
+def find_difference(own: dict):
+    """(name, rank, value on rank 0, value there) of the first entry that a rank does not share with rank 0, or None."""
+    first, *others = gather_objects(own)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if other[name] != first[name]:
+                return name, rank, first[name], other[name]
+    return None
+
+
 def num_cores() -> int:
     """The cores of this process; under srun, which gives each task some of them, those of all tasks on this node."""
     cores = os.environ.get("SLURM_CPUS_ON_NODE", "")

@@ -11,12 +11,12 @@ from .errors import UserError, one_line
 
 
 @contextmanager
-def atomic_write(path, sync=True):
+def atomic_write(path, before_replacing=lambda: None, sync=True):
     """Opens a temporary file beside `path` for writing bytes; if the block succeeds, it replaces path.
 
     The file and then its folder are flushed to the disk. If the block raises, path stays as it was and the temporary
-    file is removed. sync=False skips flushing to the disk, which takes milliseconds per file; use it for many files
-    that can be made again. Raises OSError.
+    file is removed. before_replacing is called when the new file is complete. sync=False skips flushing to the disk,
+    which takes milliseconds per file; use it for many files that can be made again. Raises OSError.
     """
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -26,6 +26,7 @@ def atomic_write(path, sync=True):
             if sync:
                 os.fsync(file.fileno())
             apply_umask(file.name)
+            before_replacing()
             (replace if sync else os.replace)(file.name, path)
         finally:
             Path(file.name).unlink(missing_ok=True)

@@ -75,7 +75,7 @@ def test_file_and_folder_are_flushed_before_and_after_the_name_changes(folder, m
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     under_test.write(folder, state(4))
-    assert done == ["file", PREVIOUS, "folder", "file", LAST, "folder"]
+    assert done == ["file", PREVIOUS, "folder", LAST, "folder"]
 
 
 # ---- faults in the writer

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..command_line import with_hyphens
-from ..distributed import DistInfo, gather_objects, num_cores, set_dist_info
+from ..distributed import DistInfo, find_difference, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
 
@@ -130,14 +130,10 @@ def check_equal_starts(args, info: DistInfo):
     own = {"script": args.program, "processes per node": info.local_world_size}
     names = (*args.saved, "evaluate", "start_epoch", "save_every_steps", "num_classes")
     own |= {with_hyphens(f"--{name}"): getattr(args, name) for name in names} | {"--resume": bool(args.resume)}
-    first, *others = gather_objects(own)
-    for rank, other in enumerate(others, 1):
-        for name in first:
-            if other[name] != first[name]:
-                raise UserError(
-                    f"{name}: {first[name]} on rank 0 and {other[name]} on rank {rank}; start all processes alike",
-                    on_all_ranks=True,
-                )
+    if difference := find_difference(own):
+        name, rank, first, other = difference
+        message = f"{name}: {first} on rank 0 and {other} on rank {rank}; start all processes alike"
+        raise UserError(message, on_all_ranks=True)
 
 
 def init_process_group(args, info: DistInfo, device):
