@@ -166,3 +166,16 @@ def test_writing_images_never_removes_those_of_someone_else(tmp_path, own):
     (tmp_path / "val" / "0_ant_link").symlink_to(tmp_path / "train")
     with pytest.raises(UserError, match=r"0_ant_link: is a link to .*, which stays"):
         write_long_tail(data, tmp_path, None, 1, 0, 0, overwrite=True)
+
+
+def test_files_that_are_not_images_do_not_keep_a_selection_from_being_written(tmp_path):
+    """File browsers leave them behind in folders that were opened."""
+    pixels, labels = np.zeros((8, 32, 32, 3), np.uint8), np.repeat(np.arange(4), 2)
+    data = SmallImages(list(NAMES), pixels, labels, pixels, labels)
+    write_long_tail(data, tmp_path, None, 1, 0, 0, overwrite=False)
+    left = [tmp_path / "train" / ".DS_Store", tmp_path / "train" / "0_ant" / "Thumbs.db"]
+    for file in left:
+        file.touch()
+    write_long_tail(data, tmp_path, None, 1, 0, 0, overwrite=False)
+    write_long_tail(data, tmp_path, 1, 1, 1, 0, overwrite=True)
+    assert all(file.exists() for file in left) and counts(read_lists(tmp_path)["train"]) == [1] * 4

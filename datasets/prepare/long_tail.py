@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
@@ -276,8 +277,8 @@ def link_folder(link: Path, folder: Path, overwrite: bool):
 def remove_other_images(out: Path, images: dict, overwrite: bool):
     """Removes images of an earlier selection, which a reader of class folders would take for images of this one.
 
-    Raises UserError, before any is removed, if overwrite is not set, and for everything that write_long_tail does not
-    write: links and files of other names.
+    Raises UserError, before any is removed, if overwrite is not set, and for links and images that write_long_tail does
+    not write. Files that are not images (.DS_Store, Thumbs.db) stay.
     """
     others = []
     for split in ("train", "val", "test"):
@@ -285,7 +286,7 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
             name = path.relative_to(out).as_posix()
             if path.is_symlink():
                 raise UserError(f"{path}: is a link to {os.path.realpath(path)}, which stays; choose another --out")
-            if path.is_dir() or name in images or not path.exists():
+            if path.is_dir() or name in images or not has_file_allowed_extension(name, IMG_EXTENSIONS):
                 continue
             if not WRITTEN.fullmatch(name):
                 raise UserError(f"{path}: was not written by this command, and stays; choose another --out")
