@@ -92,12 +92,12 @@ class PlainLoader(DataLoader):
 
 def versions(folder: Path, names, args) -> dict:
     """(data set, function of an item's number, function of the number of workers that returns a loader), by version."""
-    index, _ = class_folders(folder.parent, folder.name)
+    images, _ = class_folders(folder.parent, folder.name)
     device = torch.device(args.device)
 
     def ours(augment):
-        dataset = ListFileDataset(index, folder.parent, Views(names, args.size, 0, augment))
-        batch_sampler = BatchSampler(ShuffledSampler(index.labels, 0), args.batch)
+        dataset = ListFileDataset(images, folder.parent, Views(names, args.size, 0, augment))
+        batch_sampler = BatchSampler(ShuffledSampler(images.labels, 0), args.batch)
         return (
             dataset,
             lambda i: dataset[0, 0, i],

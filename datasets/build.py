@@ -59,7 +59,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     with raise_on_all_ranks():
         args.num_classes = check_labels(args, splits)
         classes, note = find_class_names(args.data, splits["train"], args.num_classes)
-        train = splits["train"].index
+        train = splits["train"].images
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate:
@@ -72,14 +72,14 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             transform = Views(views, args.image_size, args.seed, args.augment, args.jitter)
         else:
             transform = Views(("eval",), args.image_size)
-            sampler = eval_batches(len(split.index), eval_batch_size, **ranks)
+            sampler = eval_batches(len(split.images), eval_batch_size, **ranks)
         workers = -(-args.workers // info.local_world_size)
         options = {"channels_last": args.channels_last, "mean": args.mean, "std": args.std}
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
             loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes),
-            classes, "val" in splits and is_balanced(splits["val"].index),
+            classes, "val" in splits and is_balanced(splits["val"].images),
         )  # fmt: skip
     finally:
         for loader in loaders.values():
@@ -142,9 +142,9 @@ def locate_splits(args, info) -> dict:
 
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
-    difference = find_difference({name: zlib.crc32(split.index.content.numpy()) for name, split in splits.items()})
+    difference = find_difference({name: zlib.crc32(split.images.content.numpy()) for name, split in splits.items()})
     if difference:
-        file, rank = splits[difference[0]].index.name, difference[1]
+        file, rank = splits[difference[0]].images.name, difference[1]
         raise UserError(
             f"{file}: differs between rank 0 and rank {rank}; give all nodes the same data", on_all_ranks=True
         )
@@ -161,13 +161,13 @@ def check_labels(args, splits: dict) -> int:
             split.require()
     num_classes = args.num_classes
     if num_classes is None:
-        index = splits["train"].index
-        index.check_num_classes(hint=", or give --num-classes")
-        num_classes = index.num_classes
+        images = splits["train"].images
+        images.check_num_classes(hint=", or give --num-classes")
+        num_classes = images.num_classes
     for split in splits.values():
-        largest = split.index.num_classes - 1
+        largest = split.images.num_classes - 1
         if largest >= num_classes:
-            where = split.index.locate([int(split.index.labels.argmax())])
+            where = split.images.locate([int(split.images.labels.argmax())])
             raise UserError(
                 f"{where}: the label {largest} is out of range of {num_classes} classes; correct the list, or give "
                 f"--num-classes {largest + 1}"
@@ -175,7 +175,7 @@ def check_labels(args, splits: dict) -> int:
     return num_classes
 
 
-def is_balanced(index) -> bool:
+def is_balanced(images) -> bool:
     """Whether all classes in a list have the same number of images in it."""
-    counts = index.counts(index.num_classes)
+    counts = images.counts(images.num_classes)
     return len(counts[counts > 0].unique()) == 1

@@ -15,7 +15,7 @@ from models.preprocess import to_rgb
 from utils.errors import UserError, one_line
 
 from .layout import as_listed
-from .list_file import ListIndex
+from .list_file import ImageList
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
@@ -74,25 +74,24 @@ class ListFileDataset(torch.utils.data.Dataset):
     uint8 tensors (3, S, S). Raises UserError, naming file and list line, for an image that cannot be read.
     """
 
-    def __init__(self, index: ListIndex, root, transform, layout=as_listed, split="train"):
-        self.index, self.root, self.transform = index, os.fspath(root), transform
+    def __init__(self, images: ImageList, root, transform, layout=as_listed, split="train"):
+        self.images, self.root, self.transform = images, os.fspath(root), transform
         self.layout, self.split = layout, split
 
     def __len__(self):
-        return len(self.index)
+        return len(self.images)
 
     def file(self, i: int) -> str:
         """The file of entry i."""
-        return os.path.join(self.root, self.layout(self.index.path(i), self.split))
+        return os.path.join(self.root, self.layout(self.images.path(i), self.split))
 
     def __getitem__(self, item):
         epoch, draw, i = item
         try:
             image = load_rgb(self.file(i))
         except UserError as error:
-            where = "" if self.index.from_folders else f" ({self.index.locate([i])})"
-            raise UserError(f"{error}{where}") from None
-        return self.transform(image, (epoch, i, draw)), int(self.index.labels[i]), i
+            raise UserError(self.images.with_line(str(error), i)) from None
+        return self.transform(image, (epoch, i, draw)), int(self.images.labels[i]), i
 
     def __getitems__(self, items):
         """The items of a batch, or the UserError of one of them: raised in a worker, it would print a traceback."""

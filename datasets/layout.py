@@ -4,7 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
-from .list_file import ListIndex
+from .list_file import ImageList
 
 CHUNK = 1024  # entries that a thread looks up at a time
 
@@ -20,25 +20,25 @@ def by_split(path: str, split: str) -> str:
     return "/".join((split, *parts[-2:]))
 
 
-def missing_entries(index: ListIndex, root, layout, split: str, progress=iter) -> list[int]:
+def missing_entries(images: ImageList, root, layout, split: str, progress=iter) -> list[int]:
     """The entries without a regular file below root; a pool of threads looks them up.
 
     progress: wraps the iterator over the results.
     """
 
     def missing(chunk):
-        return [i for i in chunk if not os.path.isfile(os.path.join(root, layout(index.path(i), split)))]
+        return [i for i in chunk if not os.path.isfile(os.path.join(root, layout(images.path(i), split)))]
 
-    chunks = [range(start, min(start + CHUNK, len(index))) for start in range(0, len(index), CHUNK)]
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(max_workers=16) as pool:
         return [i for found in progress(pool.map(missing, chunks)) for i in found]
 
 
-def find_layout(index: ListIndex, root, split: str, progress=iter):
+def find_layout(images: ImageList, root, split: str, progress=iter):
     """(layout, missing): the layout under which most files exist below root, and the entries that are still missing."""
-    layout, missing = as_listed, missing_entries(index, root, as_listed, split, progress)
+    layout, missing = as_listed, missing_entries(images, root, as_listed, split, progress)
     if missing:
-        others = missing_entries(index, root, by_split, split, progress)
+        others = missing_entries(images, root, by_split, split, progress)
         if len(others) < len(missing):
             layout, missing = by_split, others
     return layout, missing

@@ -1,4 +1,4 @@
-"""List files: one line `<path> <label>` per image, kept as a compact index."""
+"""List files: one line `<path> <label>` per image, kept in a few arrays."""
 
 import io
 import os
@@ -44,7 +44,7 @@ def parse_line(line: bytes) -> tuple[bytes, int] | None:
     return path, int(label)
 
 
-class ListIndex:
+class ImageList:
     """Paths and labels of a list: its bytes, and the start and the label of every entry.
 
     No Python object per entry, and the arrays are tensors, so that worker processes, forked or spawned, share them.
@@ -58,7 +58,7 @@ class ListIndex:
         self.labels = torch.frombuffer(labels, dtype=torch.int32)
 
     @classmethod
-    def from_file(cls, file) -> "ListIndex":
+    def from_file(cls, file) -> "ImageList":
         """Reads a list file: UTF-8, LF or CRLF; a BOM, blank lines and a missing last newline are allowed.
 
         Raises UserError, naming file and line, if a line is malformed, or if there is no entry.
@@ -74,13 +74,13 @@ class ListIndex:
             raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
 
     @classmethod
-    def from_bytes(cls, name: str, content: bytes) -> "ListIndex":
+    def from_bytes(cls, name: str, content: bytes) -> "ImageList":
         """As from_file, for the content of a list; name: its name in messages."""
         return cls._parse(name, np.frombuffer(bytearray(content), dtype=np.uint8), io.BytesIO(content))
 
     @classmethod
-    def from_entries(cls, name: str, entries) -> "ListIndex":
-        """The index of an iterable of (path, label), such as ImageFolder's listing."""
+    def from_entries(cls, name: str, entries) -> "ImageList":
+        """The list of an iterable of (path, label), such as ImageFolder's listing."""
         lines = [os.fsencode(f"{path} {label}\n") for path, label in entries]
         return cls._parse(name, np.frombuffer(bytearray(b"".join(lines)), dtype=np.uint8), lines)
 
@@ -119,15 +119,19 @@ class ListIndex:
         return int(np.count_nonzero(before == ord("\n"))) + 1
 
     @property
-    def from_folders(self) -> bool:
-        """Whether the entries are the files of class folders, not the lines of a list."""
-        return os.path.isdir(self.name)
+    def has_list_file(self) -> bool:
+        """Whether the entries are the lines of a list, not the files of class folders."""
+        return not os.path.isdir(self.name)
 
     def locate(self, entries) -> str:
         """Entries for messages: the list with their lines or, from class folders, the first of their paths."""
-        if self.from_folders:
-            return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
-        return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
+        if self.has_list_file:
+            return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
+        return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
+
+    def with_line(self, text: str, i: int) -> str:
+        """A text followed by the list and the line of entry i, if it is from a list."""
+        return f"{text} ({self.locate([i])})" if self.has_list_file else text
 
     @property
     def num_classes(self) -> int:

@@ -110,7 +110,7 @@ class Loader(DataLoader):
 
     def locate(self) -> str:
         """The images of the latest batch, for messages."""
-        return self.dataset.index.locate(self.indices)
+        return self.dataset.images.locate(self.indices)
 
     def __iter__(self):
         batches = self._start()

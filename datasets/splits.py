@@ -10,7 +10,7 @@ from utils.errors import UserError, one_line
 
 from .dataset import ListFileDataset
 from .layout import as_listed, find_layout
-from .list_file import ListIndex
+from .list_file import ImageList
 
 SPLITS = ("train", "val", "test")
 CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
@@ -26,13 +26,13 @@ class Split(NamedTuple):
 
     name: str
     root: str
-    index: ListIndex
+    images: ImageList
     layout: object = as_listed
     missing: tuple[int, ...] = ()
     folders: list[str] | None = None
 
     def dataset(self, transform) -> ListFileDataset:
-        return ListFileDataset(self.index, self.root, transform, self.layout, self.name)
+        return ListFileDataset(self.images, self.root, transform, self.layout, self.name)
 
     def require(self):
         """Raises UserError with the first missing files and their number, if there are any."""
@@ -44,11 +44,11 @@ class Split(NamedTuple):
         """One line with the first missing files and their number."""
         shown = []
         for i in self.missing[:3]:
-            path = self.layout(self.index.path(i), self.name)
+            path = self.layout(self.images.path(i), self.name)
             exists = os.path.exists(os.path.join(self.root, path))  # a FIFO, a folder
             shown.append(path[:200] + (" (not a regular file)" if exists else ""))
-        number = f"{len(self.missing)} of {len(self.index)}"
-        return f"{self.index.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
+        number = f"{len(self.missing)} of {len(self.images)}"
+        return f"{self.images.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
 
 
 def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str, Path] | None:
@@ -88,8 +88,8 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     return chosen
 
 
-def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ListIndex, list[str]]:
-    """(index, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
+def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ImageList, list[str]]:
+    """(images, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
 
     classes: the class names in the order of their labels; by default the folder's, sorted. Hidden folders are left out.
     Raises UserError if a folder belongs to no class, or if there is no image.
@@ -108,7 +108,7 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[L
     if not samples:
         raise UserError(f"{folder}: no images in its class folders")
     entries = ((os.path.relpath(file, root), label) for file, label in samples)
-    return ListIndex.from_entries(str(folder), entries), classes
+    return ImageList.from_entries(str(folder), entries), classes
 
 
 def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=SPLITS) -> dict[str, Split]:
@@ -121,11 +121,11 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
     splits, classes = {}, None
     for split in SPLITS if lists is None else lists:  # train comes first: it numbers the classes
         if lists is None:
-            index, classes = class_folders(root, split, classes)
+            images, classes = class_folders(root, split, classes)
         else:
-            index = ListIndex.from_file(lists[split])
-        layout, missing = find_layout(index, root, split, progress) if split in check else (as_listed, [])
-        splits[split] = Split(split, str(root), index, layout, tuple(missing), classes)
+            images = ImageList.from_file(lists[split])
+        layout, missing = find_layout(images, root, split, progress) if split in check else (as_listed, [])
+        splits[split] = Split(split, str(root), images, layout, tuple(missing), classes)
     return {split: splits[split] for split in wanted}
 
 
@@ -134,7 +134,7 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
 
     They are the lines of classes.txt, next to the training list or in root, else the names of the class folders.
     """
-    beside = (Path(train.index.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
+    beside = (Path(train.images.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
     file = next((file for file in beside if file.is_file()), None)
     if file is None and train.folders is None:
         return None, None

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from datasets.dataset import ListFileDataset, load_rgb
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from datasets.splits import class_folders
 from utils.errors import UserError
 
@@ -94,7 +94,7 @@ def test_a_system_without_memory_is_not_called_a_damaged_image(tmp_path, monkeyp
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(Image, "open", fail)
-    dataset = ListFileDataset(ListIndex.from_bytes("list", b"image.png 0"), tmp_path, None)
+    dataset = ListFileDataset(ImageList.from_bytes("list", b"image.png 0"), tmp_path, None)
     saved(tmp_path, Image.new("RGB", (4, 4)))
     assert "ran out of memory" in str(dataset.__getitems__([(0, 0, 0)]))
 
@@ -103,9 +103,9 @@ def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "1.png").write_text("no image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()  # hidden folders are no classes
-    index, classes = class_folders(tmp_path, "train")
-    returned = ListFileDataset(index, tmp_path, None).__getitems__([(0, 0, 0)])
-    assert classes == ["a"] and index.locate([0]) == "train/a/1.png"
+    images, classes = class_folders(tmp_path, "train")
+    returned = ListFileDataset(images, tmp_path, None).__getitems__([(0, 0, 0)])
+    assert classes == ["a"] and images.locate([0]) == "train/a/1.png"
     assert str(returned).startswith(f"{tmp_path}/train/a/1.png: ") and "line" not in str(returned)
     (tmp_path / "train" / "a" / "2\n.png").touch()
     with pytest.raises(UserError, match="holds a line break"):
@@ -141,7 +141,7 @@ def test_a_lack_of_memory_is_returned_as_a_user_error(tmp_path, error):
         raise error
 
     saved(tmp_path, Image.new("RGB", (4, 4)))
-    dataset = ListFileDataset(ListIndex.from_bytes("list", b"image.png 0"), tmp_path, transform)
+    dataset = ListFileDataset(ImageList.from_bytes("list", b"image.png 0"), tmp_path, transform)
     returned = dataset.__getitems__([(0, 0, 0)])
     assert isinstance(returned, UserError)
     assert all(flag in str(returned) for flag in ("--workers", "--batch-size", "--image-size"))

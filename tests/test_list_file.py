@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 
 from datasets import splits
 from datasets.layout import as_listed, by_split, find_layout
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from datasets.prepare.list_writer import list_content
 from datasets.splits import SPLITS, choose_lists, class_folders, find_splits
 from utils.errors import UserError
 
 
-def entries(index):
-    return [(index.path(i), int(index.labels[i])) for i in range(len(index))]
+def entries(images):
+    return [(images.path(i), int(images.labels[i])) for i in range(len(images))]
 
 
 def read(tmp_path, content: bytes):
     file = tmp_path / "list.txt"
     file.write_bytes(content)
-    return ListIndex.from_file(file)
+    return ImageList.from_file(file)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def read(tmp_path, content: bytes):
 )
 def test_lists_are_read(tmp_path, content, expected):
     assert entries(read(tmp_path, content)) == expected
-    assert entries(ListIndex.from_bytes("list", content)) == expected
+    assert entries(ImageList.from_bytes("list", content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,15 @@ def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "fifo.txt")
     for name, reason in (("none.txt", "No such file"), ("fifo.txt", "not a regular file"), (".", "not a regular file")):
         with pytest.raises(UserError, match=reason) as caught:
-            ListIndex.from_file(tmp_path / name)
+            ImageList.from_file(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
 
 
 def test_line_numbers_and_counts_skip_blank_lines(tmp_path):
-    index = read(tmp_path, b"\xef\xbb\xbfa 0\n\nb 2\r\n\n\nc 2")
-    assert [index.line(i) for i in range(3)] == [1, 3, 6]
-    assert index.num_classes == 3
-    assert index.counts(4).tolist() == [1, 0, 2, 0]
+    images = read(tmp_path, b"\xef\xbb\xbfa 0\n\nb 2\r\n\n\nc 2")
+    assert [images.line(i) for i in range(3)] == [1, 3, 6]
+    assert images.num_classes == 3
+    assert images.counts(4).tolist() == [1, 0, 2, 0]
 
 
 names = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\\"), min_size=1, max_size=12)
@@ -105,14 +105,14 @@ def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     content = content.replace(b"\n", newline.encode())
     if not last_newline:
         content = content.removesuffix(newline.encode())
-    assert entries(ListIndex.from_bytes("list", content)) == wanted
+    assert entries(ImageList.from_bytes("list", content)) == wanted
 
 
 @given(st.lists(st.tuples(st.text("aZé07 ._-()", max_size=12), labels), min_size=1, max_size=20))
 @settings(deadline=None)
 def test_ordinary_names_can_be_written(wanted):
     wanted = [(f"class {name}/i{name}.jpg", label) for name, label in wanted]
-    assert entries(ListIndex.from_bytes("list", list_content(wanted))) == wanted
+    assert entries(ImageList.from_bytes("list", list_content(wanted))) == wanted
 
 
 @pytest.mark.parametrize("path", ["a\nb.jpg", "/a.jpg", "a/../b.jpg", " a.jpg", "a\udcff.jpg"])
@@ -125,11 +125,11 @@ def test_paths_that_a_list_cannot_hold_are_refused(path):
 @settings(deadline=None)
 def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     try:
-        index = ListIndex.from_bytes("list", content)
+        images = ImageList.from_bytes("list", content)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        for path, label in entries(index):
+        for path, label in entries(images):
             assert path and "\n" not in path and not path.startswith("/") and 0 <= label < 2**31
 
 
@@ -140,7 +140,7 @@ def test_pieces_of_lists_raise_nothing_but_user_errors(pieces):
 
 
 def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
-    index = ListIndex.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
+    images = ImageList.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
     plain, reorganised = tmp_path / "plain", tmp_path / "reorganised"
     for file in (plain / "train/cat/1.jpg", plain / "train/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,18 +148,18 @@ def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
     for file in (reorganised / "val/cat/1.jpg", reorganised / "val/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert find_layout(index, plain, "val") == (as_listed, [2])
-    assert find_layout(index, reorganised, "val") == (by_split, [2])
-    assert find_layout(index, tmp_path, "val") == (as_listed, [0, 1, 2])
+    assert find_layout(images, plain, "val") == (as_listed, [2])
+    assert find_layout(images, reorganised, "val") == (by_split, [2])
+    assert find_layout(images, tmp_path, "val") == (as_listed, [0, 1, 2])
 
 
 def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
     for file in ("train/b/1.png", "train/a/2.JPEG", "val/b/3.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    index, classes = class_folders(tmp_path, "train")
+    images, classes = class_folders(tmp_path, "train")
     assert classes == ["a", "b"]
-    assert entries(index) == [("train/a/2.JPEG", 0), ("train/b/1.png", 1)]
+    assert entries(images) == [("train/a/2.JPEG", 0), ("train/b/1.png", 1)]
     assert entries(class_folders(tmp_path, "val", classes)[0]) == [("val/b/3.png", 1)]
     (tmp_path / "test" / "zebra").mkdir(parents=True)
     with pytest.raises(UserError, match="zebra"):

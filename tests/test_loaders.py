@@ -10,7 +10,7 @@ from torch.utils.data import _utils
 
 from datasets import loaders
 from datasets.dataset import ListFileDataset
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
 from datasets.transforms import Views
@@ -27,8 +27,8 @@ def loaded(plain_tree):
     """Two epochs of batches by number of workers."""
 
     def epochs(workers):
-        index = ListIndex.from_file(plain_tree / "train.txt")
-        loader = build_loader(ListFileDataset(index, plain_tree, Views(("query", "key"), 32, 7)), workers)
+        images = ImageList.from_file(plain_tree / "train.txt")
+        loader = build_loader(ListFileDataset(images, plain_tree, Views(("query", "key"), 32, 7)), workers)
         given = []
         for epoch in range(2):
             loader.start_at(epoch, 0)

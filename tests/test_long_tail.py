@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from datasets.prepare.cli import main
 from datasets.prepare.long_tail import SmallImages, write_long_tail
 from tests.helpers import assert_command_mistake, class_image, train
@@ -34,8 +34,8 @@ def prepare(*words, command="long-tail"):
 
 
 def read_lists(folder) -> dict[str, list]:
-    indices = {split: ListIndex.from_file(folder / f"{split}.txt") for split in ("train", "val", "test")}
-    return {split: [(x.path(i), int(x.labels[i])) for i in range(len(x))] for split, x in indices.items()}
+    lists = {split: ImageList.from_file(folder / f"{split}.txt") for split in ("train", "val", "test")}
+    return {split: [(x.path(i), int(x.labels[i])) for i in range(len(x))] for split, x in lists.items()}
 
 
 def counts(entries) -> list[int]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.dataset import load_rgb
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from datasets.prepare import long_tail, published
 from datasets.prepare.cli import main
 from datasets.prepare.folder_lists import split_class
@@ -352,7 +352,7 @@ def check_links(out, root, flat=False):
             link = out / split / folder / name
             assert link.is_symlink() and link.read_text() == path
     found = find_splits(out, {})
-    assert {name: (len(split.index), split.missing) for name, split in found.items()} == {
+    assert {name: (len(split.images), split.missing) for name, split in found.items()} == {
         split: (len(entries), ()) for split, entries in LISTS.items()
     }
 
@@ -430,7 +430,7 @@ def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys)
     assert said.count("iNaturalist18_val.txt") == 3  # verified once, and named for both splits
     succeeds(capsys, "inaturalist18", "--out", lists, "--root", root, "--link", tmp_path / "out")
     found = find_splits(tmp_path / "out", {})
-    assert [len(found[split].index) for split in LISTS] == [10, 6, 6]
+    assert [len(found[split].images) for split in LISTS] == [10, 6, 6]
     assert not any(split.missing for split in found.values())
 
 
@@ -515,8 +515,8 @@ def fashion(tmp_path, request):
 def read_lists(folder):
     found = {}
     for split in ("train", "val", "test"):
-        index = ListIndex.from_file(folder / f"{split}.txt")
-        found[split] = [(index.path(i), int(index.labels[i])) for i in range(len(index))]
+        images = ImageList.from_file(folder / f"{split}.txt")
+        found[split] = [(images.path(i), int(images.labels[i])) for i in range(len(images))]
     return found
 
 

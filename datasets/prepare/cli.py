@@ -60,13 +60,13 @@ def prepare_published(args):
     if args.root and not args.root.is_dir():
         raise UserError(f"--root {args.root}: no such folder")
     about = manifest(args.dataset)
-    indices = obtain_lists(args.dataset, args.out, args.url, args.lists_from, args.overwrite)
+    lists = obtain_lists(args.dataset, args.out, args.url, args.lists_from, args.overwrite)
     files = {split: args.out / facts["file"] for split, facts in about["splits"].items()}
     absent = [str(file) for file in files.values() if not file.is_file()]
-    for split, index in indices.items():
-        counts = index.counts(about["classes"])
+    for split, images in lists.items():
+        counts = images.counts(about["classes"])
         each = f"{counts.max()}" if counts.max() == counts.min() else f"{counts.max()} to {counts.min()}"
-        print(f"{files[split]}: verified, {len(index)} images, {each} in each of {about['classes']} classes")
+        print(f"{files[split]}: verified, {len(images)} images, {each} in each of {about['classes']} classes")
     if files["test"] == files["val"]:
         print(f"{about['name']} has no test list: its val list is used for test, and for validation as well.")
     if absent:
@@ -76,12 +76,12 @@ def prepare_published(args):
         print(message)
     if args.root:
         splits = find_tree(args.root, files, sort_flat=args.link is not None)
-        print(f"{args.root}: all {sum(len(split.index) for split in splits.values())} listed images are there")
+        print(f"{args.root}: all {sum(len(split.images) for split in splits.values())} listed images are there")
         if args.link:
             nested = args.dataset == "places-lt"  # class folders within class folders: <class>/<file> would collide
             made = link_tree(splits, args.link, as_listed if nested else by_split)
             write_files(args.link, {f"{name}.txt": files[name].read_bytes() for name in splits}, args.overwrite)
-            total = sum(len(split.index) for split in splits.values())
+            total = sum(len(split.images) for split in splits.values())
             print(f"{args.link}: {made} links made, {total - made} there already")
     if args.dataset != "imagenet-lt" and not absent and not args.link:
         print("train with", *(f"--{split}-list {file}" for split, file in files.items()))

@@ -122,9 +122,9 @@ def own_splits(root: Path):
     there = [split for split in SPLITS if (root / split).is_dir()]
     entries, classes = {}, None
     for split in there:  # train comes first: it numbers the classes
-        index, classes = class_folders(root, split, classes)
-        Split(split, str(root), index, missing=tuple(missing_entries(index, root, as_listed, split))).require()
-        entries[split] = [(index.path(i), int(index.labels[i])) for i in range(len(index))]
+        images, classes = class_folders(root, split, classes)
+        Split(split, str(root), images, missing=tuple(missing_entries(images, root, as_listed, split))).require()
+        entries[split] = [(images.path(i), int(images.labels[i])) for i in range(len(images))]
     notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: these splits are kept"]
     for split, other in (("val", "test"), ("test", "val")):
         if split not in entries:

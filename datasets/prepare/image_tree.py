@@ -33,7 +33,7 @@ def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> di
     splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
     for name, split in splits.items():
         if sort_flat and split.missing and name == "test":
-            missing = tuple(missing_entries(split.index, root, flat, name, bar("unsorted images")))
+            missing = tuple(missing_entries(split.images, root, flat, name, bar("unsorted images")))
             if len(missing) < len(split.missing):
                 splits[name] = split = split._replace(layout=flat, missing=missing)
         if split.missing:
@@ -43,9 +43,9 @@ def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> di
 
 def diagnose(split: Split) -> str:
     """The likely cause of a split's missing files."""
-    index, root = split.index, Path(split.root)
+    images, root = split.images, Path(split.root)
     step = max(1, len(split.missing) // 200)
-    paths = [split.index.path(i) for i in split.missing[::step]]
+    paths = [split.images.path(i) for i in split.missing[::step]]
     files = [split.layout(path, split.name) for path in paths]
 
     def any_in(folder, paths):
@@ -55,7 +55,7 @@ def diagnose(split: Split) -> str:
         return "something that is not a regular file, such as a FIFO, with an image's name; replace it with the image"
     if split.layout is not flat and any_in(root, [flat(path, split.name) for path in paths]):
         return f"an unsorted validation folder, images without class folders; {SORTING}"
-    if len(split.missing) == len(index):
+    if len(split.missing) == len(images):
         usual = [root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
         below = sorted(child for child in root.iterdir() if child.is_dir())[:1000]
         for base in (root.resolve().parent, *usual, *below):
@@ -66,7 +66,7 @@ def diagnose(split: Split) -> str:
     absent = {folder for folder in folders if not (root / folder).is_dir()}
     if any((root / f"{folder}.tar").is_file() for folder in absent):
         return f"class archives that are not unpacked yet ({next(iter(sorted(absent)))}.tar)"
-    if len(absent) == len(folders) and len(split.missing) == len(index):
+    if len(absent) == len(folders) and len(split.missing) == len(images):
         return "the wrong root, or images that are not unpacked: none of the listed folders is there"
     for file in files:
         for suffix in (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp"):
@@ -87,8 +87,8 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     """
     links = {}
     for name, split in splits.items():
-        for i in range(len(split.index)):
-            path = split.index.path(i)
+        for i in range(len(split.images)):
+            path = split.images.path(i)
             image = os.path.abspath(os.path.join(split.root, split.layout(path, name)))
             link = layout(path, name)
             if links.setdefault(link, image) != image:

@@ -243,9 +243,9 @@ def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, s
     if len(classes) < 2:
         raise UserError(f"{source / 'train'}: has one class folder; a long tail needs two classes")
 
-    def entries(index, numbers=None):
-        numbers = range(len(index)) if numbers is None else numbers
-        return [(index.path(i), int(index.labels[i])) for i in numbers]
+    def entries(images, numbers=None):
+        numbers = range(len(images)) if numbers is None else numbers
+        return [(images.path(i), int(images.labels[i])) for i in numbers]
 
     counts, chosen, held = choose(train.labels.numpy(), classes, largest, imbalance, held_out, seed)
     lists = {split: entries(class_folders(source, split, classes)[0]) for split in held_splits}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
 
-from ..list_file import ListIndex
+from ..list_file import ImageList
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data" / "manifest.json"
 TIMEOUT = 60  # seconds without a byte
@@ -30,8 +30,8 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> ListIndex:
-    """The list's index. Raises UserError, naming source and what is wrong, if it is not the one that facts describe.
+def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> ImageList:
+    """The list's images. Raises UserError, naming source and what is wrong, if it is not the one that facts describe.
 
     facts: a split of the manifest.
     """
@@ -40,10 +40,10 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
     lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if lines != facts["lines"]:
         raise UserError(f"{source}: {lines} lines, {facts['file']} has {facts['lines']}: cut short, or another list")
-    index = ListIndex.from_bytes(source, content)
-    if index.num_classes != num_classes:
-        raise UserError(f"{source}: {index.num_classes} classes, {facts['file']} has {num_classes}: another list")
-    counts = index.counts(num_classes)
+    images = ImageList.from_bytes(source, content)
+    if images.num_classes != num_classes:
+        raise UserError(f"{source}: {images.num_classes} classes, {facts['file']} has {num_classes}: another list")
+    counts = images.counts(num_classes)
     for bound, count in (("max_per_class", int(counts.max())), ("min_per_class", int(counts.min()))):
         if facts.get(bound, count) != count:
             raise UserError(f"{source}: {bound} is {count}, in {facts['file']} it is {facts[bound]}: another list")
@@ -52,7 +52,7 @@ def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> Li
             f"{source}: git blob id {git_blob_id(content)}, that of {facts['file']} is {facts['git_blobs'][0]}: "
             "an altered list, or one with other line endings"
         )
-    return index
+    return images
 
 
 @contextmanager
@@ -91,8 +91,8 @@ def find_on_disk(given: Path, facts: dict, name: str) -> Path | None:
     return next((folder / facts["file"] for folder in folders if (folder / facts["file"]).is_file()), None)
 
 
-def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, overwrite=False) -> dict[str, ListIndex]:
-    """Brings the published lists of a data set into out; returns {split: index} of those that are there now.
+def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, overwrite=False) -> dict[str, ImageList]:
+    """Brings the published lists of a data set into out; returns {split: list} of those that are there now.
 
     They are taken from given (a folder, or a file: that list alone), else downloaded from url, else from the published
     source. Lists that are there already are verified and kept. Raises UserError if a list cannot be obtained or is not
@@ -103,31 +103,31 @@ def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, o
     if given is not None:
         if not given.exists():
             raise UserError(f"--from {given}: no such file or folder")
-        found = {split: find_on_disk(given, facts, about["name"]) for split, facts in wanted.items()}
-        if not any(found.values()):
+        on_disk = {split: find_on_disk(given, facts, about["name"]) for split, facts in wanted.items()}
+        if not any(on_disk.values()):
             names = ", ".join(facts["file"] for facts in wanted.values())
             raise UserError(f"--from {given}: holds none of {names}")
-    indices = {}
+    lists = {}
     for split, facts in wanted.items():
         file = out / facts["file"]
         if file.is_file():
             try:
-                indices[split] = check_list(file.read_bytes(), str(file), facts, about["classes"])
+                lists[split] = check_list(file.read_bytes(), str(file), facts, about["classes"])
                 continue
             except UserError as error:
                 if not overwrite:
                     raise UserError(f"{error}; remove it, or replace it with --overwrite") from None
-        if given is not None and found[split] is None:
+        if given is not None and on_disk[split] is None:
             continue
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as target:
             if given is not None:
-                source = str(found[split])
+                source = str(on_disk[split])
                 shutil.copyfile(source, target.name)
             else:
                 source = f"{(url or about['source']).rstrip('/')}/{facts['file']}"
                 download(source, target.name)
-            index = check_list(Path(target.name).read_bytes(), source, facts, about["classes"])
-            index.name = str(file)
-            indices[split] = index
-    return indices
+            images = check_list(Path(target.name).read_bytes(), source, facts, about["classes"])
+            images.name = str(file)
+            lists[split] = images
+    return lists

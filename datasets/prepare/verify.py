@@ -97,7 +97,7 @@ def examine(split: Split, decode: bool) -> Findings:
         for i in chunk:
             if i in missing:
                 continue
-            file = os.path.join(split.root, split.layout(split.index.path(i), split.name))
+            file = os.path.join(split.root, split.layout(split.images.path(i), split.name))
             folder, name = os.path.split(file)
             real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
             if os.path.commonpath((root, real)) != root:
@@ -107,11 +107,11 @@ def examine(split: Split, decode: bool) -> Findings:
         return found
 
     size = 64 if decode else 1024
-    chunks = [range(start, min(start + size, len(split.index))) for start in range(0, len(split.index), size)]
+    chunks = [range(start, min(start + size, len(split.images))) for start in range(0, len(split.images), size)]
     findings = Findings()
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(desc=f"{split.name}: reading", total=len(split.index), unit="image", disable=None) as progress,
+        tqdm(desc=f"{split.name}: reading", total=len(split.images), unit="image", disable=None) as progress,
     ):
         for chunk, found in zip(chunks, pool.map(look, chunks), strict=True):
             findings.add(found)
@@ -121,10 +121,10 @@ def examine(split: Split, decode: bool) -> Findings:
 
 def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool) -> list[str]:
     """The table's lines, one row per split; its many, medium and few follow from the training list's counts."""
-    groups = shot_groups(splits["train"].index.counts(0)) if "train" in splits else None
+    groups = shot_groups(splits["train"].images.counts(0)) if "train" in splits else None
     rows = [("split", "images", "classes", "many", "medium", "few", "imbalance", "missing", "unreadable", "layout")]
     for name, split in splits.items():
-        counts = split.index.counts(0)
+        counts = split.images.counts(0)
         present = counts.nonzero().flatten()
         shots = ["-"] * 3
         if groups is not None:
@@ -133,7 +133,7 @@ def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool
         unreadable = str(len(findings[name].unreadable)) if decoded else "-"
         factor = f"{int(counts.max()) / int(counts[present].min()):.1f}"
         layout = LAYOUT_NAMES[split.layout]
-        row = (name, len(split.index), len(present), *shots, factor, len(split.missing), unreadable, layout)
+        row = (name, len(split.images), len(present), *shots, factor, len(split.missing), unreadable, layout)
         rows.append(tuple(map(str, row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -143,8 +143,8 @@ def shared_images(splits: dict[str, Split]):
     """(problems, information): lines about entries that are in several splits, or several times in one."""
     problems, information, paths = [], [], {}
     for name, split in splits.items():
-        paths[name] = {posixpath.normpath(split.index.path(i)) for i in range(len(split.index))}
-        if repeated := len(split.index) - len(paths[name]):
+        paths[name] = {posixpath.normpath(split.images.path(i)) for i in range(len(split.images))}
+        if repeated := len(split.images) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
     for one, other in combinations(splits, 2):
         both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
@@ -166,8 +166,7 @@ def is_same_image(path: str, one: Split, other: Split) -> bool:
 
 def entry(split: Split, i: int) -> str:
     """An entry for messages: its file below the root, and its line in the list."""
-    file = split.layout(split.index.path(i), split.name)
-    return file if split.index.from_folders else f"{file} ({split.index.locate([i])})"
+    return split.images.with_line(split.layout(split.images.path(i), split.name), i)
 
 
 def show(lines: list[str]):
@@ -180,9 +179,9 @@ def show(lines: list[str]):
 
 def describe(split: Split, found: Findings):
     """Prints what is wrong with a split, then what is good to know."""
-    index, name = split.index, split.name
+    images, name = split.images, split.name
     if split.missing:
-        print(f"{name}: {len(split.missing)} of {len(index)} images are missing; it looks like {diagnose(split)}")
+        print(f"{name}: {len(split.missing)} of {len(images)} images are missing; it looks like {diagnose(split)}")
         show([entry(split, i) for i in split.missing[:MAX_SHOWN]])
         if len(split.missing) > MAX_SHOWN:
             print(f"  and {len(split.missing) - MAX_SHOWN} more")
@@ -207,11 +206,11 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findi
     with file.open("w", encoding="utf-8", errors="surrogateescape") as report:
         for name, split in splits.items():
             for i in split.missing:
-                image = os.path.join(split.root, split.layout(split.index.path(i), name))
+                image = os.path.join(split.root, split.layout(split.images.path(i), name))
                 reason = "not a regular file" if os.path.exists(image) else "no such file"
-                report.write(f"missing\t{name}\t{split.index.path(i)}\t{reason}\n")
+                report.write(f"missing\t{name}\t{split.images.path(i)}\t{reason}\n")
             for i, reason in findings[name].unreadable:
-                report.write(f"unreadable\t{name}\t{split.index.path(i)}\t{reason}\n")
+                report.write(f"unreadable\t{name}\t{split.images.path(i)}\t{reason}\n")
 
 
 def plot(figure_class, file: Path, splits: dict[str, Split]):
@@ -219,7 +218,7 @@ def plot(figure_class, file: Path, splits: dict[str, Split]):
     figure = figure_class(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, split in splits.items():
-        counts = split.index.counts(0).sort(descending=True).values
+        counts = split.images.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
     for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
@@ -248,7 +247,7 @@ def verify(args) -> int:
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
     for split in splits.values():
-        split.index.check_num_classes()
+        split.images.check_num_classes()
     findings = {name: examine(split, args.decode) for name, split in splits.items()}
     problems, information = shared_images(splits)
 
@@ -256,9 +255,9 @@ def verify(args) -> int:
     for name, split in splits.items():
         describe(split, findings[name])
     if "train" in splits:
-        trained = set(splits["train"].index.labels.unique().tolist())
+        trained = set(splits["train"].images.labels.unique().tolist())
         for name, split in splits.items():
-            if untrained := set(split.index.labels.unique().tolist()) - trained:
+            if untrained := set(split.images.labels.unique().tolist()) - trained:
                 information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
     for line in problems:
         print(line)

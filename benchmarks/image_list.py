@@ -1,6 +1,6 @@
-"""Load time and memory of the list index, compared with a plain list of tuples; Linux only.
+"""Load time and memory of an image list, compared with a plain list of tuples; Linux only.
 
-    python -m benchmarks.list_index [--entries 10000000]
+    python -m benchmarks.image_list [--entries 10000000]
 
 Writes a list into a temporary folder and loads it in both ways, each in a fresh process, which then starts two data
 loader workers that read entries from the whole list. Memory is private memory (/proc/<pid>/smaps_rollup), which is
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.list_file import ListIndex
+from datasets.list_file import ImageList
 from utils.command_line import ArgumentParser, run_command, whole_number
 
 STRIDE = 16  # entries apart: closer than a page of either kind
@@ -55,7 +55,7 @@ class Reader(torch.utils.data.Dataset):
         before = memory()["private"]
         length = len(self.entries)
         for j in range(i * length // WORKERS, (i + 1) * length // WORKERS, STRIDE):
-            if isinstance(self.entries, ListIndex):
+            if isinstance(self.entries, ImageList):
                 self.entries.path(j), int(self.entries.labels[j])
             else:
                 _path, _label = self.entries[j]
@@ -65,7 +65,7 @@ class Reader(torch.utils.data.Dataset):
 def measure(kind: str, file: str) -> dict:
     """Loads the list and reads it in workers; runs in a separate process."""
     before, start = memory()["private"], time.perf_counter()
-    entries = ListIndex.from_file(file) if kind == "index" else load_tuples(file)
+    entries = ImageList.from_file(file) if kind == "arrays" else load_tuples(file)
     seconds = time.perf_counter() - start
     resident = memory()["private"] - before
     loader = torch.utils.data.DataLoader(
@@ -95,8 +95,8 @@ def work(args):
         write_list(file, args.entries)
         size = os.path.getsize(file)
         print(f"{args.entries} entries, {size / 1e6:.0f} MB, {size / args.entries:.0f} bytes per line")
-        for kind, title in (("index", "list index"), ("tuples", "list of tuples")):
-            command = [sys.executable, "-m", "benchmarks.list_index", "--measure", kind, str(file)]
+        for kind, title in (("arrays", "image list"), ("tuples", "list of tuples")):
+            command = [sys.executable, "-m", "benchmarks.image_list", "--measure", kind, str(file)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(output.splitlines()[-1])
             print(
@@ -106,7 +106,7 @@ def work(args):
 
 
 def main(argv=None) -> int:
-    parser = ArgumentParser(__doc__, prog="python -m benchmarks.list_index")
+    parser = ArgumentParser(__doc__, prog="python -m benchmarks.image_list")
     parser.add_argument("--entries", type=whole_number(WORKERS), default=10_000_000, metavar="N")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     return run_command(work, parser, argv)
