@@ -1,4 +1,4 @@
-"""Runs all benchmarks, one after the other.
+"""Runs the benchmarks that have a table in docs/benchmarks.md, one after the other.
 
 python -m benchmarks.all [--scaling] [--write docs/benchmarks.md]
 python -m benchmarks.all --quick                    tiny sizes: checks that the benchmarks run, measures nothing

@@ -2,9 +2,9 @@
 
     python -m benchmarks.arithmetic [--gpus 1 8 64] [--batch 256] [--gpu-tflops 60] [--network-gbit 200]
 
---batch counts the images per node, as in the training scripts; a node has 8 GPUs. Three figures are assumptions: the
-rate of a GPU in a training step, the rate of a node's network, and the mean size of an image file (ImageNet's). The
-time that a worker needs per image is measured by benchmarks.loader on a given machine.
+--batch counts the images per node, as in the training scripts; a node has 8 GPUs. Assumptions, each a flag: the rate of
+a GPU in a training step, the rate of a node's network, the mean size of an image file (ImageNet's), and the time that a
+worker needs per image, which benchmarks.loader measures on a given machine.
 """
 
 import functools

@@ -82,7 +82,7 @@ def seconds(function, device="cpu", clock=time.perf_counter) -> float:
 def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, list[float]]:
     """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
 
-    A first turn, to warm up, is left out. A first call of many seconds is told on stderr: cuDNN's search for fast
+    A first turn, to warm up, is left out. A first call of many seconds is reported on stderr: cuDNN's search for fast
     algorithms and --compile can take longer than all that is timed.
     """
     taken = {name: [] for name in functions}

@@ -6,7 +6,8 @@
 The parts: the tests marked gpu; training steps in float32, TF32, bf16 and fp16, with and without --compile; how far
 these move the losses over 200 steps; the contrastive loss; the loader; a short training of all stages with the recipes
 of CIFAR100-LT. Each part is a process with a time limit: one that fails or hangs is reported with its last lines, and
-the next one starts. The exit status is 0 if all parts passed, else 1.
+the next one starts. The exit status is 0 if all parts passed, 1 if not, and 2 without a
+GPU.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ EAGER = ("float32", "channels_last", "tf32", "bf16", "fp16")  # variants of benc
 COMPILED = ("bf16 compiled", "fp16 compiled", "tf32 compiled", "float32 compiled")
 TAIL = 25  # lines that a report shows of a part's output
 PARTS = (
-    "tests", "steps", "drift", "contrastive loss", "loader", "training", *(f"steps, {name}" for name in COMPILED),
-    "drift, compiled",
+    "tests", "steps", "drift", "contrastive loss", "loader", "training", *(f"steps ({name})" for name in COMPILED),
+    "drift (compiled)",
 )  # fmt: skip
 GRACE = 5  # seconds between the request to end and the kill
 LEAST = 5  # seconds that a part needs at least
@@ -112,8 +113,8 @@ def parts(args, work: Path) -> list[Part]:
         benchmark("contrastive loss", 90, "loss", sizes["loss"]),
         benchmark("loader", 90, "loader", sizes["loader"]),
         Part("training", 240, training, tables=False),
-        *(benchmark(f"steps, {name}", 240, "step", f"{steps} --stages i", [name]) for name in COMPILED),
-        benchmark("drift, compiled", 240, "step", f"--drift {sizes['compiled drift']}", COMPILED),
+        *(benchmark(f"steps ({name})", 240, "step", f"{steps} --stages i", [name]) for name in COMPILED),
+        benchmark("drift (compiled)", 240, "step", f"--drift {sizes['compiled drift']}", COMPILED),
     ]
 
 

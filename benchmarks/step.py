@@ -41,7 +41,7 @@ VARIANTS = {  # the scripts' flags
     "fp16 compiled": "--channels-last --amp fp16 --compile",
 }
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAR = 2**31 - 1  # steps: no progress line, which would wait for the device, is printed
+HUGE = 2**31 - 1  # steps: no progress line, which would wait for the device, is printed
 DRIFT_SPANS = ((0, 10), (10, 50), (50, 200))
 SCALING_BATCHES = (2, 4, 8, 16, 32)
 
@@ -52,7 +52,7 @@ SCALING_BATCHES = (2, 4, 8, 16, 32)
 def script_args(stage, variant, arch, classes, size, queue):
     """The arguments of a stage's script, with the flags of a variant."""
     flags = (
-        f"--arch {arch} --num-classes {classes} --image-size {size} --lr 0.01 --print-freq {FAR} {VARIANTS[variant]}"
+        f"--arch {arch} --num-classes {classes} --image-size {size} --lr 0.01 --print-freq {HUGE} {VARIANTS[variant]}"
     )
     if stage == "i":
         flags += f" --moco-k {queue}"
@@ -81,7 +81,7 @@ class RepeatedBatch:
 
     def __init__(self, views, labels, device, channels_last: bool = False, count: int = 1):
         self.views, self.labels, self.device, self.channels_last = views, labels, device, channels_last
-        self.count, self.images_per_step, self.images_per_epoch = count, len(labels), FAR
+        self.count, self.images_per_step, self.images_per_epoch = count, len(labels), HUGE
 
     def start_at(self, epoch: int, position: int):
         """Does nothing: every epoch and step has the same batch."""

@@ -29,7 +29,7 @@ from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
 from utils.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure
-from utils.report import COLUMNS, spread
+from utils.report import COLUMNS, format_accuracy
 from utils.runs import mean, read_runs
 from utils.seeds import Group, mean_rows
 
@@ -273,7 +273,7 @@ def tables() -> list[Table]:
         cells = [cell for plan in plans for cell in plan.cells]
         groups = groups_of(cells, RECORDS / lists / f"{epochs}_epochs")
         rows = [
-            (f"{row['run']}, {row['classifier']}", str(row["seeds"]), *(spread(row, key) for key in COLUMNS))
+            (f"{row['run']}, {row['classifier']}", str(row["seeds"]), *(format_accuracy(row, key) for key in COLUMNS))
             for row in mean_rows(groups)
         ]
         title = f"{plans[0].title[0].upper()}{plans[0].title[1:]}: top-1 of the groups and top-5, in per cent"

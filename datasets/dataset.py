@@ -24,7 +24,7 @@ if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler")
 
 
 def load_rgb(file) -> Image.Image:
-    """The image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits.
+    """The image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 bits.
 
     Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
     than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError

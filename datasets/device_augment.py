@@ -52,7 +52,7 @@ def _change(images, chosen, operation):
 
 
 def _blend(images, operations, parameters):
-    """Brightness, contrast or saturation, in place: f x + (1 - f) r, with r black, the mean grey or the grey image.
+    """Brightness, contrast or saturation, in place: f x + (1 - f) r, with r black, the mean gray or the gray image.
 
     operations (N,): the operation of each image; HUE leaves it as it is.
     """
@@ -63,9 +63,9 @@ def _blend(images, operations, parameters):
     factors = torch.ones_like(operations)
     for operation in (BRIGHTNESS, CONTRAST, SATURATION):
         factors = torch.where(operations == operation, parameters[:, operation], factors)
-    grey = TF.rgb_to_grayscale(images)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    reference = grey.mul_(column(operations == SATURATION)).add_(mean * column(operations == CONTRAST))
+    gray = TF.rgb_to_grayscale(images)
+    mean = gray.mean(dim=(1, 2, 3), keepdim=True)
+    reference = gray.mul_(column(operations == SATURATION)).add_(mean * column(operations == CONTRAST))
     factors = column(factors)
     images.mul_(factors).add_(reference.mul_(1 - factors)).clamp_(0, 1)
 

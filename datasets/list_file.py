@@ -95,7 +95,11 @@ class ImageList:
             try:
                 entry = parse_line(line)
             except ValueError as error:
-                raise UserError(f"{name}, line {number}: {error}") from None
+                where, hint = f"{name}, line {number}", ""
+                if os.path.isdir(name):  # the lines were made of its files
+                    file = os.fsdecode(line.rsplit(None, 1)[0])
+                    where, hint = os.path.join(os.path.dirname(name), file), "; rename the file or folder"
+                raise UserError(f"{where}: {error}{hint}") from None
             if entry is not None:
                 starts.append(start)
                 labels.append(entry[1])

@@ -1,6 +1,7 @@
 """Which lists a run uses, and in which layout their images lie below DIR."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ class Split(NamedTuple):
     def require(self):
         """Raises UserError with the first missing files and their number, if there are any."""
         if self.missing:
-            remedy = f"correct DIR or the list; python -m datasets.verify {self.root} --report FILE lists them all"
+            given = [f"--{self.name}-list", self.images.name] if self.images.has_list_file else []
+            command = shlex.join(["python", "-m", "datasets.verify", self.root, *given, "--report", "FILE"])
+            remedy = f"correct DIR or the list; {command} lists them all"
             raise UserError(f"{self.missing_message()}; {remedy}")
 
     def missing_message(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 TORCHVISION = tuple(torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"]))
-CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks per stage
+CIFAR = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks per layer
 ARCHS = tuple(sorted(TORCHVISION + tuple(CIFAR)))
 
 
@@ -36,15 +36,15 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks)
-        self.layer2 = self._stage(16, 32, blocks)
-        self.layer3 = self._stage(32, 64, blocks)
+        self.layer1 = self._make_layer(16, 16, blocks)
+        self.layer2 = self._make_layer(16, 32, blocks)
+        self.layer3 = self._make_layer(32, 64, blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _stage(inputs, outputs, blocks):
+    def _make_layer(inputs, outputs, blocks):
         if inputs == outputs:
             first = BasicBlock(inputs, outputs)
         else:

@@ -17,7 +17,7 @@ MAX_ASPECT_RATIO = 20
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as RGB, 8 bits per channel, whatever its mode: grey, palette, CMYK, 16 bits."""
+    """A PIL image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 bits."""
     if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
         levels = np.asarray(image).clip(0, 65535) // 257
         image = Image.fromarray(levels.astype(np.uint8))
@@ -39,7 +39,7 @@ class ResizeTo:
 class CropEnds:
     """Cuts off the ends of an image whose longer side is over MAX_ASPECT_RATIO times the shorter one.
 
-    The central crop does not reach them, and resizing 60,000 x 1 pixels to a shorter side of 256 would take 12 GB.
+    The central crop does not reach them, and resizing 60,000 x 1 pixels to a shorter side of 256 would take over 14 GB.
     """
 
     def __call__(self, image):

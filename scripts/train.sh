@@ -36,7 +36,7 @@ find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
 launch=("$python")
 [ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 
-# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. Should
+# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. If
 # they come too late for the stage, at least no other starts.
 child='' signaled='' stop=
 trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1

@@ -110,6 +110,9 @@ def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):
     (tmp_path / "train" / "a" / "2\n.png").touch()
     with pytest.raises(UserError, match="holds a line break"):
         class_folders(tmp_path, "train")
+    os.rename(tmp_path / "train" / "a" / "2\n.png", os.fsencode(tmp_path / "train" / "a") + b"/2\xff.png")
+    with pytest.raises(UserError, match=r"/train/a/2.*\.png: the path is not UTF-8 text; rename the file or folder"):
+        class_folders(tmp_path, "train")
 
 
 def test_only_regular_files_are_opened(tmp_path):

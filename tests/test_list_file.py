@@ -1,12 +1,13 @@
 """The list parser, layouts of image trees, and class folders."""
 
 import os
+import shlex
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import splits
+from datasets import splits, verify
 from datasets.layout import as_listed, by_split, find_layout
 from datasets.list_file import ImageList
 from datasets.prepare.list_writer import list_content
@@ -175,6 +176,19 @@ def test_a_fifo_in_a_class_folder_counts_as_missing(tmp_path):
     splits["val"].require()
     with pytest.raises(UserError, match=r"1 of 2 files .* train/cat/2\.png \(not a regular file\)"):
         splits["train"].require()
+
+
+@pytest.mark.parametrize("name", ["train.txt", "my own.txt"])
+def test_the_advice_for_missing_files_is_a_command_that_lists_them(tmp_path, name):
+    """Also if the list is somewhere else, and has another name than verify looks for."""
+    (tmp_path / name).write_text("a.png 0\nb.png 0\n")
+    lists = dict.fromkeys(SPLITS, tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        find_splits(tmp_path, lists)["train"].require()
+    words = shlex.split(str(caught.value).split("; ")[-1].removesuffix(" lists them all"))
+    assert words[:3] == ["python", "-m", "datasets.verify"]
+    report = tmp_path / "report"
+    assert verify.main([*words[3:-1], str(report)]) == 1 and report.read_text().count("\n") == 2
 
 
 # ---- which lists

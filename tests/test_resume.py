@@ -217,7 +217,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, 
 @pytest.mark.parametrize(("prefix", "best"), [("module.", float), ("", torch.tensor), ("module.", np.float64)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, prefix, best):
-    """They have only these five entries; best_acc1 may have any type, and a tensor rounds it to float32."""
+    """They have no other entries; best_acc1 may have any type, and a tensor rounds it to float32."""
     saved = checkpoint(trained[stage], PREVIOUS)
     published = {name: saved[name] for name in ("epoch", "arch", "optimizer")}
     published["best_acc1"] = best(float(saved["best_acc1"]))

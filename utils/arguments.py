@@ -14,7 +14,7 @@ from models import ARCHS
 from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
 from . import recipes
-from .command_line import ArgumentParser, filled, number, option_words, run_only, whole_number, with_hyphens
+from .command_line import ArgumentParser, non_empty, number, option_words, run_only, whole_number, with_hyphens
 from .distributed import gather_objects, num_cores, print_main
 from .errors import UserError
 
@@ -40,7 +40,7 @@ SHARED_ARGS = {  # flags that the stages of a training have in common; backbone 
 }  # fmt: skip
 
 
-class Nothing(argparse.Action):
+class IgnoreWord(argparse.Action):
     """The action of a word that only separates others."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -101,7 +101,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     )
     add = parser.add_argument
     # fmt: off
-    run_only(add(recipes.END, nargs=0, dest=argparse.SUPPRESS, action=Nothing, help=argparse.SUPPRESS))
+    run_only(add(recipes.END, nargs=0, dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS))
     add("data", metavar="DIR",
         help="image folder that the lists' paths are relative to, or a tree of class folders")
     run_only(add("-j", "--workers", default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
@@ -137,7 +137,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         "--output_dir is given"))
     add("--cos", action=ON_OFF, default=False,
         help="cosine schedule, by epoch; the published commands use it in every stage")
-    run_only(add("--output_dir", default=output_dir, type=filled, metavar="DIR",
+    run_only(add("--output_dir", default=output_dir, type=non_empty, metavar="DIR",
         help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)"))
     run_only(add("--overwrite", action=ON_OFF, default=False,
         help="start over in an --output_dir that already holds a checkpoint"))
@@ -155,10 +155,10 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         help="seed of everything random; also asks CUDA for deterministic algorithms (default: drawn and printed)")
 
     data = parser.add_argument_group("data")
-    run_only(data.add_argument("--train-list", type=filled, metavar="FILE",
+    run_only(data.add_argument("--train-list", type=non_empty, metavar="FILE",
         help="training list, '<path below DIR> <label>' per line"))
-    run_only(data.add_argument("--val-list", type=filled, metavar="FILE", help="validation list"))
-    run_only(data.add_argument("--test-list", type=filled, metavar="FILE", help="test list"))
+    run_only(data.add_argument("--val-list", type=non_empty, metavar="FILE", help="validation list"))
+    run_only(data.add_argument("--test-list", type=non_empty, metavar="FILE", help="test list"))
     data.add_argument("--image-size", default=224, type=whole_number(MIN_SIZE, MAX_SIZE), metavar="S",
         help="side of the square views; up to 64 they are cropped with padding, as is usual on CIFAR "
         "(default: %(default)s)")
@@ -175,7 +175,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         "on CIFAR (default: %(default)s)")
     data.add_argument("--augment", default="pil", choices=("pil", "device"),
         help="where colors are jittered and views blurred: 'pil' in the workers; 'device' in batches on the training "
-        "device, which relieves the workers; the distributions are the same (default: %(default)s)")
+        "device, which relieves the workers; the random decisions are the same (default: %(default)s)")
 
     model = parser.add_argument_group("model and numerics")
     model.add_argument("--arch", default="resnext50_32x4d", choices=ARCHS, metavar="ARCH",
@@ -199,7 +199,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     run_only(processes.add_argument("--gpu", default=None, type=whole_number(0, MAX_PROCESSES), metavar="N",
         help="number of the one GPU to use"))
     run_only(processes.add_argument("--multiprocessing-distributed", action=ON_OFF, default=False,
-        help="start one process per GPU on this node, or --nproc processes if there is no GPU"))
+        help="start one process per GPU on this node, without GPUs one, or --nproc processes"))
     run_only(processes.add_argument("--nproc", default=1, type=whole_number(1, MAX_PROCESSES), metavar="N",
         help="processes of --multiprocessing-distributed (default: one per GPU, without GPUs %(default)s)"))
     run_only(processes.add_argument("--world-size", default=-1, type=whole_number(-1, 2**20), metavar="N",

@@ -88,7 +88,8 @@ def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "")
     path = getattr(args, flag.lstrip("-").replace("-", "_"))
     with raise_on_all_ranks():
         if not path:
-            raise UserError(f"{flag} is missing: name the checkpoint of stage {named(stages)} to start from{hint}")
+            names = stage_names(stages)
+            raise UserError(f"{flag} is missing: name the checkpoint of stage {names} to start from{hint}")
         loaded = read_stage(path, flag, stages)
         for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
             print_main(line)
@@ -133,16 +134,15 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
     if found is None:
         raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
-        raise UserError(
-            f"{path}: a checkpoint of stage {STAGE_NAMES[found['stage']]}; {flag} takes one of stage {named(stages)}"
-        )
+        stage = STAGE_NAMES[found["stage"]]
+        raise UserError(f"{path}: a checkpoint of stage {stage}; {flag} takes one of stage {stage_names(stages)}")
     names = content.get("classes")
     if names is not None and len(names) != found["num_classes"]:
         raise UserError(f"{path}: it names {len(names)} classes, and has {found['num_classes']}; correct {flag}")
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
-def named(stages) -> str:
+def stage_names(stages) -> str:
     """The stages as a message names them."""
     return " or ".join(STAGE_NAMES[stage] for stage in stages)
 

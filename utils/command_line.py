@@ -159,7 +159,7 @@ def check_bounds(text: str, value: float, least: float, most: float):
         )
 
 
-def filled(text: str) -> str:
+def non_empty(text: str) -> str:
     """An argparse type: text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
@@ -198,7 +198,7 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
     escape_unprintable()
     try:
         status = work(parser.parse_args(argv)) or 0
-        sys.stdout.flush()  # here, where a failure is told
+        sys.stdout.flush()  # here, where a failure is reported
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -95,7 +95,7 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
 
 
 def published_content(path, content: dict, arch: str) -> dict:
-    """The five entries of the published scripts' checkpoints; their label queue is float32.
+    """What the published scripts read from a checkpoint; their label queue is float32.
 
     path: of the checkpoint, for messages. Raises UserError if the checkpoint has no optimizer.
     """

@@ -72,8 +72,8 @@ def check_memory(model, batch_size: int, args, device):
         return
     limits = available, int(WARN_ABOVE * available)
     per_process = args.accum_steps * get_dist_info().local_world_size
-    most, roomy = (n * per_process for n in largest_batches(model, args, device, limits))
-    advice = "none can fit" if not most else f"at most {most} can fit" + (f", {roomy} leaves room" if roomy else "")
+    most, ample = (n * per_process for n in largest_batches(model, args, device, limits))
+    advice = "none can fit" if not most else f"at most {most} can fit" + (f", {ample} leaves room" if ample else "")
     accum_steps = advised_accum_steps(model, batch_size * args.accum_steps, args, device, limits)
     if accum_steps:
         advice += f"; --accum-steps {accum_steps} fits this batch"
@@ -90,10 +90,10 @@ def advised_accum_steps(model, images: int, args, device, limits) -> int | None:
     One that divides the images, if there is one, so that the step keeps its size.
     """
     args = argparse.Namespace(**vars(args) | {"accum_steps": 2})  # gradients accumulate with any number above 1
-    most, roomy = largest_batches(model, args, device, limits)
+    most, ample = largest_batches(model, args, device, limits)
     if not most:
         return None
-    fewest, end = max(2, images // ((roomy or most) + 1) + 1), images // SMALLEST_BATCH + 1
+    fewest, end = max(2, images // ((ample or most) + 1) + 1), images // SMALLEST_BATCH + 1
     return next((n for n in range(fewest, end) if images % n == 0), fewest if fewest < end else None)
 
 

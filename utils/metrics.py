@@ -32,7 +32,7 @@ class MetricLogger:
         """Complete steps."""
         return self.updates // self.accum_steps
 
-    def fresh(self) -> "MetricLogger":
+    def without_values(self) -> "MetricLogger":
         """One without values, for the next epoch."""
         return MetricLogger(self.device, self.accum_steps)
 

@@ -11,7 +11,7 @@ from models.backbones import CIFAR, backbone_shapes, infer_arch
 from models.load import is_dense, read_checkpoint
 from models.ssd import describe_mismatch, strip_module, strip_prefix
 
-from .command_line import filled, run_only
+from .command_line import non_empty, run_only
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
@@ -21,7 +21,7 @@ TORCHVISION = "torchvision"  # the value that means torchvision's default weight
 def add_pretrained_flag(group):
     """Adds --pretrained to a group of flags."""
     # fmt: off
-    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=filled, metavar="PATH",
+    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=non_empty, metavar="PATH",
         help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
         "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
         f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))

@@ -11,7 +11,7 @@ END = "--end-of-recipe"  # stands after the words of a recipe, so that its last 
 MAX_DEPTH = 10  # of recipes within recipes
 
 
-class Word(str):
+class RecipeWord(str):
     """A word of a recipe; origin: the file and line that it stands in."""
 
     origin = ""
@@ -42,7 +42,7 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            found = [Word(word) for word in shlex.split(line, comments=True)]
+            found = [RecipeWord(word) for word in shlex.split(line, comments=True)]
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
         for word in found:

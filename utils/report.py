@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from .command_line import ArgumentParser, filled, run_command
+from .command_line import ArgumentParser, non_empty, run_command
 from .errors import UserError, printable
 from .metrics import FEW_BELOW
 from .runs import ACCURACIES, Run, class_mean, read_runs
@@ -28,7 +28,7 @@ COLUMNS = {
     "overall": "Overall",
     "top5": "Top-5",
 }
-HANDFUL = 50  # test images of few-shot classes; with fewer, a table says how many there are
+FEW_TEST_IMAGES = 50  # test images of few-shot classes; with fewer, a table says how many there are
 
 
 def percent(value) -> str:
@@ -49,7 +49,7 @@ def few_note(records: list[dict]) -> list[str]:
     for record in records:
         classes = zip(record.get("train_counts") or (), record.get("test_counts") or (), strict=False)
         numbers.add(sum(tested for trained, tested in classes if trained < FEW_BELOW))
-    few = sorted(number for number in numbers if 0 < number < HANDFUL)
+    few = sorted(number for number in numbers if 0 < number < FEW_TEST_IMAGES)
     if not few:
         return []
     number = f"{few[0]}" if len(few) == 1 else f"{few[0]} to {few[-1]}"
@@ -84,11 +84,11 @@ def summary_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         name = f"{row['run']}, {row['classifier']} classifier"
-        cells.append([name, *(str(row["seeds"]) for _ in seeds), *(spread(row, key) for key in COLUMNS)])
+        cells.append([name, *(str(row["seeds"]) for _ in seeds), *(format_accuracy(row, key) for key in COLUMNS)])
     return ["", *seeds, *COLUMNS.values()], cells
 
 
-def spread(row: dict, key: str) -> str:
+def format_accuracy(row: dict, key: str) -> str:
     """An accuracy in per cent, with its standard deviation if the row has one."""
     deviation = row.get(f"{key}_std")
     return percent(row[key]) + ("" if deviation is None else f" ± {percent(deviation)}")
@@ -159,9 +159,9 @@ def get_parser() -> ArgumentParser:
     formats.add_argument("--csv", action="store_true",
         help="print the table as CSV, accuracies in [0, 1] with all digits")
     formats.add_argument("--json", action="store_true", help="print the table as a JSON list, likewise")
-    parser.add_argument("--plots", type=filled, metavar="OUT",
+    parser.add_argument("--plots", type=non_empty, metavar="OUT",
         help="draw each run's curves into this folder, as PNG and PDF (pip install matplotlib)")
-    parser.add_argument("--html", type=filled, metavar="FILE",
+    parser.add_argument("--html", type=non_empty, metavar="FILE",
         help="write tables, curves and arguments to one page that refers to no other file (pip install matplotlib)")
     # fmt: on
     return parser

@@ -65,7 +65,7 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     if state.images == state.step * per_step and (saved_world_size == world_size or not state.step):
         return
     if train_loader.depends_on_ranks:
-        state.step, state.images, state.metrics = 0, 0, state.metrics.fresh()
+        state.step, state.images, state.metrics = 0, 0, state.metrics.without_values()
         print_main(f"warning: epoch {state.epoch + 1} starts over, since its batches are different now")
     else:
         print_main(f"warning: epoch {state.epoch + 1} continues after its first {state.images} images")

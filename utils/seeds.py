@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .errors import printable
 from .runs import ACCURACIES, Run, distinct_names, mean, read_args
 
-# Arguments that do not change the method: paths, printing, devices and processes.
+# Arguments that do not change the method: paths, printing, the device, and how processes meet.
 IGNORED = {
     *("data", "train_list", "val_list", "test_list", "output_dir", "overwrite", "resume", "evaluate", "plots"),
     *("workers", "eval_batch_size", "print_freq", "save_every_steps", "tensorboard", "deterministic", "device", "gpu"),

@@ -31,8 +31,7 @@ def prepare_model(model, device, args):
     set_numerics(args)
     if args.sync_bn:
         convert_sync_batchnorm(model, device)
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
-    model.to(device=device, memory_format=layout)
+    model.to(device=device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     if args.compile:
         for name, module in model.named_children():
             if name.startswith("encoder"):
@@ -225,7 +224,7 @@ class TrainState:
         is_best = bool(results) and results[best]["class_mean"] > self.best
         if is_best:
             self.best = results[best]["class_mean"]
-        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.fresh()
+        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.without_values()
         with raise_on_all_ranks():
             if is_main_process():
                 self.folder.write_epoch(record)

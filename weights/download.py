@@ -100,15 +100,15 @@ def obtain(name: str, source: Path | None, out: Path) -> str:
 
 def verify_existing(name: str, source: Path | None, out: Path) -> str:
     """The SHA-256 of an existing file. Raises UserError if it is not the release, or not the same as source."""
-    mend = "move it away, or choose another --out"
+    remedy = "move it away, or choose another --out"
     if not out.is_file():
-        raise UserError(f"{out}: exists already, and is not a regular file; {mend}")
+        raise UserError(f"{out}: exists already, and is not a regular file; {remedy}")
     if source is not None and not filecmp.cmp(source, out, shallow=False):
-        raise UserError(f"{out}: exists already, and differs from {source}; {mend}")
+        raise UserError(f"{out}: exists already, and differs from {source}; {remedy}")
     try:
         return verify(name, out)
     except ValueError as error:
-        raise UserError(f"{out}: exists already: {error}; {mend}") from None
+        raise UserError(f"{out}: exists already: {error}; {remedy}") from None
 
 
 def download(args):

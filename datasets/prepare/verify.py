@@ -4,8 +4,8 @@
     python -m datasets.verify DIR my_train.txt           only these lists; their names end in train, val or test
     python -m datasets.verify DIR --decode               reads every image, as training does
 
-Exit status: 0; 1 if an image is missing or unreadable, or if a training image is also in another split; 2 if nothing
-could be checked (no such folder, a malformed list).
+Exit status: 0; 1 if an image is missing or unreadable, or if two splits share images (val and test may be the same);
+2 if nothing could be checked (no such folder, a malformed list).
 """
 
 import filecmp

@@ -70,7 +70,7 @@ def launch(main_worker, parser, argv=None) -> int:
             print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
             tell_torchrun(message)
         if dist.is_initialized():  # only after a failure
-            leave(status)
+            exit_now(status)
     return status
 
 
@@ -108,7 +108,7 @@ def tell_torchrun(message: str):
             Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
-def leave(status: int):
+def exit_now(status: int):
     """Ends the process without the interpreter's cleanup, which would abort on a broken process group."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from ..command_line import USER_ERROR, escape_unprintable
 from ..distributed import DistInfo
 from ..errors import UserError, one_line
-from . import LOST_CONTACT, describe_failure, leave
+from . import LOST_CONTACT, describe_failure, exit_now
 from .rendezvous import open_store, process_group
 from .signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
 
@@ -112,7 +112,7 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
         except (Exception, KeyboardInterrupt) as error:
             status, message = describe_failure(error)
         report((status, message[-MAX_MESSAGE:]))
-        leave(status)
+        exit_now(status)
 
 
 def exit_with_parent():
