@@ -1,7 +1,6 @@
 """The data of a run: which lists, checked before anything is trained, and a loader for each."""
 
 import platform
-import zlib
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ class Data(NamedTuple):
     """Loaders of the splits (val is None under --evaluate), and what is known of the classes.
 
     train_counts: int (num_classes,), training images per class; classes: their names, or None; val_balanced: whether
-    all classes in the validation list have the same number of images in it.
+    all classes in the validation list have the same number of images in it; checksums: split -> that of its list.
     """
 
     train: Loader
@@ -40,6 +39,7 @@ class Data(NamedTuple):
     train_counts: torch.Tensor
     classes: list[str] | None
     val_balanced: bool
+    checksums: dict[str, int]
 
 
 @contextmanager
@@ -64,8 +64,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
-    if note:
-        print_main(note)
+    for line in (*list_warnings(splits, args.num_classes), *([note] if note else ())):
+        print_main(line)
     loaders = {}
     for name, split in splits.items():
         if name == "train":
@@ -80,6 +80,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         yield Data(
             loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes),
             classes, "val" in splits and is_balanced(splits["val"].images),
+            {name: split.images.checksum for name, split in splits.items()},
         )  # fmt: skip
     finally:
         for loader in loaders.values():
@@ -97,8 +98,8 @@ def micro_batch_size(args, local_world_size: int) -> int:
         return size
     if args.batch_size // processes < 2:
         raise UserError(
-            f"--batch-size {args.batch_size}: {processes} processes need at least {2 * processes}, two images each, "
-            "for BatchNorm",
+            f"--batch-size {args.batch_size}: {processes} {'process needs' if processes == 1 else 'processes need'} at "
+            f"least {2 * processes}, two images each, for BatchNorm",
             on_all_ranks=True,
         )
     if size < 2:
@@ -142,7 +143,7 @@ def locate_splits(args, info) -> dict:
 
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
-    difference = find_difference({name: zlib.crc32(split.images.content.numpy()) for name, split in splits.items()})
+    difference = find_difference({name: split.images.checksum for name, split in splits.items()})
     if difference:
         file, rank = splits[difference[0]].images.name, difference[1]
         raise UserError(
@@ -173,6 +174,17 @@ def check_labels(args, splits: dict) -> int:
                 f"--num-classes {largest + 1}"
             )
     return num_classes
+
+
+def list_warnings(splits: dict, num_classes: int):
+    """Yields a line for each list that may not be the one that was meant."""
+    train = splits["train"].images
+    empty = (train.counts(num_classes) == 0).nonzero()[:, 0].tolist()
+    if empty:
+        yield f"warning: {train.name}: {len(empty)} of {num_classes} classes have no images, such as class {empty[0]}"
+    for name, split in splits.items():
+        if name != "train" and split.images.checksum == train.checksum:
+            yield f"warning: {split.images.name}: has the images of the training list"
 
 
 def is_balanced(images) -> bool:

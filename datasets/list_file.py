@@ -2,6 +2,7 @@
 
 import io
 import os
+import zlib
 from array import array
 from pathlib import Path
 
@@ -132,6 +133,11 @@ class ImageList:
         if self.has_list_file:
             return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
         return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
+
+    @property
+    def checksum(self) -> int:
+        """The CRC-32 of the list's bytes."""
+        return zlib.crc32(self.content.numpy())
 
     def with_line(self, text: str, i: int) -> str:
         """A text followed by the list and the line of entry i, if it is from a list."""

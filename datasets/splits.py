@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
 
 from utils.errors import UserError, one_line
 
@@ -94,24 +94,35 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
 def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ImageList, list[str]]:
     """(images, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
 
-    classes: the class names in the order of their labels; by default the folder's, sorted. Hidden folders are left out.
-    Raises UserError if a folder belongs to no class, or if there is no image.
+    classes: the class names in the order of their labels; by default the folder's, sorted. Hidden folders and files are
+    left out. Raises UserError if a folder belongs to no class, or if there is no image.
     """
     folder = Path(root) / split
     try:
-        found = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        found = visible_classes(folder)
         classes = classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:
             raise UserError(f"{folder / unknown[0]}: a class that train/ does not have")
         labels = {name: classes.index(name) for name in found}
-        samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
+        samples = make_dataset(folder, labels, is_valid_file=is_image_file, allow_empty=True)
     except OSError as error:
         raise UserError(f"{folder}: no class folders in it ({error})") from None
     if not samples:
         raise UserError(f"{folder}: no images in its class folders")
     entries = ((os.path.relpath(file, root), label) for file, label in samples)
     return ImageList.from_entries(str(folder), entries), classes
+
+
+def visible_classes(folder) -> list[str]:
+    """The sorted names of the class folders, without hidden ones. Raises FileNotFoundError if there is no folder."""
+    return [name for name in find_classes(folder)[0] if not name.startswith(".")]
+
+
+def is_image_file(path) -> bool:
+    """Whether a file has an image's ending, as in ImageFolder, and is not hidden: macOS leaves ._NAME beside NAME."""
+    name = os.path.basename(path)
+    return has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=SPLITS) -> dict[str, Split]:

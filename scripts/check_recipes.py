@@ -2,8 +2,8 @@
 
     python scripts/check_recipes.py CONFIG DIR OUT [flags]
 
-Of a stage that has results in OUT it also checks that they were trained with these flags. Exit status 2, after one
-line, if something is wrong. scripts/train.sh and scripts/slurm/submit.sh call it.
+Of a stage that has results in OUT it also checks that they were trained with these flags and lists. Exit status 2,
+after one line, if something is wrong. scripts/train.sh and scripts/slurm/submit.sh call it.
 """
 
 import argparse
@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from datasets.splits import find_splits
 from utils.checkpoint import as_saved
 from utils.command_line import ArgumentParser, option_words, run_command
 from utils.errors import UserError
-from utils.runs import read_args
+from utils.runs import read_args, saved_checksums
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
 
 
 def check(name: str, script, config: str, data: str, out: Path, flags: list[str]):
-    """Raises UserError if a stage would refuse its command line, or was trained with other flags."""
+    """Raises UserError if a stage would refuse its command line, or was trained with other flags or lists."""
     parser, recipe = script.get_parser(), f"{config}/{name}.txt"
     try:
         args = parser.parse_args([f"@{recipe}", data, *flags])
@@ -41,6 +42,14 @@ def check(name: str, script, config: str, data: str, out: Path, flags: list[str]
             was, now = option_words(action, saved[dest]), option_words(action, value)
             raise UserError(
                 f"{out / name}: was trained with {was}, not {now}; name another OUT, or remove it and the later stages"
+            )
+    checksums = saved_checksums(out / name)
+    given = {split: getattr(args, f"{split}_list") for split in checksums}
+    for split in find_splits(args.data, given, given, check=()).values() if checksums else ():
+        if split.images.checksum != checksums[split.name]:
+            raise UserError(
+                f"{out / name}: was trained on other data than {split.images.name} has now; name another OUT, or "
+                "remove it and the later stages"
             )
 
 

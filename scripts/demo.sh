@@ -11,7 +11,9 @@ cd "$(dirname "$0")/.."
 out=runs/demo flags=(--seed 0 --print-freq 1000)
 case "${1:-}" in
   "") ;;
-  --smoke) out=runs/demo-smoke flags+=(--epochs 1 --warmup-epochs 0) ;;
+  --smoke)
+    out=runs/demo-smoke flags+=(--epochs 1 --warmup-epochs 0)
+    echo "demo.sh --smoke: one epoch per stage shows that everything runs; its losses and accuracies mean nothing" ;;
   *) echo "demo.sh: $1: unknown; --smoke is the only option" >&2; exit 2 ;;
 esac
 

@@ -66,7 +66,7 @@ stage() {
   done
   if [ "$status" != 0 ]; then
     local hint="the same command continues"
-    [ "$status" != 2 ] || hint="correct what it names; the same command then continues"
+    case $status in 1 | 2) hint="see its message; once the cause is mended, $hint" ;; esac # torchrun's is 1 for a mistake
     echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
     exit "$status"
   fi

@@ -19,6 +19,7 @@ find_python() {
 # need_venv FILE: sets $python to the environment's interpreter.
 need_venv() {
   if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    echo "installing into .venv, which can take minutes" >&2
     local interpreter=${PYTHON:-python3}
     "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
       echo "$0: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2

@@ -167,6 +167,7 @@ def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
     of_i, out = trained["i"] / LAST, tmp_path / "out"
     torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, tmp_path / "bare")
     assert_command_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
+    assert_command_mistake(run(of_i, tmp_path / "a.onnx", "--format", "published"), "a.onnx", "add --format onnx")
     assert_command_mistake(run(of_i, out, "--classifier", "soft", "--format", "onnx"), "--classifier soft", "stage I")
     assert_command_mistake(
         run(trained["iii"] / LAST, out, "--classifier", "soft", "--format", "published"), "--classifier"

@@ -155,7 +155,7 @@ def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
 
 
 def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
-    for file in ("train/b/1.png", "train/a/2.JPEG", "val/b/3.png"):
+    for file in ("train/b/1.png", "train/a/2.JPEG", "train/a/._2.JPEG", "train/.c/4.png", "val/b/3.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     images, classes = class_folders(tmp_path, "train")

@@ -182,7 +182,8 @@ def test_folders_are_searched_in_sorted_order(trained, plain_tree, tmp_path, run
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("z.png", "a/y.PNG", "a/b/x.jpg"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "._z.png"):
+        (tmp_path / name).write_text("no image")
     status, out, _ = run(trained["iii"] / LAST, tmp_path, "--topk", 1)
     assert status == 0
     assert [line.split(": ")[0] for line in out.splitlines()] == [

@@ -149,6 +149,21 @@ def test_runs_that_differ_in_more_than_the_seed_keep_their_rows(tmp_path, said):
     assert err.count("\n") == 1 and "\x1b" not in err
 
 
+def test_a_flag_that_an_earlier_version_did_not_have_is_taken_at_its_default(tmp_path, said):
+    for seed, flags in enumerate(({}, {"accum_steps": 1, "sync_bn": False}, {"accum_steps": 2, "sync_bn": False})):
+        write_run(tmp_path / f"s{seed}", args=arguments(seed, tmp_path / f"s{seed}", **flags))
+    rows = json.loads(said(tmp_path, "--mean", "--json")[1])
+    assert [(row["run"], row["seeds"]) for row in rows] == [("s{0,1}", 2), ("s2", 1)]
+
+
+def test_a_single_run_is_told_from_those_of_a_group(tmp_path, said):
+    for name, lr in (("a", 0.1), ("b", 0.5)):
+        for seed in (0, 1) if name == "a" else (1,):
+            write_run(tmp_path / name / f"s{seed}", args=arguments(seed, tmp_path / name / f"s{seed}", lr=lr))
+    rows = json.loads(said(tmp_path, "--mean", "--json")[1])
+    assert [row["run"] for row in rows] == ["s{0,1}", "b/s1"]
+
+
 def test_other_data_under_the_same_arguments_keep_their_rows(tmp_path, said):
     for seed, counts in enumerate(([200, 50, 5], [300, 50, 5])):
         folder = tmp_path / f"s{seed}"

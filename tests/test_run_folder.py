@@ -196,6 +196,34 @@ def test_starting_over_contradicts_continuing(trained, plain_tree, tmp_path):
     assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
 
 
+def test_a_list_that_has_changed_since_the_checkpoint_is_named(trained, plain_tree, tmp_path):
+    """Images that were trained on may be test images now."""
+    words = "last_checkpoint.pth.tar was trained with another training list"
+    shorter = tmp_path / "shorter.txt"
+    shorter.write_text((plain_tree / "train.txt").read_text().partition("\n")[2])
+    folder = copied(trained["i"], tmp_path / "i")
+    flags = ["--cos", "--epochs", 3, "--resume", "auto"]
+    assert words not in run_stage("i", plain_tree, copied(trained["i"], tmp_path / "same"), *flags).out
+    outcome = run_stage("i", plain_tree, folder, *flags, "--train-list", shorter)
+    assert outcome.status == 0 and f"warning: {folder}/{words}" in outcome.out
+    assert args_of(folder)["list_checksums"]["train"] != args_of(trained["i"])["list_checksums"]["train"]
+    flags = ["--epochs", 1, "--last_stage_ckpt", trained["i"] / LAST]
+    assert words not in run_stage("ii", plain_tree, tmp_path / "ii", *flags).out
+    assert words in run_stage("ii", plain_tree, tmp_path / "other", *flags, "--train-list", shorter).out
+    outcome = run_stage(
+        "i", plain_tree, tmp_path / "e", "--evaluate", "--resume", trained["i"] / LAST, "--train-list", shorter
+    )
+    assert outcome.status == 0 and words not in outcome.out
+
+
+def test_lists_that_may_not_be_meant_are_named(trained, plain_tree, tmp_path):
+    lists = ["--test-list", plain_tree / "train.txt", "--num-classes", 8]
+    outcome = run_stage("i", plain_tree, tmp_path / "i", "--epochs", 1, *lists)
+    assert outcome.status == 0
+    assert f"warning: {plain_tree}/train.txt: 2 of 8 classes have no images, such as class 6\n" in outcome.out
+    assert f"warning: {plain_tree}/train.txt: has the images of the training list\n" in outcome.out
+
+
 def test_a_folder_that_the_file_system_cannot_flush_is_written_to(tmp_path, monkeypatch):
     def fsync(descriptor, real=os.fsync):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):

@@ -64,6 +64,13 @@ def test_stopped_or_killed_within_a_stage_it_ends_with_the_same_results(trained,
     output, _ = run.communicate()
     assert run.returncode == 2 and output.count("\n") == 1 and "--lr 0.1, not --lr 9" in output
 
+    other = tmp_path / "other.txt"
+    other.write_text((plain_tree / "train.txt").read_text().partition("\n")[2])
+    run = start(*words, "--train-list", other)
+    output, _ = run.communicate()
+    assert run.returncode == 2 and output.count("\n") == 1
+    assert f"stage_i: was trained on other data than {other} has now; name another OUT" in output
+
 
 def test_ctrl_c_while_a_stage_starts_ends_the_run(plain_tree, tmp_path):
     run = start(write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out")

@@ -172,10 +172,12 @@ def test_images_shared_with_training_are_a_problem(root, verify):
 def test_repeated_entries_and_untrained_classes_are_information(root, verify):
     append(root / "train.txt", "train/ant/0.jpg 0\n")
     append(root / "val.txt", "val/cat/0.jpg 7\n")
+    (root / "train.txt").write_text((root / "train.txt").read_text().replace(" 1\n", " 3\n"))
     status, said = verify(root)
     assert status == 0
     assert "train: 1 entries are in the list more than once" in said
-    assert "val: 1 classes have no training image, such as 7" in said
+    assert "val: 2 classes have no training image, such as 1" in said
+    assert "train: 1 classes have no image, such as 1" in said
 
 
 def test_links_that_leave_the_root_are_information(root, verify, tmp_path):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from models import SLG, build_backbone
-from models.backbones import CIFAR
+from models.backbones import TORCHVISION
 from models.heads import LWS
 from models.ssd import strip_module
 
@@ -61,11 +61,11 @@ def plain_network(model, arch: str, classifier: str = "hard") -> nn.Module:
         fc.bias.copy_(linear.bias * scales)
     backbone = build_backbone(arch)
     backbone.load_state_dict((model.encoder if isinstance(model, SLG) else model.encoder_q).state_dict())
-    if arch in CIFAR:
-        network = nn.Sequential(OrderedDict(backbone=backbone, fc=fc))
-    else:
+    if arch in TORCHVISION:
         network = backbone
         network.fc = fc
+    else:
+        network = nn.Sequential(OrderedDict(backbone=backbone, fc=fc))
     return network.requires_grad_(False).eval()
 
 
@@ -143,10 +143,10 @@ def run(args):
         raise UserError("--classifier: --format published keeps the whole network; leave it out")
     model, found, content = load_network(args.checkpoint, args.classifier)
     arch = found["arch"]
-    if args.format == "torchvision" and arch in CIFAR:
-        raise UserError(
-            f"--format torchvision: torchvision has no {arch}, which is a network for small images; use --format onnx"
-        )
+    if args.format == "torchvision" and arch not in TORCHVISION:
+        raise UserError(f"--format torchvision: {arch} is not one of torchvision's ResNets; use --format onnx")
+    if args.format != "onnx" and args.out.suffix == ".onnx":
+        raise UserError(f"{args.out}: --format {args.format} writes no ONNX; add --format onnx, or name another file")
     check_out(args)
     if args.format == "published":
         write(args.out, published_content(args.checkpoint, content, arch), _use_new_zipfile_serialization=False)

@@ -14,12 +14,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from datasets.dataset import load_rgb
 from datasets.loaders import to_device
+from datasets.splits import is_image_file
 
 from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
@@ -59,7 +59,7 @@ def find_images(paths) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             below = [os.path.join(folder, name) for folder, names in walk(path) for name in names]
-            found = sorted(file for file in below if file.lower().endswith(IMG_EXTENSIONS))
+            found = sorted(filter(is_image_file, below))
             if not found:
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
             files += found

@@ -7,7 +7,7 @@ from . import checkpoint, log, plots, report
 from .arguments import resolved
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
-from .runs import read_args, read_runs
+from .runs import read_args, read_runs, saved_checksums
 from .seeds import CHECKPOINTS
 from .summary import next_commands, run_summary
 
@@ -87,6 +87,8 @@ class RunFolder:
         It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
         print_main(run_summary(state, data))
+        if is_main_process() and not self.args.evaluate:
+            self._warn_of_another_list(data)
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
@@ -99,12 +101,23 @@ class RunFolder:
                     file.unlink(missing_ok=True)
             if kept < self.args.epochs:  # else the results may be those of all epochs
                 (self.path / "results.json").unlink(missing_ok=True)
-            self._write_args(state)
+            self._write_args(state, data)
             log.truncate_log(self.path, kept)
             if self.args.tensorboard:
                 self.summary_writer = log.create_summary_writer(self.path, kept)
 
-    def _write_args(self, state):
+    def _warn_of_another_list(self, data):
+        """Names a checkpoint that the run starts from, if the args.json next to it tells of another training list."""
+        for name in ("resume", *CHECKPOINTS):
+            path = getattr(self.args, name, None)
+            checksum = path and saved_checksums(Path(path).parent).get("train")
+            if checksum and checksum != data.checksums["train"]:
+                print_main(
+                    f"warning: {path} was trained with another training list: the validation and test lists may now "
+                    "contain images that it was trained on"
+                )
+
+    def _write_args(self, state, data):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
         file = self.path / "args.json"
         values = resolved(self.args)
@@ -116,7 +129,7 @@ class RunFolder:
             except UserError:  # damaged: it is written anew
                 earlier = {}
             values |= {name: earlier.get(name) for name in CHECKPOINTS if name in values and not values[name]}
-        log.write_json(file, values | {"environment": log.environment()})
+        log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})
 
     def write_epoch(self, record: dict):
         """Adds an epoch's record to log.txt, and to TensorBoard's files with --tensorboard; on rank 0."""

@@ -51,12 +51,13 @@ def run_folders(folder: Path) -> list[Path]:
 
 def distinct_names(paths: list[tuple[str, ...]]) -> list[str]:
     """For each path, given as a tuple of parts, its shortest end that no other path has."""
-    names = []
-    for i, path in enumerate(paths):
-        others = paths[:i] + paths[i + 1 :]
-        lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
-        names.append(os.path.join(*path[-next(lengths, len(path)) :]))
-    return names
+    return [shortest_end(path, paths[:i] + paths[i + 1 :]) for i, path in enumerate(paths)]
+
+
+def shortest_end(path: tuple[str, ...], others) -> str:
+    """The shortest end of a path, given as a tuple of parts like the others, that none of the others has."""
+    lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+    return os.path.join(*path[-next(lengths, len(path)) :])
 
 
 def read_json(file: Path, hint: str):
@@ -152,6 +153,15 @@ def read_args(folder: Path) -> dict:
     if not isinstance(args, dict):
         raise UserError(f"{file}: is not the args.json of a run; move it away")
     return args
+
+
+def saved_checksums(folder: Path) -> dict[str, int]:
+    """split -> checksum of the list that a run was trained with; {} if its args.json does not tell, or is damaged."""
+    try:
+        checksums = read_args(folder).get("list_checksums")
+    except UserError:
+        return {}
+    return checksums if isinstance(checksums, dict) else {}
 
 
 def read_log(folder: Path) -> list[dict]:

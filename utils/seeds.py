@@ -1,19 +1,22 @@
 """Groups of runs that differ only in their seed, with mean and standard deviation of their accuracies."""
 
+import functools
 import itertools
 import os
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from .arguments import training_parser
 from .errors import printable
-from .runs import ACCURACIES, Run, distinct_names, mean, read_args
+from .runs import ACCURACIES, Run, distinct_names, mean, read_args, shortest_end
 
 # Arguments that do not change the method: paths, printing, the device, and how processes meet.
 IGNORED = {
     *("data", "train_list", "val_list", "test_list", "output_dir", "overwrite", "resume", "evaluate", "plots"),
     *("workers", "eval_batch_size", "print_freq", "save_every_steps", "tensorboard", "deterministic", "device", "gpu"),
-    *("rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "memory_check", "environment"),
+    *("rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "memory_check", "list_checksums"),
+    "environment",
 }
 CHECKPOINTS = ("last_stage_ckpt", "teacher_ckpt")  # that a run starts from: compared by the run that wrote them
 
@@ -57,7 +60,17 @@ def _collect(folder: Path, prefix: str, values: dict, seeds: dict, seen: set) ->
             _collect(before, f"{prefix}{name}: ", values, seeds, seen)
         elif name != "seed" and name not in IGNORED:
             values[prefix + name] = value
+    for name, value in flag_defaults().items():  # an earlier version did not have all flags
+        if name not in args and name not in IGNORED:
+            values[prefix + name] = value
     return True
+
+
+@functools.cache
+def flag_defaults() -> dict:
+    """name -> default of the flags that all stages have, except those that each stage has its own for."""
+    parser = training_parser("", epochs=None, batch_size=None, lr=None, workers=None, output_dir=None)
+    return {name: parser.get_default(name) for name in parser.saved_actions() if parser.get_default(name) is not None}
 
 
 def checkpoint_folder(folder: Path, output_dir, checkpoint: str) -> Path:
@@ -91,7 +104,9 @@ def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
     ]
     if len(runs) > 1 and len(groups) == len(runs) and not notes:
         notes.append("no two runs differ only in their seed; " + difference(runs, settings))
-    names = distinct_names([pattern([runs[i].folder for i in group]) for group in groups])
+    folders = [[runs[i].folder for i in group] for group in groups]
+    ends = [[pattern(group), *(Path(os.path.abspath(folder)).parts for folder in group)] for group in folders]
+    names = [shortest_end(own[0], [end for other in ends if other is not own for end in other]) for own in ends]
     return [Group(printable(name), [runs[i] for i in group]) for name, group in zip(names, groups, strict=True)], notes
 
 

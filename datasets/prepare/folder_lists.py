@@ -5,12 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from utils.errors import UserError
 
 from ..layout import as_listed, missing_entries
-from ..splits import SPLITS, Split, class_folders
+from ..splits import SPLITS, Split, class_folders, is_image_file, visible_classes
 from .list_writer import list_content, write_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
@@ -41,19 +41,19 @@ def split_class(count: int, val: float, test: float) -> tuple[int, int]:
 def class_images(root: Path):
     """({class: paths below root}, notes) of root/<class>/<image>, images in deeper folders included.
 
-    Classes are in sorted order; hidden folders and those without images are left out. notes: one line for each folder
-    and each kind of file that is left out. Raises UserError if there are fewer than two classes.
+    Classes are in sorted order; hidden folders and files, and folders without images, are left out. notes: one line for
+    each folder without images and each kind of file that is left out. Raises UserError if there are fewer than two
+    classes.
     """
     try:
-        folders = [name for name in find_classes(root)[0] if not name.startswith(".")]
+        folders = visible_classes(root)
     except FileNotFoundError:
         folders = []
     if not folders:
         raise UserError(f"{root}: has no class folders; DIR is the folder that contains one folder of images per class")
     images, irregular = {name: [] for name in folders}, []
-    for file, number in make_dataset(
-        root, {name: i for i, name in enumerate(folders)}, IMG_EXTENSIONS, allow_empty=True
-    ):
+    numbers = {name: i for i, name in enumerate(folders)}
+    for file, number in make_dataset(root, numbers, is_valid_file=is_image_file, allow_empty=True):
         found = images[folders[number]] if os.path.isfile(file) else irregular
         found.append(os.path.relpath(file, root).replace(os.sep, "/"))
     notes = [f"left out: {path} is not a regular file" for path in irregular]

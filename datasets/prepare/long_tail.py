@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
 
-from ..splits import CLASSES_FILE, class_folders
+from ..splits import CLASSES_FILE, class_folders, is_image_file
 from .list_writer import list_content, refuse_other_content, write_files
 from .published import download_errors
 
@@ -286,7 +285,7 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
             name = path.relative_to(out).as_posix()
             if path.is_symlink():
                 raise UserError(f"{path}: is a link to {os.path.realpath(path)}, which stays; choose another --out")
-            if path.is_dir() or name in images or not has_file_allowed_extension(name, IMG_EXTENSIONS):
+            if path.is_dir() or name in images or not is_image_file(name):
                 continue
             if not WRITTEN.fullmatch(name):
                 raise UserError(f"{path}: was not written by this command, and stays; choose another --out")

@@ -256,6 +256,8 @@ def verify(args) -> int:
         describe(split, findings[name])
     if "train" in splits:
         trained = set(splits["train"].images.labels.unique().tolist())
+        if empty := sorted(set(range(max(trained))) - trained):
+            information.append(f"train: {len(empty)} classes have no image, such as {empty[0]}")
         for name, split in splits.items():
             if untrained := set(split.images.labels.unique().tolist()) - trained:
                 information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")

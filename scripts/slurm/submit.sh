@@ -13,7 +13,14 @@
 # end, for instance by its time limit, requeues itself and continues. If a stage fails, those after it are cancelled; the
 # same command then continues. A stage that has results in OUT is not submitted again.
 set -euo pipefail
-DIR=$(realpath -e "${DIR:?name the image folder}")
+refuse() {
+  echo "submit.sh: $1" >&2
+  exit 2
+}
+[ -n "${DIR:-}" ] || refuse "DIR: is not set; DIR=/data/imagenet bash scripts/slurm/submit.sh"
+[ -d "$DIR" ] || refuse "DIR $DIR: no such folder; name the image folder"
+command -v sbatch >/dev/null || refuse "sbatch: not found; run this where SLURM is installed, or use scripts/train.sh"
+DIR=$(realpath "$DIR")
 export DIR
 cd "$(dirname "$0")/../.."
 . scripts/slurm/common.sh

@@ -138,7 +138,10 @@ def test_submitting_without_a_folder_of_images_says_so(tmp_path):
     cluster = Cluster(tmp_path)
     cluster.env.pop("DIR", None)
     outcome = cluster.submit()
-    assert outcome.returncode != 0 and "DIR: name the image folder" in outcome.stderr
+    assert outcome.returncode == 2 and outcome.stderr.startswith("submit.sh: DIR: is not set; ")
+    cluster.env["DIR"] = str(tmp_path / "none")
+    outcome = cluster.submit()
+    assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1) and "none: no such folder" in outcome.stderr
     assert not (tmp_path / "jobs").exists()
 
 
