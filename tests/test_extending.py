@@ -61,6 +61,9 @@ def test_a_new_backbone_and_a_new_sampler_train(project, plain_tree, tmp_path):
         "labels = np.repeat([0, 1], [400, 4]); draws, indices = S(labels, seed=0).epoch(0)\n"
         "assert len(indices) == 404 and 20 < (labels[indices] == 1).sum() < 60\n"  # a share of 2 / 22
         "assert len(set(zip(draws.tolist(), indices.tolist()))) == 404\n"
+        "import models, torch; from utils.export import plain_network\n"  # what --format onnx writes
+        f"model = models.load({str(tmp_path / 'ii' / LAST)!r}); images = torch.randn(2, 3, 32, 32)\n"
+        "torch.testing.assert_close(plain_network(model, 'mobilenet_v3_small')(images), model(images))\n"
     )
     run(project, ("i", first), ("ii", second), code=code)
     assert json.loads((tmp_path / "i" / "args.json").read_text())["arch"] == "mobilenet_v3_small"
