@@ -40,7 +40,7 @@ def load_rgb(file) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{file}: no such image") from None
     except UnidentifiedImageError:
-        raise UserError(f"{file}: not an image that can be read; replace the file") from None
+        raise UserError(f"{file}: not an image that can be read; convert it to JPEG or replace the file") from None
     except Image.DecompressionBombError:
         raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
