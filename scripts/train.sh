@@ -66,7 +66,7 @@ stage() {
   done
   if [ "$status" != 0 ]; then
     local hint="the same command continues"
-    case $status in 1 | 2) hint="see its message; once the cause is mended, $hint" ;; esac # torchrun's is 1 for a mistake
+    case $status in 1 | 2) hint="correct the cause, and $hint" ;; esac # torchrun has 1 for a mistake
     echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
     exit "$status"
   fi

@@ -161,7 +161,8 @@ def saved_checksums(folder: Path) -> dict[str, int]:
         checksums = read_args(folder).get("list_checksums")
     except UserError:
         return {}
-    return checksums if isinstance(checksums, dict) else {}
+    checksums = checksums if isinstance(checksums, dict) else {}
+    return {split: checksums[split] for split in ("train", "val", "test") if is_count(checksums.get(split))}
 
 
 def read_log(folder: Path) -> list[dict]:
