@@ -199,7 +199,7 @@ def test_missing_images_are_named(tree, tmp_path, split):
         (tree / line.split()[0]).unlink()
     count = {"train": 40, "val": 24, "test": 30}[split]
     outcome = run_stage("i", tree, tmp_path / "run")
-    remedy = f"python -m datasets.verify {tree} --report FILE"
+    remedy = f"python -m datasets.verify {tree} --{split}-list {tree}/{split}.txt --report FILE"
     assert_mistake(outcome, f"{split}.txt: 2 of {count} files", tree, lines[0].split()[0], remedy)
 
 
