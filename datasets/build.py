@@ -64,7 +64,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
-    for line in (*list_warnings(splits, args.num_classes), *([note] if note else ())):
+    train_counts = train.counts(args.num_classes)
+    for line in (*list_warnings(splits, train_counts), *([note] if note else ())):
         print_main(line)
     loaders = {}
     for name, split in splits.items():
@@ -78,7 +79,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
-            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train.counts(args.num_classes),
+            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train_counts,
             classes, "val" in splits and is_balanced(splits["val"].images),
             {name: split.images.checksum for name, split in splits.items()},
         )  # fmt: skip
@@ -176,12 +177,12 @@ def check_labels(args, splits: dict) -> int:
     return num_classes
 
 
-def list_warnings(splits: dict, num_classes: int):
+def list_warnings(splits: dict, train_counts: torch.Tensor):
     """Yields a line for each list that may not be the one that was meant."""
-    train = splits["train"].images
-    empty = (train.counts(num_classes) == 0).nonzero()[:, 0].tolist()
+    train, empty = splits["train"].images, (train_counts == 0).nonzero()[:, 0].tolist()
     if empty:
-        yield f"warning: {train.name}: {len(empty)} of {num_classes} classes have no images, such as class {empty[0]}"
+        number = f"{len(empty)} of {len(train_counts)}"
+        yield f"warning: {train.name}: {number} classes have no images, such as class {empty[0]}"
     for name, split in splits.items():
         if name != "train" and split.images.checksum == train.checksum:
             yield f"warning: {split.images.name}: has the images of the training list"

@@ -4,6 +4,7 @@ import io
 import os
 import zlib
 from array import array
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ class ImageList:
             return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
         return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
 
-    @property
+    @cached_property
     def checksum(self) -> int:
         """The CRC-32 of the list's bytes."""
         return zlib.crc32(self.content.numpy())

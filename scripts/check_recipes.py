@@ -7,6 +7,7 @@ after one line, if something is wrong. scripts/train.sh and scripts/slurm/submit
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -44,13 +45,19 @@ def check(name: str, script, config: str, data: str, out: Path, flags: list[str]
                 f"{out / name}: was trained with {was}, not {now}; name another OUT, or remove it and the later stages"
             )
     checksums = saved_checksums(out / name)
-    given = {split: getattr(args, f"{split}_list") for split in checksums}
-    for split in find_splits(args.data, given, given, check=()).values() if checksums else ():
+    lists = tuple((split, getattr(args, f"{split}_list")) for split in checksums)
+    for split in read_splits(args.data, lists) if lists else ():
         if split.images.checksum != checksums[split.name]:
             raise UserError(
                 f"{out / name}: was trained on other data than {split.images.name} has now; name another OUT, or "
                 "remove it and the later stages"
             )
+
+
+@functools.cache
+def read_splits(data: str, lists: tuple) -> list:
+    """The splits of (split, list file or None) pairs; the stages usually have the same, which are read once."""
+    return list(find_splits(data, dict(lists), dict(lists), check=()).values())
 
 
 def check_all(args):

@@ -64,6 +64,7 @@ stage() {
     signaled=
     wait "$child" && status=0 || status=$?
   done
+  [ "$status" != -1 ] || status=$stop # bash 5.2 loses the status of a child that ends just as wait is interrupted
   if [ "$status" != 0 ]; then
     local hint="the same command continues"
     case $status in 1 | 2) hint="correct the cause, and $hint" ;; esac # torchrun has 1 for a mistake

@@ -87,11 +87,10 @@ class RunFolder:
         It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
         print_main(run_summary(state, data))
-        if is_main_process() and not self.args.evaluate:
-            self._warn_of_another_list(data)
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
+            self._warn_of_another_list(data)
             kept = 0  # epochs of the earlier run
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
