@@ -83,7 +83,8 @@ def main_worker(args, device):
         classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
         check_queue(args, len(data.train.dataset), data.train.images_per_step * get_world_size())
         seed_everything(args.seed)
-        model = SSFL(args.arch, data.num_classes, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, contrast)
+        moco = args.moco_dim, args.moco_k, args.moco_m, args.moco_t
+        model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits)
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile

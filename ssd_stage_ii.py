@@ -77,7 +77,7 @@ def main_worker(args, device):
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
         classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         seed_everything(args.seed)
-        model = SLG(args.arch, data.num_classes, args.freeze_bn)
+        model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits)
         if source is not None:
             model.load_pretrained(source.state_dict, args.classifier)
         model = prepare_model(model, device, args)  # device, channels_last, compile

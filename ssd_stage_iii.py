@@ -81,7 +81,7 @@ def main_worker(args, device):
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
         classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         seed_everything(args.seed)
-        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill)
+        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits)
         if teacher is not None:
             model.load_teacher(teacher.state_dict)
         if backbone is not None:

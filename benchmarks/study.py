@@ -82,13 +82,23 @@ TRIALS = (
 
 
 class Plan(NamedTuple):
-    """Cells on a data set, each with these seeds; epochs: of stages I and III."""
+    """Cells on a data set, each with these seeds; epochs: of stages I and III; flags: of all cells, beyond the recipe.
+
+    suffix: of the folder of its records, which tells plans of the same lists and epochs apart.
+    """
 
     lists: str
     epochs: int
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     title: str
+    flags: str = ""
+    suffix: str = ""
+
+    @property
+    def group(self) -> Path:
+        """The relative folder of its records."""
+        return Path(self.lists, f"{self.epochs}_epochs{self.suffix}")
 
 
 def choice_cells():
@@ -100,8 +110,17 @@ def choice_cells():
             yield Cell(f"ii_{name}_lr_{lr}", "ii", f"i_{name}", f"--lr {lr}")
 
 
+def parts_cells():
+    """Stages I and II with BatchNorm by parts, under the published and half the contrastive weight."""
+    for weight, splits in itertools.product(("1", "0.5"), (4, 1, 8)):
+        name = f"splits_{splits}_con_{weight}"
+        yield Cell(f"i_{name}", "i", None, f"--bn-splits {splits} --con-weight {weight}")
+        yield Cell(f"ii_{name}", "ii", f"i_{name}", f"--bn-splits {splits}")
+
+
 PLANS = {
     "choice": Plan("choice", 30, (0,), tuple(choice_cells()), "settings, on held-out images"),
+    "choice_parts": Plan("choice", 30, (0,), tuple(parts_cells()), "settings, on held-out images"),
     "main": Plan("imbalance_100", 100, (0, 1, 2), MAIN, "imbalance 100, 100 epochs"),
     "ablations": Plan("imbalance_100", 100, (0, 1, 2), ABLATIONS, "imbalance 100, 100 epochs"),
     "trials": Plan("imbalance_100", 100, (0,), TRIALS, "imbalance 100, 100 epochs"),
@@ -112,10 +131,9 @@ PLANS = {
 
 
 class Job(NamedTuple):
-    """A cell with its data set, epochs and seed."""
+    """A cell of a plan with its seed."""
 
-    lists: str
-    epochs: int
+    plan: Plan
     seed: int
     cell: Cell
 
@@ -125,7 +143,7 @@ class Job(NamedTuple):
 
     def beside(self, name: str) -> Path:
         """The relative folder of another cell of the same seed."""
-        return Path(self.lists, f"{self.epochs}_epochs", name, f"seed_{self.seed}")
+        return self.plan.group / name / f"seed_{self.seed}"
 
     @property
     def done(self) -> bool:
@@ -140,17 +158,23 @@ class Job(NamedTuple):
 
     def command(self, work: Path, flags: list[str]) -> list[str]:
         """The words of the training's command."""
-        recipe = RECIPES.get(self.lists, RECIPE)
+        recipe = RECIPES.get(self.plan.lists, RECIPE)
         words = [sys.executable, f"ssd_stage_{self.cell.stage}.py", f"@{recipe}/stage_{self.cell.stage}.txt"]
         if self.cell.stage != "ii":
-            words += ["--epochs", str(self.epochs)]
+            words += ["--epochs", str(self.plan.epochs)]
         if self.cell.source:
             flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[self.cell.stage]
             words += [flag, str(work / self.beside(self.cell.source) / LAST)]
-        data = work / "data" / self.lists
-        if self.lists == "choice":  # no test figure exists before the choice is made
+        data = work / "data" / self.plan.lists
+        if self.plan.lists == "choice":  # no test figure exists before the choice is made
             words += ["--test-list", str(data / "val.txt")]
-        words += [*shlex.split(self.cell.flags), "--seed", str(self.seed), "--output_dir", str(work / self.path)]
+        words += [
+            *shlex.split(f"{self.plan.flags} {self.cell.flags}"),
+            "--seed",
+            str(self.seed),
+            "--output_dir",
+            str(work / self.path),
+        ]
         return [*words, "--resume", "auto", "--print-freq", "1000000", *flags, str(data)]
 
     def expected_seconds(self) -> float:
@@ -158,7 +182,7 @@ class Job(NamedTuple):
         alone = {"--con-weight 0", "--kd-weight 0"}  # no key encoder, no teacher
         name = "ce" if self.cell.flags in alone else self.cell.stage
         sizes = {"imbalance_50": 1.16, "imbalance_10": 1.8}  # images, as a multiple of those of imbalance 100
-        return SECONDS[name] * (5 if self.cell.stage == "ii" else self.epochs) * sizes.get(self.lists, 1) + 30
+        return SECONDS[name] * (5 if self.cell.stage == "ii" else self.plan.epochs) * sizes.get(self.plan.lists, 1) + 30
 
 
 def jobs_of(names: list[str], seeds: list[int] | None) -> list[Job]:
@@ -166,7 +190,7 @@ def jobs_of(names: list[str], seeds: list[int] | None) -> list[Job]:
     plans = [PLANS[name] for name in names]
     wanted = [plan.seeds if seeds is None else seeds for plan in plans]
     return [
-        Job(plan.lists, plan.epochs, seed, cell)
+        Job(plan, seed, cell)
         for seed in dict.fromkeys(itertools.chain(*wanted))
         for plan, own in zip(plans, wanted, strict=True)
         if seed in own
@@ -268,17 +292,23 @@ def groups_of(plan_cells, folder: Path) -> list[Group]:
 def tables() -> list[Table]:
     """One table per group of records: accuracies of each cell and classifier, mean and deviation over the seeds."""
     found = []
-    for lists, epochs in dict.fromkeys((plan.lists, plan.epochs) for plan in PLANS.values()):
-        plans = [plan for plan in PLANS.values() if (plan.lists, plan.epochs) == (lists, epochs)]
-        cells = [cell for plan in plans for cell in plan.cells]
-        groups = groups_of(cells, RECORDS / lists / f"{epochs}_epochs")
+    for group in dict.fromkeys(plan.group for plan in PLANS.values()):
+        plans = [plan for plan in PLANS.values() if plan.group == group]
+        groups = groups_of([cell for plan in plans for cell in plan.cells], RECORDS / group)
         rows = [
             (f"{row['run']}, {row['classifier']}", str(row["seeds"]), *(format_accuracy(row, key) for key in COLUMNS))
             for row in mean_rows(groups)
         ]
         title = f"{plans[0].title[0].upper()}{plans[0].title[1:]}: top-1 of the groups and top-5, in per cent"
         if rows:
-            found.append(Table(f"{lists}_{epochs}", title, ("cell, classifier", "seeds", *COLUMNS.values()), rows))
+            found.append(
+                Table(
+                    str(group).replace("/", "_").removesuffix("_epochs"),
+                    title,
+                    ("cell, classifier", "seeds", *COLUMNS.values()),
+                    rows,
+                )
+            )
     return found
 
 
@@ -289,7 +319,7 @@ def draw(file: Path):
     """
     require_matplotlib("--plot")
     plan = PLANS["main"]
-    groups = groups_of(plan.cells, RECORDS / plan.lists / f"{plan.epochs}_epochs")
+    groups = groups_of(plan.cells, RECORDS / plan.group)
     if not groups:
         raise UserError(f"--plot {file}: no cell of the plan main is done yet")
     figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)")
@@ -352,7 +382,7 @@ def study(args):
     hours = sum(job.expected_seconds() for job in needed) / 3600
     print(f"{len(needed)} cells to train, about {hours:.1f} h on 2 cores of a Xeon with AMX", flush=True)
     if not args.dry_run:
-        prepare_lists({job.lists for job in needed}, args.source, args.work)
+        prepare_lists({job.plan.lists for job in needed}, args.source, args.work)
         train_all(needed, args)
 
 

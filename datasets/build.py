@@ -97,6 +97,15 @@ def micro_batch_size(args, local_world_size: int) -> int:
     size = args.batch_size // processes // micro_batches
     if args.evaluate:
         return size
+    if args.bn_splits > 1 and (size % args.bn_splits or size < 2 * args.bn_splits):
+        unit = args.bn_splits * processes * micro_batches  # of batches that can be split
+        below = args.batch_size // unit * unit
+        nearest = [str(n) for n in (below, below + unit) if n >= 2 * unit] or [str(2 * unit)]
+        raise UserError(
+            f"--bn-splits {args.bn_splits}: cannot split a process's micro-batch of {size} images into equal pieces "
+            f"of two or more; use --batch-size {' or '.join(nearest)}",
+            on_all_ranks=True,
+        )
     if args.batch_size // processes < 2:
         raise UserError(
             f"--batch-size {args.batch_size}: {processes} {'process needs' if processes == 1 else 'processes need'} at "

@@ -4,6 +4,7 @@
 """
 
 from .backbones import ARCHS, build_backbone
+from .batchnorm import split_batchnorm
 from .load import check_complete, check_weights, from_state_dict, load
 from .losses import contrastive_loss, contrastive_loss_plain, distillation_loss
 from .ssd import SDL, SLG, SSFL, infer_stage_and_arch
@@ -22,4 +23,5 @@ __all__ = [
     "from_state_dict",
     "infer_stage_and_arch",
     "load",
+    "split_batchnorm",
 ]

@@ -86,28 +86,34 @@ def exchange_rows(rows: torch.Tensor, sent: list[int], received: list[int]) -> t
 
 
 @torch.no_grad()
-def forward_shuffle_bn(encoder, images: torch.Tensor) -> torch.Tensor:
-    """encoder(images), with the batch shuffled across ranks before the encoder and unshuffled after it.
+def forward_shuffle_bn(encoder, images: torch.Tensor, splits: int = 1) -> torch.Tensor:
+    """encoder(images), with the batch shuffled over all pieces of all ranks before the encoder and unshuffled after it.
 
     The BatchNorm statistics of a key then come from other images than those of its query, so they cannot reveal which
-    key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). In a single
-    process it is encoder(images). Each rank receives the images that it encodes and no others, and sends their features
-    back to their owners; the host waits for the device once, to learn how many images go where.
+    key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). splits: into how
+    many pieces SplitBatchNorm splits the n images; with one, a single process has nothing to shuffle. Each rank gets
+    the images that it encodes and no others, and sends their features back to their owners; the host waits for the
+    device once, to learn how many images go where.
     """
-    world_size = _world_size()
-    if world_size == 1:
+    world_size, count = _world_size(), len(images)
+    if world_size * splits == 1:
         return encoder(images)
-    rank, count = dist.get_rank(), len(images)
     order = torch.randperm(world_size * count, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
+    shuffled = torch.empty_like(images)  # keeps channels_last
+    if world_size == 1:
+        features = encoder(shuffled.copy_(images[order]))
+        keys = torch.empty_like(features)
+        keys[order] = features
+        return keys
     dist.broadcast(order, src=0)
-    own = slice(rank * count, (rank + 1) * count)
+    own = slice(dist.get_rank() * count, (dist.get_rank() + 1) * count)
     sources = order[own] // count  # the ranks that own the images order[own], which this rank encodes
     positions = order.argsort()[own]  # of this rank's images in the shuffled order
     send_order, receive_order = positions.argsort(), sources.argsort(stable=True)  # sorted by destination, by source
     ranks = torch.arange(world_size, device=order.device)[:, None]
     sent, received = torch.stack([positions // count == ranks, sources == ranks]).sum(2).tolist()
-    shuffled = exchange_rows(images[send_order], sent, received)[receive_order.argsort()]
-    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
-        shuffled = shuffled.contiguous(memory_format=torch.channels_last)
+    shuffled[receive_order] = exchange_rows(images[send_order], sent, received)
     features = encoder(shuffled)
-    return exchange_rows(features[receive_order], received, sent)[send_order.argsort()]
+    keys = torch.empty_like(features)
+    keys[send_order] = exchange_rows(features[receive_order], received, sent)
+    return keys

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbones import build_backbone, infer_arch
+from .batchnorm import split_batchnorm
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
 from .moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
@@ -22,14 +23,16 @@ class SSFL(nn.Module):
     in eval mode `logits = model(im)`, (N, num_classes).
 
     contrast=False is the paper's baseline, cross entropy alone: no key encoder runs, no projection trains, and the
-    contrastive loss is 0.
+    contrastive loss is 0. bn_splits: pieces of a batch that BatchNorm normalizes apart, as so many processes would.
     """
 
     transform = classes = None  # set by models.load
 
-    def __init__(self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True):
+    def __init__(
+        self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True, bn_splits=1
+    ):
         super().__init__()
-        self.momentum, self.temperature, self.contrast = momentum, temperature, contrast
+        self.momentum, self.temperature, self.contrast, self.bn_splits = momentum, temperature, contrast, bn_splits
         self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)  # f_q, f_k
         num_features = self.encoder_q.num_features
         self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)  # g_q, g_k
@@ -42,6 +45,7 @@ class SSFL(nn.Module):
         for name, value in init_queue(dim, queue_size).items():
             self.register_buffer(name, value)
         self.pending = []  # (keys, labels) of this rank that are not in the queue yet
+        split_batchnorm(self, bn_splits)
 
     def load_backbone(self, state_dict):
         """Loads the weights of both backbones, to start from; state_dict: of a backbone, without a prefix.
@@ -61,7 +65,7 @@ class SSFL(nn.Module):
         if contrast:  # first, while no activations of the query are kept
             if update:
                 self._update_key_encoder()
-            k = forward_shuffle_bn(self._keys, im_k)
+            k = forward_shuffle_bn(self._keys, im_k, self.bn_splits)
         features = self.encoder_q(im_q)  # h = f_q(x_q)
         logits = full_precision(self.classifier(features))  # W h + b
         if not self.training:
@@ -98,15 +102,17 @@ class SLG(nn.Module):
     `logits = model(im)`, (W h + b) * s, of shape (N, num_classes), in both modes; L = CE(logits, y) under class-aware
     sampling. Only the scales s train. While training, the frozen encoder stays in train mode, as for the published
     numbers: its BatchNorm uses batch statistics, and its running statistics move. freeze_bn keeps it in eval mode.
+    bn_splits: as in SSFL.
     """
 
     transform = classes = None  # set by models.load
 
-    def __init__(self, arch, num_classes, freeze_bn=False):
+    def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1):
         super().__init__()
         self.freeze_bn = freeze_bn
         self.encoder = build_backbone(arch).requires_grad_(False)
         self.classifier = LWS(self.encoder.num_features, num_classes)
+        split_batchnorm(self, bn_splits)
 
     def train(self, mode=True):
         super().train(mode)
@@ -136,14 +142,15 @@ class SDL(nn.Module):
 
     A student with a hard and a soft classifier; the frozen teacher is stage II's network.
     L = CE(hard, y) + L_kd, see distillation_loss. In train mode `hard, soft, kd_loss = model(im)`, in eval mode
-    `hard, soft = model(im)`, logits (N, num_classes). freeze_bn: as in SLG, here for the teacher.
+    `hard, soft = model(im)`, logits (N, num_classes). freeze_bn: as in SLG, here for the teacher;
+    bn_splits: as in SSFL.
 
     distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
 
     transform = classes = None  # set by models.load
 
-    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True):
+    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True, bn_splits=1):
         super().__init__()
         self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, distill
         self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
@@ -153,6 +160,7 @@ class SDL(nn.Module):
         self.classifier_t = LWS(num_features, num_classes)
         for teacher in (self.encoder_t, self.classifier_t):
             teacher.requires_grad_(False)
+        split_batchnorm(self, bn_splits)
 
     def train(self, mode=True):
         super().train(mode)

@@ -36,7 +36,7 @@ SHARED_ARGS = {  # flags that the stages of a training have in common; backbone 
     "num_classes", "augment", "amp", "channels_last", "compile", "tf32", "device", "gpu", "multiprocessing_distributed",
     "nproc", "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "dist_interface", "seed",
     "eval_batch_size", "tensorboard", "plots", "memory_check", "jitter", "eval_freq", "freeze_bn",
-    "sync_bn",
+    "sync_bn", "bn_splits",
 }  # fmt: skip
 
 
@@ -190,6 +190,10 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     model.add_argument("--sync-bn", action=ON_OFF, default=False,
         help="BatchNorm takes its statistics in training from the images of all GPUs, for small batches per GPU; the "
         "momentum encoder keeps its own per GPU (default: off)")
+    model.add_argument("--bn-splits", default=1, type=whole_number(1), metavar="N",
+        help="BatchNorm normalizes N equal pieces of a process's micro-batch apart in training, as N GPUs would, and "
+        "stage I shuffles its keys over the pieces; 8 with a batch of 256 are eight GPUs' statistics (default: "
+        "%(default)s)")
     run_only(model.add_argument("--memory-check", action=ON_OFF, default=True,
         help="before the first step, refuse a batch that cannot fit into memory (default: on)"))
 
@@ -234,8 +238,9 @@ def check_arguments(args):
         raise UserError("--overwrite: contradicts --resume auto, which would continue; leave one of them out")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
-    if not args.resume:  # else a checkpoint may change the epochs
+    if not args.resume:  # else a checkpoint may change the values
         check_epochs(args)
+        check_batchnorm(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if args.gpu is not None:
@@ -255,6 +260,14 @@ def check_epochs(args):
             raise UserError(f"{name} {value}: must be below --epochs {args.epochs}{hint}", on_all_ranks=True)
 
 
+def check_batchnorm(args):
+    """Raises UserError, the same on all ranks, if BatchNorm should take more and fewer images at the same time."""
+    if args.sync_bn and args.bn_splits > 1 and not args.evaluate:
+        raise UserError(
+            f"--bn-splits {args.bn_splits}: contradicts --sync-bn; use --bn-splits 1 or --no-sync-bn", on_all_ranks=True
+        )
+
+
 def check_recipes(program: str, names: list[str]):
     """Raises UserError if a recipe is named like one of another stage; program: the name of the stage's script."""
     for name in names:
@@ -270,6 +283,7 @@ def settle_defaults(args):
     All ranks must call it, after the checkpoint of --resume has been read, which contains its seed.
     """
     check_epochs(args)
+    check_batchnorm(args)
     if args.seed is None:
         args.seed = gather_objects(secrets.randbelow(2**31))[0]
         if not args.evaluate:

@@ -19,7 +19,7 @@ from .errors import UserError
 from .numerics import AUTOCAST
 
 WARN_ABOVE = 0.7  # of the available memory; workspaces, fragmentation and data workers need some too
-SMALLEST_BATCH = 2  # images per process
+SMALLEST_PIECE = 2  # images that BatchNorm normalizes together
 # Files of a control group: limit, usage, and the entries of memory.stat that count cached files.
 V1_FILES = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
 V2_FILES = "memory.max", "memory.current", ("active_file", "inactive_file")
@@ -93,8 +93,9 @@ def advised_accum_steps(model, images: int, args, device, limits) -> int | None:
     most, ample = largest_batches(model, args, device, limits)
     if not most:
         return None
-    fewest, end = max(2, images // ((ample or most) + 1) + 1), images // SMALLEST_BATCH + 1
-    return next((n for n in range(fewest, end) if images % n == 0), fewest if fewest < end else None)
+    pieces = images // args.bn_splits
+    fewest, end = max(2, images // ((ample or most) + 1) + 1), pieces // SMALLEST_PIECE + 1
+    return next((n for n in range(fewest, end) if pieces % n == 0), fewest if fewest < end else None)
 
 
 def gibibytes(size: int) -> str:
@@ -189,11 +190,12 @@ def storage_bytes(tensors, seen: set) -> int:
 
 
 def largest_batches(model, args, device, limits) -> list[int]:
-    """For each limit in bytes, the largest number of images per process whose step fits, 0 if none does.
+    """For each limit in bytes, the largest number of images per process, a multiple of --bn-splits, whose step fits.
 
-    Images, what is saved and the widest module grow linearly with the batch: two sizes determine all others.
+    It is 0 if none fits. Images, what is saved and the widest module grow linearly with the batch: two sizes determine
+    all others.
     """
-    few, more = SMALLEST_BATCH, 2 * SMALLEST_BATCH
+    few, more = SMALLEST_PIECE * args.bn_splits, 2 * SMALLEST_PIECE * args.bn_splits
     small, large = (step_memory(model, size, args, device) for size in (few, more))
     lines = []  # bytes at the smaller size, bytes per image
     for kind in ("saved", "widest"):
@@ -201,10 +203,9 @@ def largest_batches(model, args, device, limits) -> list[int]:
             step.constant + step.accumulated + step.images + getattr(step, kind) for step in (small, large)
         )
         lines.append((at_few, (at_more - at_few) / (more - few)))
-    return [
-        min(few + int((limit - at_few) / per_image) for at_few, per_image in lines) if small.total() <= limit else 0
-        for limit in limits
-    ]
+    most = [min(few + int((limit - at_few) / per_image) for at_few, per_image in lines) for limit in limits]
+    fits = [small.total() <= limit for limit in limits]
+    return [n // args.bn_splits * args.bn_splits if fit else 0 for n, fit in zip(most, fits, strict=True)]
 
 
 # ---- what is available
