@@ -32,7 +32,7 @@ from utils.numerics import seed_everything
 from utils.pretrained import add_pretrained_flag, load_backbone
 from utils.restore import restore
 from utils.run_folder import RunFolder
-from utils.training import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, set_lr
 
 
 def get_parser():

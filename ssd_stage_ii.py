@@ -32,7 +32,7 @@ from utils.memory import check_memory
 from utils.numerics import seed_everything
 from utils.restore import restore
 from utils.run_folder import RunFolder
-from utils.training import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, set_lr
 
 
 def get_parser():
@@ -69,8 +69,7 @@ def main_worker(args, device):
     resumed = checkpoint.load_resume(args, get_parser(), stage="ii")  # None without --resume
     source = None  # the checkpoint of stage I or III
     if resumed is None:
-        stages = ("i", "iii") if args.classifier == "hard" else ("iii",)
-        source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", stages)
+        source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", SLG, args.classifier)
     settle_defaults(args)
     sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
     with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:

@@ -30,7 +30,7 @@ from utils.numerics import seed_everything
 from utils.pretrained import add_pretrained_flag, load_backbone
 from utils.restore import restore
 from utils.run_folder import RunFolder
-from utils.training import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, set_lr
 
 
 def get_parser():
@@ -72,9 +72,8 @@ def main_worker(args, device):
     classifiers = ("hard", "soft") if distill else ("hard",)
     teacher = None
     if distill and resumed is None:
-        teacher = checkpoint.load_stage(
-            args, get_parser(), "--teacher_ckpt", ("ii",), hint=" (--kd-weight 0 needs none)"
-        )
+        hint = " (--kd-weight 0 needs none)"
+        teacher = checkpoint.load_stage(args, get_parser(), "--teacher_ckpt", SDL, hint=hint)
     backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
     settle_defaults(args)
     with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:

@@ -16,7 +16,7 @@ from benchmarks import baseline, common, step
 from models import ARCHS
 from utils.command_line import whole_number
 from utils.evaluation import evaluate
-from utils.training import TrainState, prepare_model
+from utils.train_state import TrainState, prepare_model
 
 VARIANTS = ("float32", "channels_last", "bf16", "fp16")
 SCALING_IMAGES = (4096, 16384, 65536, 262144)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.list_file import ImageList
+from datasets.lists import ImageList
 from utils.command_line import ArgumentParser, run_command, whole_number
 
 STRIDE = 16  # entries apart: closer than a page of either kind

@@ -26,7 +26,7 @@ from models.preprocess import normalize
 from utils.command_line import whole_number
 from utils.metrics import MetricLogger
 from utils.numerics import set_numerics
-from utils.training import TrainState, prepare_model
+from utils.train_state import TrainState, prepare_model
 
 SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 VARIANTS = {  # the scripts' flags

@@ -28,10 +28,10 @@ from utils.command_line import ArgumentParser, run_command, whole_number
 from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
-from utils.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure
-from utils.report import COLUMNS, format_accuracy
-from utils.runs import mean, read_runs
-from utils.seeds import Group, mean_rows
+from utils.results.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure
+from utils.results.records import mean, read_runs
+from utils.results.seeds import Group, mean_rows
+from utils.results.tables import COLUMNS, format_accuracy
 
 from .common import Table, publish
 

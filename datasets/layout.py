@@ -4,7 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
-from .list_file import ImageList
+from .lists import ImageList
 
 CHUNK = 1024  # entries that a thread looks up at a time
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from models.preprocess import MEAN, STD, normalize
 from utils.errors import UserError
-from utils.launch.signals import block_signals
+from utils.images import memory_errors
+from utils.signals import block_signals
 
-from .dataset import memory_errors
 from .device_augment import to_float
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as the user asked for

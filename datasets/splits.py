@@ -5,13 +5,14 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import find_classes, make_dataset
 
 from utils.errors import UserError, one_line
+from utils.images import is_image_file
 
 from .dataset import ListFileDataset
 from .layout import as_listed, find_layout
-from .list_file import ImageList
+from .lists import ImageList
 
 SPLITS = ("train", "val", "test")
 CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
@@ -117,12 +118,6 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[I
 def visible_classes(folder) -> list[str]:
     """The sorted names of the class folders, without hidden ones. Raises FileNotFoundError if there is no folder."""
     return [name for name in find_classes(folder)[0] if not name.startswith(".")]
-
-
-def is_image_file(path) -> bool:
-    """Whether a file has an image's ending, as in ImageFolder, and is not hidden: macOS leaves ._NAME beside NAME."""
-    name = os.path.basename(path)
-    return has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=SPLITS) -> dict[str, Split]:

@@ -1,22 +1,22 @@
 """The networks of SSD-LT and their checkpoints, independent of data sets and command lines.
 
-`models.load` is the function; import from the module of the same name with `from models.load import ...`.
+SSFL, SLG and SDL are the networks of the stages; load reads one from a checkpoint file.
 """
 
 from .backbones import ARCHS, build_backbone
 from .batchnorm import split_batchnorm
-from .load import check_complete, check_weights, from_state_dict, load
+from .loading import check_complete, from_state_dict, infer_stage_and_arch, load
 from .losses import contrastive_loss, contrastive_loss_plain, distillation_loss
-from .ssd import SDL, SLG, SSFL, infer_stage_and_arch
+from .ssd import SDL, SLG, SSFL, STAGES
 
 __all__ = [
     "ARCHS",
     "SDL",
     "SLG",
     "SSFL",
+    "STAGES",
     "build_backbone",
     "check_complete",
-    "check_weights",
     "contrastive_loss",
     "contrastive_loss_plain",
     "distillation_loss",

@@ -1,4 +1,4 @@
-"""The networks of the three stages, SSFL (I), SLG (II) and SDL (III), and how one stage loads another's weights.
+"""The networks of the three stages, SSFL (I), SLG (II) and SDL (III), and what one stage takes from another.
 
 Notation of the paper, as far as the comments use it: x an image, f a backbone, h = f(x) its features, g a projection,
 W h + b a linear classifier, s the scales of LWS; q and k: query and key of momentum contrast; T: a temperature.
@@ -8,14 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbones import build_backbone, infer_arch
+from .backbones import build_backbone
 from .batchnorm import split_batchnorm
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
 from .moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
+from .state_dicts import load_entries
 
 
-class SSFL(nn.Module):
+class Stage(nn.Module):
+    """What is said of a stage once, and used wherever stages differ.
+
+    stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
+    logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
+    no other stage has; linear: that of W and b. takes: the stages whose checkpoints it can start from.
+    """
+
+    stage = number = title = backbone = mark = linear = ""
+    classifiers: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    transform = classes = None  # set by models.load
+
+    @staticmethod
+    def sizes(state_dict: dict) -> dict:
+        """Arguments of the constructor, beside arch and num_classes, that the shapes of a state dict tell."""
+        return {}
+
+
+class SSFL(Stage):
     """Stage I, self-supervised guided feature learning (paper, section 3.1).
 
     A linear classifier and momentum contrast on one backbone: L = CE(W h + b, y) + L_con, see contrastive_loss.
@@ -26,7 +46,9 @@ class SSFL(nn.Module):
     contrastive loss is 0. bn_splits: pieces of a batch that BatchNorm normalizes apart, as so many processes would.
     """
 
-    transform = classes = None  # set by models.load
+    stage, number, title = "i", "I", "self-supervised guided feature learning"
+    classifiers = ("linear",)
+    backbone, mark, linear = "encoder_q.", "encoder_k.", "classifier."
 
     def __init__(
         self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True, bn_splits=1
@@ -46,6 +68,11 @@ class SSFL(nn.Module):
             self.register_buffer(name, value)
         self.pending = []  # (keys, labels) of this rank that are not in the queue yet
         split_batchnorm(self, bn_splits)
+
+    @staticmethod
+    def sizes(state_dict):
+        queue = state_dict.get("queue")
+        return {} if queue is None or queue.dim() != 2 else {"dim": queue.shape[0], "queue_size": queue.shape[1]}
 
     def load_backbone(self, state_dict):
         """Loads the weights of both backbones, to start from; state_dict: of a backbone, without a prefix.
@@ -96,7 +123,7 @@ class SSFL(nn.Module):
         dequeue_and_enqueue(self.queue, self.label_queue, self.queue_ptr, keys, labels)
 
 
-class SLG(nn.Module):
+class SLG(Stage):
     """Stage II, soft label generation (paper, section 3.2): stage I's frozen network under learnable weight scaling.
 
     `logits = model(im)`, (W h + b) * s, of shape (N, num_classes), in both modes; L = CE(logits, y) under class-aware
@@ -105,7 +132,10 @@ class SLG(nn.Module):
     bn_splits: as in SSFL.
     """
 
-    transform = classes = None  # set by models.load
+    stage, number, title = "ii", "II", "soft label generation"
+    classifiers = ("lws",)
+    backbone, mark, linear = "encoder.", "encoder.", "classifier.fc."
+    takes = ("i", "iii")
 
     def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1):
         super().__init__()
@@ -126,10 +156,12 @@ class SLG(nn.Module):
         state_dict: with or without `module.`; classifier: "hard" or "soft" (stage III only). Raises ValueError, naming
         the entry, if one is missing or has a wrong shape.
         """
-        prefix = {"hard": "classifier.", "soft": "classifier_kd."}[classifier]
-        load_entries(self.encoder, state_dict, "encoder_q.")
+        prefix = {"hard": SDL.linear, "soft": "classifier_kd."}[classifier]  # stage I has the name of the hard one
+        load_entries(self.encoder, state_dict, SDL.backbone)
         load_entries(self.classifier.fc, state_dict, prefix)
         nn.init.ones_(self.classifier.scales)
+
+    load_previous = load_pretrained  # as every stage that starts from another calls it
 
     def forward(self, im):
         with torch.no_grad():
@@ -137,7 +169,7 @@ class SLG(nn.Module):
         return full_precision(self.classifier(features))  # (W h + b) * s
 
 
-class SDL(nn.Module):
+class SDL(Stage):
     """Stage III, joint training with self-distillation (paper, section 3.3).
 
     A student with a hard and a soft classifier; the frozen teacher is stage II's network.
@@ -148,11 +180,16 @@ class SDL(nn.Module):
     distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
 
-    transform = classes = None  # set by models.load
+    stage, number, title = "iii", "III", "joint training with self-distillation"
+    classifiers = ("hard", "soft")
+    backbone, mark, linear = "encoder_q.", "encoder_t.", "classifier."
+    takes = ("ii",)
 
     def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True, bn_splits=1):
         super().__init__()
         self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, distill
+        if not distill:
+            self.classifiers = ("hard",)
         self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
         num_features = self.encoder_q.num_features
         self.classifier = nn.Linear(num_features, num_classes)
@@ -180,8 +217,10 @@ class SDL(nn.Module):
 
         Raises ValueError, naming the entry, if one is missing or has a wrong shape.
         """
-        load_entries(self.encoder_t, state_dict, "encoder.")
+        load_entries(self.encoder_t, state_dict, SLG.backbone)
         load_entries(self.classifier_t, state_dict, "classifier.")
+
+    load_previous = load_teacher
 
     def forward(self, im):
         distill = self.training and self.distill
@@ -197,67 +236,9 @@ class SDL(nn.Module):
         return hard, soft, distillation_loss(soft, teacher, self.temperature)
 
 
+STAGES = {network.stage: network for network in (SSFL, SLG, SDL)}
+
+
 def full_precision(x: torch.Tensor) -> torch.Tensor:
     """x in float32 if it is in half precision, else x itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-# ---- state dicts
-
-
-def strip_module(state_dict: dict) -> dict:
-    """The state dict without the `module.` that DistributedDataParallel adds to every name."""
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
-def strip_prefix(state_dict: dict, prefix: str) -> dict:
-    """The entries whose names start with `prefix`, with the prefix removed."""
-    return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
-def mismatched_keys(model: nn.Module, state_dict: dict) -> list[str]:
-    """The sorted names that only one of model and state dict (without `module.`) has, or that differ in shape."""
-    here, there = ({name: value.shape for name, value in d.items()} for d in (model.state_dict(), state_dict))
-    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-
-
-def load_entries(module: nn.Module, state_dict: dict, prefix: str):
-    """Loads the entries below `prefix` into a module.
-
-    Raises ValueError, in one line that names the first wrong entry, if they are not exactly those of the module.
-    """
-    entries = strip_prefix(strip_module(state_dict), prefix)
-    wrong = mismatched_keys(module, entries)
-    if wrong:
-        shapes = ({name: tuple(value.shape) for name, value in d.items()} for d in (entries, module.state_dict()))
-        raise ValueError(prefix + describe_mismatch(wrong[0], *shapes))
-    module.load_state_dict(entries)
-
-
-def describe_mismatch(name: str, found: dict, expected: dict) -> str:
-    """What is wrong with an entry; found, expected: name -> shape."""
-    if name not in found:
-        return f"{name} is missing"
-    if name not in expected:
-        return f"{name} is unknown"
-    return f"{name} has the shape {found[name]}, not {expected[name]}"
-
-
-def infer_stage_and_arch(state_dict: dict) -> dict | None:
-    """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
-
-    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS.
-    Returns None if the names belong to no stage.
-    """
-    state_dict = strip_module(state_dict)
-    signs = {"i": "encoder_k.", "ii": "encoder.", "iii": "encoder_t."}
-    stage = next((s for s, prefix in signs.items() if any(name.startswith(prefix) for name in state_dict)), None)
-    bias = state_dict.get("classifier.fc.bias" if stage == "ii" else "classifier.bias")
-    if stage is None or bias is None or bias.dim() != 1:
-        return None
-    encoder = strip_prefix(state_dict, "encoder." if stage == "ii" else "encoder_q.")
-    found = {"stage": stage, "arch": infer_arch(encoder), "num_classes": len(bias)}
-    queue = state_dict.get("queue")
-    if stage == "i" and queue is not None and queue.dim() == 2:
-        found["dim"], found["queue_size"] = queue.shape
-    return found

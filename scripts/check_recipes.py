@@ -20,7 +20,7 @@ from datasets.splits import find_splits
 from utils.checkpoint import as_saved
 from utils.command_line import ArgumentParser, option_words, run_command
 from utils.errors import UserError
-from utils.runs import read_args, saved_checksums
+from utils.results.records import read_args, saved_checksums
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.launch import signals
+from utils import signals
 
 BEAT = 12  # heartbeats come with the steps of training and evaluation: an epoch has 9 + 2 here
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.launch import signals
+from utils import signals
 
 GATE, FILE = os.environ["GATE"], Path(os.environ["GATE_FILE"])
 OWN_FILE = Path(f"{FILE}.{os.getpid()}")

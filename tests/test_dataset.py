@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.dataset import ListFileDataset, load_rgb
-from datasets.list_file import ImageList
+from datasets.dataset import ListFileDataset
+from datasets.lists import ImageList
 from datasets.splits import class_folders
 from utils.errors import UserError
+from utils.images import load_rgb
 
 
 def saved(tmp_path, image, name="image.png", **options):

@@ -15,7 +15,8 @@ from tests.helpers import on_ranks
 from utils import report
 from utils.distributed import broadcast_buffers
 from utils.evaluation import evaluate
-from utils.metrics import ShotAccuracy, shot_groups
+from utils.groups import shot_groups
+from utils.metrics import ShotAccuracy
 
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])

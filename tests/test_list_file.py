@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from datasets import splits, verify
 from datasets.layout import as_listed, by_split, find_layout
-from datasets.list_file import ImageList
+from datasets.lists import ImageList
 from datasets.prepare.list_writer import list_content
 from datasets.splits import SPLITS, choose_lists, class_folders, find_splits
 from utils.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models
-from models.load import MAX_LEGACY, MAX_PICKLE, read_checkpoint, state_dict_of
+from models.loading import MAX_LEGACY, MAX_PICKLE, read_checkpoint, state_dict_of
 from tests.helpers import LAST, ROOT, STAGES, checkpoint, same
 
 BUILD = {

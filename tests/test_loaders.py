@@ -10,7 +10,7 @@ from torch.utils.data import _utils
 
 from datasets import loaders
 from datasets.dataset import ListFileDataset
-from datasets.list_file import ImageList
+from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
 from datasets.transforms import Views

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from datasets.list_file import ImageList
+from datasets.lists import ImageList
 from datasets.prepare.cli import main
 from datasets.prepare.long_tail import SmallImages, write_long_tail
 from tests.helpers import assert_command_mistake, class_image, train

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from utils.training import TrainState
+from utils.train_state import TrainState
 
 
 def train_state(model):

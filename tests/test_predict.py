@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import models
-from datasets.dataset import load_rgb
 from models.preprocess import MEAN, STD, EvalTransform
 from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_command_mistake, results_of
 from utils import predict
+from utils.images import load_rgb
 
 NAMES = ["ant", "bee", "cat", "dog, brown", "eel", "fox"]
 SIZE = 32

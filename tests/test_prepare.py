@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.dataset import load_rgb
-from datasets.list_file import ImageList
+from datasets.lists import ImageList
 from datasets.prepare import long_tail, published
 from datasets.prepare.cli import main
-from datasets.prepare.folder_lists import split_class
+from datasets.prepare.folders import split_class
 from datasets.prepare.long_tail import long_tail_counts, pick
 from datasets.splits import find_splits
+from utils.images import load_rgb
 
 CLASSES = ("n01", "n02", "n03")
 LISTS = {

@@ -113,7 +113,7 @@ def test_the_backbone_starts_from_a_checkpoint_of_any_stage(trained, plain_tree,
     assert (outcome.status, outcome.err) == (0, "")
     prefix = f"module.encoder{'' if stage == 'ii' else '_q'}."
     content = checkpoint(trained[stage])["state_dict"]
-    assert_starts_from(tmp_path, models.ssd.strip_prefix(content, prefix))
+    assert_starts_from(tmp_path, models.state_dicts.strip_prefix(content, prefix))
 
 
 def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):

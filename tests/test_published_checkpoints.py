@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import models
-from models.load import read_checkpoint
+from models.loading import read_checkpoint
 from tests.helpers import CLASSES, LAST, QUEUE, STAGES, checkpoint, run_stage, same, train
 
 KEYS, DIM = (int(re.search(f"--moco-{name} (\\d+)", QUEUE)[1]) for name in ("k", "dim"))

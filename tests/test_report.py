@@ -16,8 +16,8 @@ import ssd_stage_iii
 from tests.helpers import LAST, call, stage_flags
 from utils import report
 from utils.command_line import has_value
-from utils.runs import distinct_names, read_runs
-from utils.seeds import CHECKPOINTS, IGNORED, checkpoint_folder, pattern
+from utils.results.records import distinct_names, read_runs
+from utils.results.seeds import CHECKPOINTS, IGNORED, checkpoint_folder, pattern
 
 # Three classes, one per shot group: 4, 2 and 2 test images, of which 3, 1 and 0 are right.
 RECORD = {
@@ -394,7 +394,7 @@ def test_plots_are_drawn_for_any_training_counts(tmp_path, said, matplotlib, cou
 
 
 def test_the_running_mean_is_the_one_computed_by_hand():
-    from utils.plots import running_mean
+    from utils.results.plots import running_mean
 
     assert running_mean([8, 1, 4, 2], [0.4, 0.0, 0.3, 0.1]) == (
         [1, 2, 4, 8], [pytest.approx(value) for value in (0.05, 0.4 / 3, 0.8 / 3, 0.35)],
@@ -406,8 +406,8 @@ def test_the_running_mean_is_the_one_computed_by_hand():
 def test_shot_groups_are_those_of_the_evaluation():
     import torch
 
-    from utils.metrics import GROUPS, shot_groups
-    from utils.plots import group_of
+    from utils.groups import GROUPS, shot_groups
+    from utils.results.plots import group_of
 
     counts = [0, 1, 19, 20, 100, 101, 10**6]
     assert [group_of(count) for count in counts] == [GROUPS[i] for i in shot_groups(torch.tensor(counts))]

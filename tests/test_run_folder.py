@@ -13,7 +13,7 @@ from datasets import splits
 from tests.helpers import LAST, checkpoint, log_of, results_of, run_stage, same, train
 from tests.robustness.test_mistakes import assert_mistake
 from utils.files import atomic_write
-from utils.runs import run_folders
+from utils.results.records import run_folders
 
 
 def args_of(folder) -> dict:

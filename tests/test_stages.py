@@ -35,7 +35,7 @@ from tests.helpers import (
     train,
     train_ranks,
 )
-from utils.training import prepare_model
+from utils.train_state import prepare_model
 
 PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}

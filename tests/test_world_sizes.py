@@ -15,7 +15,7 @@ from utils.distributed import DistInfo, distribute, set_dist_info
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.memory import step_memory
-from utils.training import TrainState, convert_sync_batchnorm
+from utils.train_state import TrainState, convert_sync_batchnorm
 
 CPU, CLASSES = torch.device("cpu"), len(COUNTS["train"])
 QUEUE, QUEUE_BUFFERS = 40, ("queue", "label_queue", "queue_ptr")  # wraps around in the second step

@@ -9,22 +9,22 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.load import is_names, read_checkpoint, state_dict_of
+from models.loading import is_names, read_checkpoint, state_dict_of
 from models.preprocess import MAX_SIZE, MIN_SIZE
+from models.state_dicts import strip_module
 
 from .arguments import SHARED_ARGS
 from .command_line import check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
-from .launch.signals import Stopped, heartbeat, stop_requested
 from .metrics import MetricLogger
+from .signals import Stopped, heartbeat, stop_requested
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
 EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight", "amp")  # what --evaluate takes
 BEST_METRIC = "class_mean"
-STAGE_NAMES = {"i": "I", "ii": "II", "iii": "III"}
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -38,7 +38,7 @@ class LoadedCheckpoint(NamedTuple):
     @property
     def state_dict(self) -> dict:
         """The network's weights, without `module.` before the names."""
-        return models.ssd.strip_module(self.content["state_dict"])
+        return strip_module(self.content["state_dict"])
 
     @property
     def run(self) -> dict:
@@ -78,35 +78,38 @@ def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
         return loaded
 
 
-def load_stage(args, parser, flag: str, stages: tuple[str, ...], hint: str = "") -> LoadedCheckpoint:
+def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> LoadedCheckpoint:
     """The checkpoint of an earlier stage that a flag names, to start from.
 
-    Backbone, image size and statistics are taken from it, unless their flags were given. Raises UserError, on all
-    ranks, if it cannot be read, does not belong to one of the stages, or has another backbone than --arch.
-    hint: an alternative, for the message if the flag is missing.
+    receiver: the network's class, which takes it by load_previous(state_dict, *options); an option is the name of a
+    classifier. Backbone, image size and statistics are taken from the checkpoint, unless their flags were given.
+    Raises UserError, on all ranks, if it cannot be read, is of another stage than receiver takes, is incomplete, or has
+    another backbone than --arch. hint: an alternative, for the message if the flag is missing.
     """
     path = getattr(args, flag.lstrip("-").replace("-", "_"))
+    soft = "soft" in options
+    stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
     with raise_on_all_ranks():
         if not path:
-            names = stage_names(stages)
-            raise UserError(f"{flag} is missing: name the checkpoint of stage {names} to start from{hint}")
+            raise UserError(
+                f"{flag} is missing: name the checkpoint of stage {stage_names(stages)} to start from{hint}"
+            )
         loaded = read_stage(path, flag, stages)
         for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
             print_main(line)
         check_compatible(loaded, args.arch)
-        classifier = getattr(args, "classifier", "hard")
-        check_trained(path, loaded.content, classifier)
+        if soft:
+            check_trained(path, loaded.content)
         try:
-            models.check_complete(loaded.state_dict, classifier)
-            models.check_weights(loaded.state_dict)
+            models.check_complete(loaded.state_dict, receiver, *options)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
 
 
-def check_trained(path, content: dict, classifier: str):
-    """Raises UserError if a run without distillation left the classifier, "hard" or "soft", as it was initialized."""
-    if classifier == "soft" and (content.get("args") or {}).get("kd_weight") == 0:
+def check_trained(path, content: dict):
+    """Raises UserError if a run without distillation left the soft classifier as it was initialized."""
+    if (content.get("args") or {}).get("kd_weight") == 0:
         raise UserError(
             f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
         )
@@ -134,7 +137,7 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
     if found is None:
         raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
-        stage = STAGE_NAMES[found["stage"]]
+        stage = models.STAGES[found["stage"]].number
         raise UserError(f"{path}: a checkpoint of stage {stage}; {flag} takes one of stage {stage_names(stages)}")
     names = content.get("classes")
     if names is not None and len(names) != found["num_classes"]:
@@ -144,7 +147,7 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
 
 def stage_names(stages) -> str:
     """The stages as a message names them."""
-    return " or ".join(STAGE_NAMES[stage] for stage in stages)
+    return " or ".join(models.STAGES[stage].number for stage in stages)
 
 
 def is_whole_number(value) -> bool:

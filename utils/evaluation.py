@@ -4,9 +4,9 @@ import torch
 
 from . import checkpoint
 from .distributed import broadcast_buffers
-from .launch.signals import defer_stop, heartbeat, stop_requested
 from .log import Progress
 from .metrics import ShotAccuracy
+from .signals import defer_stop, heartbeat, stop_requested
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import nn
 from models import SLG, build_backbone
 from models.backbones import TORCHVISION
 from models.heads import LWS
-from models.ssd import strip_module
+from models.state_dicts import strip_module
 
 from .checkpoint import system_error
 from .command_line import ArgumentParser, run_command
@@ -155,7 +155,7 @@ def run(args):
         onnx = args.format == "onnx"
         write(args.out, onnx_model(network, model.transform, model.classes) if onnx else dict(network.state_dict()))
     view, classes = model.transform, found["num_classes"]
-    head = f", {args.classifier} classifier" if found["stage"] == "iii" and args.format != "published" else ""
+    head = f", {args.classifier} classifier" if len(model.classifiers) > 1 and args.format != "published" else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":
         print(

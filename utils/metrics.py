@@ -9,9 +9,8 @@ import torch.nn.functional as F
 
 from .distributed import all_reduce, gather_objects, get_rank, get_world_size
 from .errors import UserError
+from .groups import GROUPS, shot_groups
 
-MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
-GROUPS = ("many", "medium", "few")
 MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
 
 
@@ -113,11 +112,6 @@ def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hit = predicted == labels[:, None]
     return predicted[:, 0], hit[:, 0], hit.any(dim=1)
-
-
-def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
-    """0 for many-shot classes (> 100 training images), 1 for medium-shot (20 to 100), 2 for few-shot (< 20)."""
-    return (train_counts <= MANY_ABOVE).long() + (train_counts < FEW_BELOW).long()
 
 
 class ShotAccuracy:

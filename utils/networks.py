@@ -3,7 +3,7 @@
 from torch import nn
 
 import models
-from models.load import network_of
+from models.loading import network_of
 
 from . import checkpoint
 from .errors import UserError
@@ -22,14 +22,14 @@ def load_network(path, classifier: str) -> tuple[nn.Module, dict, dict]:
         raise UserError(str(error)) from None
     found = models.infer_stage_and_arch(model.state_dict())
     if classifier == "soft":
-        if found["stage"] != "iii":
-            stage = found["stage"].upper()
-            raise UserError(f"--classifier soft: {path} is of stage {stage}, which has one classifier; leave it out")
-        checkpoint.check_trained(path, content, classifier)
+        if classifier not in model.classifiers:
+            number = model.number
+            raise UserError(f"--classifier soft: {path} is of stage {number}, which has one classifier; leave it out")
+        checkpoint.check_trained(path, content)
     return model, found, content
 
 
 def logits_of(model: nn.Module, images, classifier: str):
     """The logits (N, C) of a network in eval mode; classifier: which of stage III's two."""
     logits = model(images)
-    return logits[("hard", "soft").index(classifier)] if isinstance(logits, tuple) else logits
+    return logits[model.classifiers.index(classifier)] if isinstance(logits, tuple) else logits

@@ -17,15 +17,14 @@ import torch
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from datasets.dataset import load_rgb
-from datasets.loaders import to_device
-from datasets.splits import is_image_file
+from models.preprocess import normalize
 
 from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, printable
 from .files import walk
+from .images import is_image_file, load_rgb
 from .networks import load_network, logits_of
 
 
@@ -96,7 +95,7 @@ def read_batches(files: list[str], view, batch_size: int, workers: int):
 @torch.no_grad()
 def predict(model, images, classifier: str, topk: int, device) -> list[tuple[list[int], list[float]]]:
     """(labels, probabilities) of each image's topk most probable classes; images: uint8 (N, 3, S, S)."""
-    images = to_device(images, device, mean=model.transform.mean, std=model.transform.std)
+    images = normalize(images.to(device), model.transform.mean, model.transform.std)
     probabilities = logits_of(model, images, classifier).softmax(dim=1)
     values, labels = probabilities.topk(topk, dim=1)
     return list(zip(labels.tolist(), values.tolist(), strict=True))

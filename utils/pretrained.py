@@ -7,9 +7,9 @@ import torch
 import torchvision
 
 import models
-from models.backbones import CIFAR, backbone_shapes, infer_arch
-from models.load import is_dense, read_checkpoint
-from models.ssd import describe_mismatch, strip_module, strip_prefix
+from models.backbones import CIFAR, infer_arch
+from models.loading import read_checkpoint
+from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
 
 from .command_line import non_empty, run_only
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
@@ -92,19 +92,18 @@ def read_backbone(file, arch: str) -> dict:
     if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
         raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
     entries, prefix = backbone_entries(state_dict)
-    found, expected = infer_arch(entries), backbone_shapes(arch)
+    found = infer_arch(entries)
     if found not in (arch, None):
         raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
-    for name, shape in expected.items():  # files from before PyTorch 0.4.1 have no counters
+    with torch.device("meta"):
+        backbone = models.build_backbone(arch)
+    for name, buffer in backbone.named_buffers():  # files from before PyTorch 0.4.1 have no counters
         if name.endswith("num_batches_tracked"):
-            entries.setdefault(name, torch.zeros(shape, dtype=torch.long))
-    shapes = {name: tuple(value.shape) for name, value in entries.items()}
-    for name in [*expected, *shapes]:
-        if shapes.get(name) != expected.get(name):
-            problem = prefix + describe_mismatch(name, shapes, expected)
-            raise UserError(f"{file}: does not fit {arch}: {problem}; correct --arch or --pretrained")
+            entries.setdefault(name, torch.zeros(buffer.shape, dtype=torch.long))
+    if problem := find_mismatch(backbone, entries):
+        raise UserError(f"{file}: does not fit {arch}: {prefix}{problem}; correct --arch or --pretrained")
     try:
-        models.check_weights(entries)
+        check_weights(entries, backbone)
     except ValueError as error:
         raise UserError(f"{file}: {error}; correct --pretrained") from None
     return entries
@@ -116,5 +115,5 @@ def backbone_entries(state_dict: dict) -> tuple[dict, str]:
     found = models.infer_stage_and_arch(state_dict)
     if found is None:
         return {name: value for name, value in state_dict.items() if not name.startswith("fc.")}, ""
-    prefix = "encoder." if found["stage"] == "ii" else "encoder_q."
+    prefix = models.STAGES[found["stage"]].backbone
     return strip_prefix(state_dict, prefix), prefix

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-import models
+from models.state_dicts import check_weights, find_mismatch
 
-from .checkpoint import BEST, BEST_METRIC, STAGE_NAMES, LoadedCheckpoint
+from .checkpoint import BEST, BEST_METRIC, LoadedCheckpoint
 from .distributed import get_world_size, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
@@ -90,19 +90,17 @@ def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
 def restore_model(loaded: LoadedCheckpoint, model):
     """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
     state_dict = loaded.state_dict
-    wrong = models.ssd.mismatched_keys(model, state_dict)
-    if not wrong:
-        try:
-            models.check_weights(state_dict)
-        except ValueError as error:
-            raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
-        model.load_state_dict(state_dict)
-    elif "queue" in wrong and "queue" in state_dict and state_dict["queue"].dim() == 2:
-        dim, size = state_dict["queue"].shape
+    queue = state_dict.get("queue")
+    if queue is not None and hasattr(model, "queue") and queue.dim() == 2 and queue.shape != model.queue.shape:
+        dim, size = queue.shape
         raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
-    else:
-        stage = STAGE_NAMES[loaded.found["stage"]]
-        raise UserError(f"{loaded.path}: does not fit stage {stage} at {wrong[0]}; correct {loaded.flag}")
+    if problem := find_mismatch(model, state_dict):
+        raise UserError(f"{loaded.path}: does not fit stage {model.number}: {problem}; correct {loaded.flag}")
+    try:
+        check_weights(state_dict, model)
+    except ValueError as error:
+        raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
+    model.load_state_dict(state_dict)
 
 
 def restore_momentum(optimizer, saved: dict | None):

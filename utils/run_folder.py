@@ -3,12 +3,14 @@
 import fcntl
 from pathlib import Path
 
-from . import checkpoint, log, plots, report
+from . import checkpoint, log
 from .arguments import resolved
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
-from .runs import read_args, read_runs, saved_checksums
-from .seeds import CHECKPOINTS
+from .results import plots
+from .results.records import read_args, read_runs, saved_checksums
+from .results.seeds import CHECKPOINTS
+from .results.tables import table
 from .summary import next_commands, run_summary
 
 
@@ -153,7 +155,7 @@ class RunFolder:
 
         results: classifier -> its record.
         """
-        print_main("\n" + report.table({f"{name} classifier": result for name, result in results.items()}))
+        print_main("\n" + table({f"{name} classifier": result for name, result in results.items()}))
         if is_main_process() and self.writes:
             records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]
             log.write_json(self.path / "results.json", records)

@@ -7,7 +7,7 @@ import torch
 
 from .checkpoint import LAST
 from .distributed import get_world_size
-from .metrics import GROUPS, shot_groups
+from .groups import GROUPS, shot_groups
 
 STAGE_TITLES = {
     "i": "stage I, self-supervised guided feature learning",

@@ -20,7 +20,7 @@ from pathlib import Path
 from torchvision.datasets.utils import download_file_from_google_drive
 
 import models
-from models.load import read_checkpoint, state_dict_of
+from models.loading import read_checkpoint, state_dict_of
 from utils.checkpoint import LAST
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError, one_line

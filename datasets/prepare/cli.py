@@ -22,10 +22,10 @@ from utils.errors import UserError
 
 from ..layout import as_listed, by_split
 from . import long_tail
-from .folder_lists import write_folder_lists
-from .image_tree import find_tree, link_tree
+from .folders import write_folder_lists
 from .list_writer import write_files
 from .published import manifest, obtain_lists
+from .trees import find_tree, link_tree
 
 PROJECT = Path(__file__).resolve().parents[2]
 

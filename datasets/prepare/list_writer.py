@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import atomic_write
 
-from ..list_file import parse_line
+from ..lists import parse_line
 
 
 def list_content(entries) -> bytes:

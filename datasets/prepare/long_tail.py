@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
+from utils.images import is_image_file
 
-from ..splits import CLASSES_FILE, class_folders, is_image_file
+from ..splits import CLASSES_FILE, class_folders
 from .list_writer import list_content, refuse_other_content, write_files
 from .published import download_errors
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
 
-from ..list_file import ImageList
+from ..lists import ImageList
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data" / "manifest.json"
 TIMEOUT = 60  # seconds without a byte

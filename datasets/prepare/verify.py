@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
-from utils.metrics import FEW_BELOW, MANY_ABOVE, shot_groups
-from utils.plots import require_matplotlib, save_figure
+from utils.groups import FEW_BELOW, MANY_ABOVE, shot_groups
+from utils.images import load_rgb
+from utils.results.plots import require_matplotlib, save_figure
 
-from ..dataset import load_rgb
 from ..layout import as_listed, by_split
 from ..splits import SPLITS, Split, find_splits
-from .image_tree import bar, diagnose, flat
+from .trees import bar, diagnose, flat
 
 MAX_SHOWN = 20
 MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to limit memory

@@ -19,10 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.dataset import load_rgb
 from datasets.prepare.cli import main as prepare
 from tests.helpers import CLASSES, LAST, Outcome, checkpoint, limited_memory, run_shell, run_stage, same
 from utils.errors import UserError
+from utils.images import load_rgb
 
 LONGEST_LINE = 2000
 

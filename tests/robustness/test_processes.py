@@ -46,7 +46,8 @@ from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
-from utils.launch import describe_failure, launch, spawn
+from utils.launch import launch, spawn
+from utils.launch.failures import describe_failure
 from utils.launch.rendezvous import (
     check_equal_starts,
     detect_launcher,
@@ -54,8 +55,8 @@ from utils.launch.rendezvous import (
     note_unused_flags,
     select_device,
 )
-from utils.launch.signals import Stopped, defer_stop
 from utils.numerics import StepFlags
+from utils.signals import Stopped, defer_stop
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]

@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from ..command_line import USER_ERROR, escape_unprintable
 from ..distributed import DistInfo
 from ..errors import UserError, one_line
-from . import LOST_CONTACT, describe_failure, exit_now
+from ..signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
+from .failures import LOST_CONTACT, describe_failure, exit_now
 from .rendezvous import open_store, process_group
-from .signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()

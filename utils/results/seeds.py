@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from .arguments import training_parser
-from .errors import printable
-from .runs import ACCURACIES, Run, distinct_names, mean, read_args, shortest_end
+from ..arguments import training_parser
+from ..errors import printable
+from .records import ACCURACIES, Run, distinct_names, mean, read_args, shortest_end
 
 # Arguments that do not change the method: paths, printing, the device, and how processes meet.
 IGNORED = {

@@ -14,8 +14,10 @@ import torch
 from numpy._core.multiarray import scalar  # numpy 1.26 has it under this name too
 from torch import nn
 
+from .backbones import infer_arch
 from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
-from .ssd import SDL, SLG, SSFL, infer_stage_and_arch, mismatched_keys, strip_module
+from .ssd import STAGES
+from .state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
 
 MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
 MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all of which has to be read
@@ -27,9 +29,6 @@ NUMPY_SCALARS = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
 ]
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 # ---- files
@@ -201,76 +200,60 @@ def state_dict_of(path, content: dict) -> dict:
     return state_dict
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is an ordinary one: on the CPU, not sparse, nested, quantized or expanded beyond its storage."""
-    return (
-        tensor.layout == torch.strided and tensor.device.type == "cpu"
-        and not tensor.is_nested and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    )  # fmt: skip
+def infer_stage_and_arch(state_dict: dict) -> dict | None:
+    """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
+
+    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS.
+    Returns None if the names belong to no stage.
+    """
+    state_dict = strip_module(state_dict)
+    stage = next((s for s in STAGES.values() if any(name.startswith(s.mark) for name in state_dict)), None)
+    bias = state_dict.get(f"{stage.linear}bias") if stage else None
+    if bias is None or bias.dim() != 1:
+        return None
+    arch = infer_arch(strip_prefix(state_dict, stage.backbone))
+    return {"stage": stage.stage, "arch": arch, "num_classes": len(bias), **stage.sizes(state_dict)}
+
+
+def empty_network(state_dict: dict) -> tuple[nn.Module, dict]:
+    """(network on the meta device, arguments of its constructor) of the stage that a state dict belongs to.
+
+    Raises ValueError if names or shapes belong to no stage or to an unknown backbone.
+    """
+    found = infer_stage_and_arch(state_dict)
+    if found is None or found["arch"] is None:
+        raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
+    stage = STAGES[found.pop("stage")]
+    with torch.device("meta"):  # nothing is allocated
+        return stage(**found), found
 
 
 def from_state_dict(state_dict: dict) -> nn.Module:
     """The network of the stage that the state dict belongs to, with its weights, in eval mode.
 
-    Momentum and temperatures have their defaults: no state dict holds them, and only training uses them. Raises
-    ValueError, in one line, if names or shapes belong to no stage or to an unknown backbone, or as check_weights does.
+    What no state dict holds, such as momentum, temperatures and buffers that are not persistent, is as the constructor
+    makes it. Raises ValueError, in one line, if names or shapes belong to no stage or to an unknown backbone, or as
+    check_weights does.
     """
-    found = infer_stage_and_arch(state_dict)
-    if found is None or found["arch"] is None:
-        raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
-    stage = found.pop("stage")
-    if stage == "i" and "queue_size" not in found:
-        raise ValueError("it is of stage I, but has no queue of (dim, K)")
-    with torch.device("meta"):  # nothing is allocated before names, shapes and values are checked
-        model = {"i": SSFL, "ii": SLG, "iii": SDL}[stage](**found)
     state_dict = strip_module(state_dict)
-    wrong = mismatched_keys(model, state_dict)
-    if wrong:
-        raise ValueError(f"it does not fit stage {stage.upper()} at {wrong[0]}")
-    check_weights(state_dict)
-    model.to_empty(device="cpu").load_state_dict(state_dict)
-    return model.eval()
+    empty, arguments = empty_network(state_dict)
+    if problem := find_mismatch(empty, state_dict):
+        raise ValueError(f"it does not fit stage {empty.number}: {problem}")
+    check_weights(state_dict, empty)
+    with torch.random.fork_rng(devices=[]):  # every random number is overwritten
+        network = type(empty)(**arguments)
+    network.load_state_dict(state_dict)
+    return network.eval()
 
 
-def check_weights(state_dict: dict):
-    """Checks types and values of a state dict, with or without `module.`; reads every entry, so check shapes first.
+def check_complete(state_dict: dict, receiver: type[nn.Module], *options):
+    """Checks that a state dict holds all that receiver.load_previous(state_dict, *options) takes from it.
 
-    Weights and statistics are floating-point and finite, no running variance is below 0, counters are integers; the
-    label queue may be either (it is float32 in published checkpoints). Raises ValueError, in one line that names the
-    entry.
+    receiver: SLG or SDL. Loads it on the meta device, without allocating memory, and checks types and values. Raises
+    ValueError, in one line that names the entry.
     """
-    for name, value in strip_module(state_dict).items():
-        entry = name.rpartition(".")[2]
-        if entry == "label_queue":
-            expected = FLOATS + INTEGERS
-        elif entry in ("queue_ptr", "num_batches_tracked"):
-            expected = INTEGERS
-        else:
-            expected = FLOATS
-        if value.dtype not in expected:
-            raise ValueError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, which no network has")
-        if value.numel() == 0:
-            continue
-        least, most = map(float, value.detach().aminmax())  # both NaN if there is one
-        if not -MAX_FLOAT <= least <= most <= MAX_FLOAT:
-            raise ValueError(f"{name} holds values that are not finite in float32")
-        if entry == "running_var" and least < 0:
-            raise ValueError(f"{name} holds a variance below 0")
-
-
-def check_complete(state_dict: dict, classifier: str = "hard"):
-    """Checks that a state dict holds all that the next stage takes from it, by loading it without allocating memory.
-
-    SLG.load_pretrained loads it for stages I and III, with the named classifier, and SDL.load_teacher for stage II.
-    Raises ValueError, in one line that names the entry.
-    """
-    found = infer_stage_and_arch(state_dict)
-    if found is None or found["arch"] is None:
-        raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
+    empty, arguments = empty_network(state_dict)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies to the meta device have no effect
-        if found["stage"] == "ii":
-            SDL(found["arch"], found["num_classes"]).load_teacher(state_dict)
-        else:
-            SLG(found["arch"], found["num_classes"]).load_pretrained(state_dict, classifier)
+        receiver(arguments["arch"], arguments["num_classes"]).load_previous(state_dict, *options)
+    check_weights(state_dict, empty)

@@ -17,11 +17,11 @@ from .distributed import (
     raise_on_all_ranks,
 )
 from .errors import UserError
-from .launch.signals import defer_stop, heartbeat, stop_requested
+from .groups import percent
 from .log import Progress, duration
 from .metrics import MetricLogger
 from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
-from .report import percent
+from .signals import defer_stop, heartbeat, stop_requested
 
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 

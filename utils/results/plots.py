@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError, one_line
-from .metrics import FEW_BELOW, GROUPS, MANY_ABOVE
-from .runs import Run, is_accuracy, mean, read_log
+from ..errors import UserError, one_line
+from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE
+from .records import Run, is_accuracy, mean, read_log
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito, for all color vision
 SHADES = {"many": "#dcebf7", "medium": "#e3f2e1", "few": "#fdebd8"}

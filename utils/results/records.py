@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError, one_line, printable
-from .files import walk
+from ..errors import UserError, one_line, printable
+from ..files import walk
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
 MAX_COUNT = 2**53  # images; a larger number is not a count

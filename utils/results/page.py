@@ -4,13 +4,13 @@ import base64
 import html
 import json
 
-from .errors import UserError, one_line, printable
-from .files import atomic_write
-from .metrics import FEW_BELOW, MANY_ABOVE
+from ..errors import UserError, one_line, printable
+from ..files import atomic_write
+from ..groups import FEW_BELOW, MANY_ABOVE
 from .plots import draw, to_png
-from .report import CLASS_COLUMNS, class_cells, class_rows, few_note, summary_cells, summary_rows
-from .runs import Run, read_args
+from .records import Run, read_args
 from .seeds import Group, mean_rows
+from .tables import CLASS_COLUMNS, class_cells, class_rows, few_note, summary_cells, summary_rows
 
 LEFT_OUT = ("environment", "dist_url")  # of the arguments: they have their own table, or are addresses
 OPEN_UP_TO = 30  # classes; longer tables are collapsed

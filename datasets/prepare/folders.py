@@ -8,9 +8,10 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from utils.errors import UserError
+from utils.images import is_image_file
 
 from ..layout import as_listed, missing_entries
-from ..splits import SPLITS, Split, class_folders, is_image_file, visible_classes
+from ..splits import SPLITS, Split, class_folders, visible_classes
 from .list_writer import list_content, write_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it

@@ -1,0 +1,70 @@
+"""Reading image files."""
+
+import ctypes
+import errno
+import os
+import stat
+import traceback
+import warnings
+from contextlib import contextmanager
+
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+from models.preprocess import to_rgb
+
+from .errors import UserError, one_line
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
+warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
+if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
+    libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
+
+
+def load_rgb(file) -> Image.Image:
+    """The image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 bits.
+
+    Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
+    than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError
+    that says that there is no memory.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
+            raise UserError(f"{file}: not a regular file; replace it")
+        with Image.open(file, formats=FORMATS) as image:
+            return to_rgb(image)
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such image") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{file}: not an image that can be read; convert it to JPEG or replace the file") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        number = getattr(error, "errno", None)  # of the system's errors
+        if number == errno.ENOMEM:
+            raise
+        what, hint = ("decoded", "; replace the file") if number is None else ("read", "")
+        raise UserError(f"{file}: cannot be {what} ({one_line(error)}){hint}") from None
+
+
+@contextmanager
+def memory_errors():
+    """Turns the errors of a system that has no more memory, or threads, into a UserError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:  # the latter two from torch's allocators and multiprocessing
+        words = "allocate memory", "start new thread"
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        traceback.clear_frames(error.__traceback__)  # frees the memory that they hold
+        raise UserError(
+            "loading the images ran out of memory: lower -j/--workers, --batch-size or --image-size"
+        ) from None
+
+
+def is_image_file(path) -> bool:
+    """Whether a file has an image's ending, as in ImageFolder, and is not hidden: macOS leaves ._NAME beside NAME."""
+    name = os.path.basename(path)
+    return has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
