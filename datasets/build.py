@@ -57,14 +57,14 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     splits = locate_splits(args, info)
     ranks = {"rank": get_rank(), "world_size": get_world_size()}
     with raise_on_all_ranks():
-        args.num_classes = check_labels(args, splits)
-        classes, note = find_class_names(args.data, splits["train"], args.num_classes)
+        num_classes = check_labels(args, splits)
+        classes, note = find_class_names(args.data, splits["train"], num_classes)
         train = splits["train"].images
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
-    train_counts = train.counts(args.num_classes)
+    train_counts = train.counts(num_classes)
     for line in (*list_warnings(splits, train_counts), *([note] if note else ())):
         print_main(line)
     loaders = {}
@@ -79,7 +79,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
-            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train_counts,
+            loaders["train"], loaders.get("val"), loaders["test"], num_classes, train_counts,
             classes, "val" in splits and is_balanced(splits["val"].images),
             {name: split.images.checksum for name, split in splits.items()},
         )  # fmt: skip

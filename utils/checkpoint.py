@@ -11,19 +11,16 @@ import torch
 import models
 from models.loading import is_names, read_checkpoint, state_dict_of
 from models.preprocess import MAX_SIZE, MIN_SIZE
-from models.state_dicts import strip_module
+from models.state_dicts import check_weights, strip_module
 
-from .arguments import SHARED_ARGS
-from .command_line import check_value, option_words
+from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, check_value, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
 from .metrics import MetricLogger
-from .signals import Stopped, heartbeat, stop_requested
+from .signals import Stopped, heartbeat
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
-NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
-EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight", "amp")  # what --evaluate takes
 BEST_METRIC = "class_mean"
 
 
@@ -54,11 +51,11 @@ class LoadedCheckpoint(NamedTuple):
 # ---- reading
 
 
-def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
+def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
 
-    parser: the one that made args; stage: the stage that the checkpoint must belong to. Raises UserError, on all ranks,
-    if it cannot be read or belongs to another stage.
+    parser: the one that made args; network: the class of the stage that it must belong to. Raises UserError, on all
+    ranks, if it cannot be read or belongs to another stage.
     """
     if args.resume == "auto":
         latest = None
@@ -71,8 +68,8 @@ def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
     if not args.resume:
         return None
     with raise_on_all_ranks():
-        loaded = read_stage(args.resume, "--resume", (stage,))
-        for line in apply_saved_args(loaded, args, parser, EVALUATION_ARGS if args.evaluate else None):
+        loaded = read_stage(args.resume, "--resume", (network.stage,))
+        for line in apply_saved_args(loaded, args, parser, *(NETWORK, EVALUATION) if args.evaluate else (KEPT,)):
             print_main(line)
         check_compatible(loaded, args.arch)
         return loaded
@@ -95,7 +92,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
                 f"{flag} is missing: name the checkpoint of stage {stage_names(stages)} to start from{hint}"
             )
         loaded = read_stage(path, flag, stages)
-        for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
+        for line in apply_saved_args(loaded, args, parser, NETWORK):
             print_main(line)
         check_compatible(loaded, args.arch)
         if soft:
@@ -222,15 +219,15 @@ def quarantine_unreadable(folder, resumed):
 # ---- comparing a checkpoint with the run
 
 
-def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
-    """Sets the flags that were not given from a checkpoint: all that it keeps, or those in `only`.
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str) -> list[str]:
+    """Sets the flags that were not given from a checkpoint, those of which one of the facts holds.
 
     Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
     Raises UserError if the command line could not give a saved value.
     """
-    actions, taken, lines = parser.saved_actions(), [], []
+    actions, taken, lines = parser.marked(*facts), [], []
     for name, value in saved_args(loaded).items():
-        if name not in actions or name not in args.saved or (only and name not in only):
+        if name not in actions:
             continue
         try:
             value = check_value(actions[name], value)
@@ -242,14 +239,14 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ..
         if name not in args.given:
             setattr(args, name, value)
             taken.append(option_words(actions[name], value))
-            if name in SHARED_ARGS:
-                args.shared_words.append(taken[-1])
-        elif name not in ("arch", "moco_k", "moco_dim"):  # if these differ, the run is refused
+            if name in parser.marked(GOES_ON):
+                args.following.append(taken[-1])
+        else:
             lines.append(
                 f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
                 f"{option_words(actions[name], value)}"
             )
-    args.deterministic = args.deterministic or bool(not only and loaded.run.get("deterministic"))
+    args.deterministic = args.deterministic or bool(KEPT in facts and loaded.run.get("deterministic"))
     if taken:
         lines.insert(0, f"as saved: {' '.join(taken)}")
     return lines
@@ -300,13 +297,27 @@ def save(state, is_best: bool = False):
     """Writes a training state as last_checkpoint.pth.tar, and as best if is_best; all ranks must call it.
 
     The format is the published one, plus what exact resuming needs: tensors, numbers, strings, lists and dicts, which
-    can be loaded with weights_only. Raises UserError, on all ranks, if it cannot be written.
+    can be loaded with weights_only. Raises UserError, on all ranks, if it cannot be written, or if a weight, statistic
+    or momentum is not finite.
     """
     averages = state.metrics.state_dict() if state.step else None
     with raise_on_all_ranks():
         if is_main_process():
+            check_finite(state)
             write(state.args.output_dir, checkpoint_of(state, averages), is_best)
     heartbeat()
+
+
+def check_finite(state):
+    """Raises UserError if the state is one that no checkpoint should hold, since nobody could continue from it."""
+    try:
+        check_weights(state.model.state_dict(), state.model)
+        for values in state.optimizer.state.values():
+            momentum = values.get("momentum_buffer")
+            if momentum is not None and not momentum.isfinite().all():
+                raise ValueError("the optimizer holds a momentum that is not finite")
+    except ValueError as error:
+        raise UserError(f"not saved, since {error}: lower --lr; earlier checkpoints are kept") from None
 
 
 def checkpoint_of(state, averages: dict | None) -> dict:
@@ -315,17 +326,17 @@ def checkpoint_of(state, averages: dict | None) -> dict:
     return {
         "epoch": state.epoch,
         "step": state.step,
-        "stage": state.stage,
+        "stage": state.model.stage,
         "arch": args.arch,
         "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
         "best_acc1": torch.tensor(state.best, dtype=torch.float64),
         "best_metric": BEST_METRIC,
-        "classes": state.classes,
+        "classes": state.model.classes,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "averages": averages,
         "images": state.images,
-        "args": {name: as_saved(getattr(args, name)) for name in args.saved},
+        "args": {name: as_saved(getattr(args, name)) for name in args.marked[KEPT]},
         "run": {
             "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
             "batch_size": args.batch_size, "world_size": get_world_size(),
@@ -336,28 +347,6 @@ def checkpoint_of(state, averages: dict | None) -> dict:
 def as_saved(value):
     """An argument's value as it can be loaded with weights_only."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def save_if_due(state, args):
-    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped.
-
-    Does nothing within a step, between its micro-batches.
-    """
-    if not state.step_ends:
-        return
-    if state.flags.stop():
-        save(state)
-        raise stopped(state)
-    if args.save_every_steps and state.step % args.save_every_steps == 0:
-        save(state)
-
-
-def stop_if_asked(state):
-    """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
-    if any(gather_objects(stop_requested())):
-        if state.step and not state.args.evaluate:
-            save(state)
-        raise stopped(state)
 
 
 def stopped(state) -> Stopped:

@@ -12,6 +12,17 @@ from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
+ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+# What holds of a flag, said where it is declared (add_flag); without RUN_ONLY, KEPT and IDENTITY hold too.
+RUN_ONLY = "run only"  # it concerns one run alone: paths, workers, printing
+KEPT = "kept"  # checkpoints keep its value
+IDENTITY = "identity"  # runs that differ in it are not seeds of one training
+ALIKE = "alike"  # all ranks must have the same value; holds if one of the last two does
+NETWORK = "network"  # the next stage and an evaluation take it from the checkpoint
+EVALUATION = "evaluation"  # an evaluation takes it from the checkpoint
+GOES_ON = "goes on"  # the command for the next stage repeats it
+STARTS_FROM = "starts from"  # it names the checkpoint of an earlier stage
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -61,9 +72,9 @@ class ArgumentParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f"; did you mean {close[0]}?" if close else ""
 
-    def saved_actions(self) -> dict[str, argparse.Action]:
-        """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
-        return {a.dest: a for a in self._actions if a.option_strings and has_value(a) and not hasattr(a, "run_only")}
+    def marked(self, *facts: str) -> dict[str, argparse.Action]:
+        """The flags of which one of the facts holds, by destination."""
+        return {a.dest: a for a in self._actions if has_value(a) and not set(facts).isdisjoint(facts_of(a))}
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""
@@ -75,10 +86,18 @@ def has_value(action: argparse.Action) -> bool:
     return action.dest not in ("help", argparse.SUPPRESS)
 
 
-def run_only(action: argparse.Action) -> argparse.Action:
-    """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
-    action.run_only = True
-    return action
+def add_flag(group, *names_and_facts: str, **options):
+    """group.add_argument(*names, **options) for a flag of which the facts above hold."""
+    names = [word for word in names_and_facts if word.startswith("-")]
+    group.add_argument(*names, **options).facts = {word for word in names_and_facts if word not in names}
+
+
+def facts_of(action: argparse.Action) -> set[str]:
+    """What holds of a flag: also KEPT and IDENTITY unless it is RUN_ONLY, and ALIKE if it is one of these."""
+    facts = set(getattr(action, "facts", ()))
+    if action.option_strings and RUN_ONLY not in facts:
+        facts |= {KEPT, IDENTITY}
+    return facts if facts.isdisjoint({KEPT, IDENTITY}) else facts | {ALIKE}
 
 
 def with_hyphens(flag: str) -> str:

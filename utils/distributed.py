@@ -74,6 +74,11 @@ def distribute(model, device):
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def sync_gradients(model, last: bool):
+    """The context of a forward pass: ranks average their gradients only in a step's last backward pass."""
+    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """Reduces a tensor over all ranks, in place, and returns it."""
     if get_world_size() > 1:

@@ -2,26 +2,24 @@
 
 import torch
 
-from . import checkpoint
 from .distributed import broadcast_buffers
-from .log import Progress
 from .metrics import ShotAccuracy
 from .signals import defer_stop, heartbeat, stop_requested
 
 
 @torch.no_grad()
-def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -> dict[str, dict]:
+def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
     """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
 
-    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple that starts with the logits
-    of the classifiers in order; loader: this rank's (views, labels, indices); train_counts: int (C,), training images
-    per class. All ranks take rank 0's BatchNorm statistics. Raises Stopped if a stop was asked for.
+    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of its classifiers;
+    loader: this rank's (views, labels, indices); train_counts: int (C,), training images per class. All ranks take rank
+    0's BatchNorm statistics. Raises Stopped if a stop was asked for.
     """
     defer_stop()
     broadcast_buffers(model)
     model.eval()
-    counts = {name: ShotAccuracy(train_counts, state.device, state.classes) for name in classifiers}
-    with Progress(loader.name, len(loader), state.args.print_freq) as progress:
+    counts = {name: ShotAccuracy(train_counts, state.device, model.classes) for name in model.classifiers}
+    with state.progress(loader.name, len(loader)) as progress:
         for (images,), labels, _ in loader:
             if stop_requested():
                 break
@@ -31,5 +29,5 @@ def evaluate(model, loader, classifiers: tuple[str, ...], train_counts, state) -
                 count.update(scores, labels)
             progress.step()
             heartbeat()
-    checkpoint.stop_if_asked(state)
+    state.stop_if_asked()
     return {name: count.results() for name, count in counts.items()}

@@ -1,6 +1,7 @@
 """Losses and accuracies: averaged over an epoch's steps, and counted per class in evaluation."""
 
 import math
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -14,17 +15,40 @@ from .groups import GROUPS, shot_groups
 MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
 
 
+class Stopwatch:
+    """Of an epoch since it began or was resumed: the images of all ranks, the time, and the time without data."""
+
+    def __init__(self):
+        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.start = self.latest = time.perf_counter()
+
+    def data_arrived(self):
+        """Notes that a micro-batch is there."""
+        self.data_seconds += time.perf_counter() - self.latest
+
+    def trained(self, images: int):
+        """Notes that a micro-batch was trained; images: of the step, if this was its last, else 0."""
+        self.latest = time.perf_counter()
+        self.seconds = self.latest - self.start
+        self.images += images
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+
 class MetricLogger:
     """Means over an epoch's steps, summed on the device, so that only reading them waits for it.
 
-    accum_steps: updates that make a step, whose values are their mean; the means are right between steps.
+    classifiers: the names of the logits; accum_steps: updates that make a step, whose values are their mean; the means
+    are right between steps.
     """
 
-    def __init__(self, device, accum_steps: int = 1):
-        self.device, self.accum_steps, self.names, self.sums, self.updates = device, accum_steps, (), None, 0
+    def __init__(self, device, classifiers: tuple[str, ...], accum_steps: int = 1):
+        self.device, self.classifiers, self.accum_steps = device, classifiers, accum_steps
+        self.names, self.sums, self.updates = (), None, 0
         self.source = None  # the file that the sums so far were read from
-        # since the epoch began or was resumed: images of all ranks, seconds, and the seconds of waiting for data
-        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.clock = Stopwatch()
 
     @property
     def steps(self) -> int:
@@ -33,12 +57,15 @@ class MetricLogger:
 
     def without_values(self) -> "MetricLogger":
         """One without values, for the next epoch."""
-        return MetricLogger(self.device, self.accum_steps)
+        return MetricLogger(self.device, self.classifiers, self.accum_steps)
 
-    def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
-        """Adds an update: losses, and the accuracies of each classifier's logits (N, C): top1_<name>, top5_<name>."""
-        values = dict(losses)
-        for name, scores in logits.items():
+    def update(self, figures: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], labels):
+        """Adds an update: figures by name, scalars such as losses, and the accuracies of each classifier's logits.
+
+        logits: (N, C) each, in the order of the classifiers, whose accuracies are top1_<name> and top5_<name>.
+        """
+        values = dict(figures)
+        for name, scores in zip(self.classifiers, logits, strict=False):  # stage III without a teacher has one
             _, top1, top5 = topk_hits(scores.detach(), labels)
             values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
         if self.updates and tuple(values) != self.names:
@@ -50,6 +77,11 @@ class MetricLogger:
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
         self.updates += 1
+
+    def not_finite(self) -> list[str]:
+        """The names of the figures that were not finite in any update."""
+        finite = [] if self.sums is None else self.sums.isfinite().tolist()
+        return [name for name, good in zip(self.names, finite, strict=True) if not good]
 
     def means(self) -> dict[str, float]:
         """Means of this process."""

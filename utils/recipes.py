@@ -1,20 +1,12 @@
 """Recipes: text files of command line words, which @FILE puts in its place."""
 
-import re
 import shlex
 from pathlib import Path
 
-from .command_line import with_hyphens
 from .errors import UserError, one_line
 
 END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
 MAX_DEPTH = 10  # of recipes within recipes
-
-
-class RecipeWord(str):
-    """A word of a recipe; origin: the file and line that it stands in."""
-
-    origin = ""
 
 
 def expand(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]:
@@ -42,17 +34,7 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            found = [RecipeWord(word) for word in shlex.split(line, comments=True)]
+            words += shlex.split(line, comments=True)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
-        for word in found:
-            word.origin = f"{path}, line {number}"
-        words += found
     return expand(words, path.parent, depth + 1)
-
-
-def origin(message: str, words: list[str]) -> str:
-    """File and line of the flag that a message begins with, if a recipe was the last to give it; else empty."""
-    flag = re.search(r"--[\w-]+", message)
-    given = [w for w in expand(words) if flag and with_hyphens(w.partition("=")[0]) == with_hyphens(flag[0])]
-    return getattr(given[-1], "origin", "") if given else ""

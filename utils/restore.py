@@ -11,7 +11,7 @@ from .distributed import get_world_size, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
 
-def restore(loaded: LoadedCheckpoint | None, state, data):
+def restore_run(loaded: LoadedCheckpoint | None, state, data):
     """Restores model, optimizer, scaler, metrics, epoch, step and best class mean of a training state, if resumed.
 
     For an evaluation, restores only the model. data: the run's Data. Raises UserError, on all ranks, if what was saved

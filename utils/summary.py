@@ -9,12 +9,6 @@ from .checkpoint import LAST
 from .distributed import get_world_size
 from .groups import GROUPS, shot_groups
 
-STAGE_TITLES = {
-    "i": "stage I, self-supervised guided feature learning",
-    "ii": "stage II, soft label generation",
-    "iii": "stage III, joint training with self-distillation",
-}
-
 
 def run_summary(state, data) -> str:
     """The settings of a training or evaluation, one line each; state: its TrainState, data: its Data."""
@@ -28,7 +22,7 @@ def run_summary(state, data) -> str:
     trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
     rows = {
-        STAGE_TITLES[state.stage]: "",
+        f"stage {state.model.number}, {state.model.title}": "",
         "data": f"{args.data}: {', '.join(f'{count:,} {name}' for name, count in images.items())} images",
         "classes": f"{data.num_classes:,} ({shots}-shot)",
         "network": f"{args.arch} at {args.image_size} pixels, {trained:,} of {total:,} parameters train",
@@ -65,26 +59,20 @@ def device_name(device) -> str:
     return f"CPU with {torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
 
 
-def next_commands(state, source: str | None) -> list[str]:
-    """The commands that follow a training, with the flags of this run that the next stage has as well.
+def next_command(args, script: str, flag: str, name: str, *words: str) -> str:
+    """The command of a stage that starts from this run's last checkpoint, with the flags given here that go on.
 
-    source: the stage whose checkpoint the run started from; None without one, and for a resumed run.
+    script, flag: of the next stage, which takes the checkpoint by the flag; name: of its recipe and, if this run was told
+    its folder, of the folder beside it; words: further words.
     """
-    args, last = state.args, f"{state.folder.path}/{LAST}"
-    following = {"i": "stage_ii", "ii": "stage_iii"}.get(state.stage)
-    recipe = Path(args.recipes[0]).with_name(f"{following or 'stage_iii_tuned'}.txt") if args.recipes else None
-    recipe = [f"@{shlex.quote(str(recipe))}"] if recipe and recipe.is_file() else []
-    shared = [*recipe, *args.shared_words, shlex.quote(args.data)]
-    if following and "output_dir" in args.given:
-        shared.insert(0, f"--output_dir {shlex.quote(str(state.folder.path.parent / following))}")
-    if state.stage == "i":
-        return [" ".join(["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last), *shared])]
-    report = f"python -m utils.report {shlex.quote(str(state.folder.path.parent))}"
-    if state.stage == "ii" and source != "i":  # a resumed run of stage II may be either
-        return [report]
-    if state.stage == "ii":
-        return [" ".join(["python ssd_stage_iii.py --teacher_ckpt", shlex.quote(last), *shared])]
-    tuned = shlex.quote(f"{state.folder.path}_tuned")
-    start = ["python ssd_stage_ii.py --last_stage_ckpt", shlex.quote(last)]
-    soft = ["--classifier soft"] if args.kd_weight > 0 and not recipe else []  # else untrained; a recipe says it
-    return [" ".join([*start, *soft, "--output_dir", tuned, *shared]), report]
+    folder = Path(args.output_dir)
+    recipe = Path(args.recipes[0]).with_name(f"{name}.txt") if args.recipes else Path()
+    output = ["--output_dir", str(folder.parent / name)] if "output_dir" in args.given else []
+    recipe = [f"@{recipe}"] if recipe.is_file() else []
+    start = ["python", script, flag, str(folder / LAST), *words, *output, *recipe]
+    return " ".join([shlex.join(start), *args.following, shlex.quote(args.data)])
+
+
+def report_command(args) -> str:
+    """The command that shows the results of this run and of those beside it."""
+    return shlex.join(["python", "-m", "utils.report", str(Path(args.output_dir).parent)])
