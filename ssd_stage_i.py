@@ -72,7 +72,7 @@ def train_one_epoch(model, loader, optimizer, state, args):
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
     resumed = checkpoint.load_resume(args, get_parser(), SSFL)  # None without --resume
-    backbone = pretrained.load_backbone(args.pretrained, args.arch) if resumed is None else None
+    backbone = pretrained.load_backbone(args.pretrained, args.arch, args.image_size) if resumed is None else None
     arguments.settle_defaults(args)  # from here on args stays as it is
     contrast = args.con_weight > 0
     views = ("query", "key") if contrast else ("query",)
@@ -81,7 +81,7 @@ def main_worker(args, device):
         arguments.check_queue(args, data.train)
         numerics.seed_everything(args.seed)
         moco = args.moco_dim, args.moco_k, args.moco_m, args.moco_t
-        model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits)
+        model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
         if backbone is not None:  # --pretrained
             model.load_backbone(backbone)

@@ -74,7 +74,7 @@ def main_worker(args, device):
     with run_folder.RunFolder(args) as folder, build.build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
         numerics.seed_everything(args.seed)
-        model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits)
+        model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         if source is not None:
             model.load_pretrained(source.state_dict, args.classifier)

@@ -72,12 +72,12 @@ def main_worker(args, device):
     if distill and resumed is None:
         hint = " (--kd-weight 0 needs none)"
         teacher = checkpoint.load_stage(args, get_parser(), "--teacher_ckpt", SDL, hint=hint)
-    backbone = pretrained.load_backbone(args.pretrained, args.arch) if resumed is None else None
+    backbone = pretrained.load_backbone(args.pretrained, args.arch, args.image_size) if resumed is None else None
     arguments.settle_defaults(args)  # from here on args stays as it is
     with run_folder.RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
         numerics.seed_everything(args.seed)
-        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits)
+        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         if teacher is not None:
             model.load_teacher(teacher.state_dict)

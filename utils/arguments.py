@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models import ARCHS, STAGES
+from models import ARCHS, STAGES, check_backbone
 from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
 from . import recipes
@@ -251,9 +251,8 @@ def check_arguments(args):
         raise UserError("--overwrite: contradicts --resume auto, which would continue; leave one of them out")
     if args.evaluate and not args.resume:
         raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
-    if not args.resume:  # else a checkpoint may change the values
-        check_epochs(args)
-        check_batchnorm(args)
+    if not args.resume:  # else the checkpoint comes first
+        check_training(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     if args.gpu is not None:
@@ -265,17 +264,20 @@ def check_arguments(args):
             raise UserError("--gpu: one GPU contradicts --multiprocessing-distributed; leave one of them out")
 
 
-def check_epochs(args):
-    """Raises UserError, the same on all ranks, if flags that count epochs contradict --epochs."""
+def check_training(args):
+    """Raises UserError, the same on all ranks, if flags that a checkpoint may hold contradict each other."""
+    if args.evaluate:
+        return
     for name, value in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
-        if value and value >= args.epochs and not args.evaluate:
+        if value and value >= args.epochs:
             hint = "; add --warmup-epochs 0" if name == "--warmup-epochs" else ""
             raise UserError(f"{name} {value}: must be below --epochs {args.epochs}{hint}", on_all_ranks=True)
-
-
-def check_batchnorm(args):
-    """Raises UserError, the same on all ranks, if BatchNorm should take more and fewer images at the same time."""
-    if args.sync_bn and args.bn_splits > 1 and not args.evaluate:
+    try:
+        check_backbone(args.arch, args.image_size)
+    except ValueError as error:
+        message = f"--image-size {args.image_size}: {error}; choose another, or another --arch"
+        raise UserError(message, on_all_ranks=True) from None
+    if args.sync_bn and args.bn_splits > 1:
         raise UserError(
             f"--bn-splits {args.bn_splits}: contradicts --sync-bn; use --bn-splits 1 or --no-sync-bn", on_all_ranks=True
         )
@@ -293,8 +295,7 @@ def settle_defaults(args):
 
     All ranks must call it, after the checkpoint of --resume has been read, which contains its seed.
     """
-    check_epochs(args)
-    check_batchnorm(args)
+    check_training(args)
     if args.seed is None:
         args.seed = gather_objects(secrets.randbelow(2**31))[0]
         if not args.evaluate:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.loading import is_names, read_checkpoint, state_dict_of
-from models.preprocess import MAX_SIZE, MIN_SIZE
+from models.loading import is_names, read_checkpoint, state_dict_of, transform_of
 from models.state_dicts import check_weights, strip_module
 
-from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, check_value, option_words
+from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
@@ -42,11 +41,6 @@ class LoadedCheckpoint(NamedTuple):
         """Facts of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
         return self.content.get("run", {})
 
-    @property
-    def classes(self) -> list[str] | None:
-        """The names of the classes, or None."""
-        return self.content.get("classes")
-
 
 # ---- reading
 
@@ -68,10 +62,8 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     if not args.resume:
         return None
     with raise_on_all_ranks():
-        loaded = read_stage(args.resume, "--resume", (network.stage,))
-        for line in apply_saved_args(loaded, args, parser, *(NETWORK, EVALUATION) if args.evaluate else (KEPT,)):
-            print_main(line)
-        check_compatible(loaded, args.arch)
+        loaded = read_stage(args.resume, "--resume", [network.stage])
+        apply_saved_args(loaded, args, parser, *(NETWORK, EVALUATION) if args.evaluate else (KEPT,))
         return loaded
 
 
@@ -83,22 +75,18 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
     Raises UserError, on all ranks, if it cannot be read, is of another stage than receiver takes, is incomplete, or has
     another backbone than --arch. hint: an alternative, for the message if the flag is missing.
     """
-    path = getattr(args, flag.lstrip("-").replace("-", "_"))
-    soft = "soft" in options
+    path, soft = getattr(args, flag.lstrip("-").replace("-", "_")), "soft" in options
     stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
     with raise_on_all_ranks():
         if not path:
-            raise UserError(
-                f"{flag} is missing: name the checkpoint of stage {stage_names(stages)} to start from{hint}"
-            )
+            names = stage_names(stages)
+            raise UserError(f"{flag} is missing: name the checkpoint of stage {names} to start from{hint}")
         loaded = read_stage(path, flag, stages)
-        for line in apply_saved_args(loaded, args, parser, NETWORK):
-            print_main(line)
-        check_compatible(loaded, args.arch)
+        apply_saved_args(loaded, args, parser, NETWORK)
         if soft:
             check_trained(path, loaded.content)
         try:
-            models.check_complete(loaded.state_dict, receiver, *options)
+            models.check_complete(loaded.state_dict, image_size_of(loaded.content), receiver, *options)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
@@ -106,14 +94,17 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
 
 def check_trained(path, content: dict):
     """Raises UserError if a run without distillation left the soft classifier as it was initialized."""
-    if (content.get("args") or {}).get("kd_weight") == 0:
+    if content.get("args", {}).get("kd_weight") == 0:
         raise UserError(
             f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
         )
 
 
 def read(path, flag: str) -> dict:
-    """The content of a checkpoint. Raises UserError naming file and flag if it is not one, or is invalid."""
+    """The content of a checkpoint, its fields as save writes them.
+
+    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes.
+    """
     try:
         content = read_checkpoint(path)
         state_dict_of(path, content)
@@ -121,16 +112,18 @@ def read(path, flag: str) -> dict:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
         raise UserError(f"{error} ({flag})") from None
-    for name, (is_valid, expected) in PROGRESS.items():
-        if name in content and not is_valid(content[name]):
-            raise UserError(f"{path}: its {name} is not {expected}; correct {flag}")
+    for name in FIELDS.keys() & content.keys():
+        try:
+            content[name] = FIELDS[name](content[name])
+        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
+            raise UserError(f"{path}: its {name} is not what a checkpoint holds; correct {flag}") from None
     return content
 
 
-def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
+def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     """A checkpoint of one of the stages. Raises UserError as read does, and if it belongs to another stage."""
     content = read(path, flag)
-    found = models.infer_stage_and_arch(content["state_dict"])
+    found = models.infer_stage_and_arch(content["state_dict"], image_size_of(content))
     if found is None:
         raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
@@ -142,45 +135,46 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
+def image_size_of(content: dict) -> int:
+    """The side of the images that a checkpoint's network was trained on."""
+    try:
+        return transform_of(content).size
+    except ValueError:  # apply_saved_args names what is wrong
+        return 224
+
+
 def stage_names(stages) -> str:
     """The stages as a message names them."""
     return " or ".join(models.STAGES[stage].number for stage in stages)
 
 
-def is_whole_number(value) -> bool:
-    """Whether a value is a whole number, also as a tensor or float of one element as published checkpoints hold it."""
-    if isinstance(value, torch.Tensor):
-        value = value.item() if value.numel() == 1 and not value.is_complex() else math.nan
-    return isinstance(value, int | float) and 0 <= value < 2**31 and value == int(value)
+def valid(value, condition: bool):
+    """The value. Raises ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError
+    return value
 
 
-def is_finite_number(value) -> bool:
-    """Whether a value is a finite number of Python or numpy, or a tensor of one element."""
-    try:
-        return not isinstance(value, str | bytes) and math.isfinite(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return False
+def number(value) -> float:
+    """A finite number, also from a tensor or numpy scalar of one element, as published checkpoints hold it."""
+    return valid(float(value), not isinstance(value, str | bytes) and math.isfinite(value))
 
 
-def is_run(value) -> bool:
-    """Whether a value is a record of whole numbers, with an image size that the flags allow."""
-    return (
-        isinstance(value, dict)
-        and all(isinstance(number, int) and number >= 0 for number in value.values())
-        and MIN_SIZE <= value.get("image_size", MIN_SIZE) <= MAX_SIZE
-    )
+def whole_number(value) -> int:
+    """A whole number, likewise."""
+    return valid(int(number(value)), 0 <= value < 2**31 and int(value) == value)
 
 
-PROGRESS = {
-    "epoch": (is_whole_number, "a whole number"),
-    "step": (is_whole_number, "a whole number"),
-    "best_acc1": (is_finite_number, "a number"),
-    "best_metric": (lambda value: isinstance(value, str), "a name"),
-    "classes": (is_names, "a list of names"),
-    "run": (is_run, "a record of seed, batch and processes"),
-    "images": (is_whole_number, "a whole number"),
-    "args": (lambda value: isinstance(value, dict), "a record of arguments"),
-    "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
+FIELDS = {  # how each becomes what save writes, or an exception; published checkpoints have the first, second and last
+    "epoch": whole_number,
+    "best_acc1": number,
+    "step": whole_number,
+    "images": whole_number,
+    "best_metric": lambda value: valid(value, isinstance(value, str)),
+    "classes": lambda value: valid(value, is_names(value)),
+    "run": lambda value: valid(value, all(isinstance(n, int) and n >= 0 for n in value.values())),
+    "args": lambda value: valid(value, isinstance(value, dict)),
+    "averages": lambda value: valid(value, value is None or MetricLogger.is_state_dict(value)),
 }
 
 
@@ -219,46 +213,45 @@ def quarantine_unreadable(folder, resumed):
 # ---- comparing a checkpoint with the run
 
 
-def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str) -> list[str]:
-    """Sets the flags that were not given from a checkpoint, those of which one of the facts holds.
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
+    """Sets the flags that were not given from a checkpoint, those of which one of the facts holds, and prints them.
 
-    Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
-    Raises UserError if the command line could not give a saved value.
+    Prints a warning for every given flag that differs from what was saved. Raises UserError if the command line could
+    not give a saved value, or if the checkpoint has another backbone.
     """
-    actions, taken, lines = parser.marked(*facts), [], []
+    actions, taken, warnings = parser.marked(*facts), [], []
     for name, value in saved_args(loaded).items():
         if name not in actions:
             continue
-        try:
-            value = check_value(actions[name], value)
-        except ValueError as error:
-            raise UserError(f"{loaded.path}: its arguments are not valid ({error}); correct {loaded.flag}") from None
         now = getattr(args, name)
         if value is None or value == now:
             continue
-        if name not in args.given:
-            setattr(args, name, value)
-            taken.append(option_words(actions[name], value))
-            if name in parser.marked(GOES_ON):
-                args.following.append(taken[-1])
-        else:
-            lines.append(
-                f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
-                f"{option_words(actions[name], value)}"
-            )
+        try:
+            parser.check_value(actions[name], value)
+        except UserError as error:
+            raise UserError(f"{loaded.path}: its arguments are not valid: {error}; correct {loaded.flag}") from None
+        words = option_words(actions[name], value)
+        if name in args.given:
+            given = option_words(actions[name], now)
+            warnings.append(f"warning: {given} is given, {loaded.path} was saved with {words}")
+            continue
+        setattr(args, name, value)
+        taken.append(words)
+        if name in parser.marked(GOES_ON):
+            args.following.append(words)
     args.deterministic = args.deterministic or bool(KEPT in facts and loaded.run.get("deterministic"))
+    check_compatible(loaded, args.arch)
     if taken:
-        lines.insert(0, f"as saved: {' '.join(taken)}")
-    return lines
+        print_main(f"as saved: {' '.join(taken)}")
+    for line in warnings:
+        print_main(line)
 
 
 def saved_args(loaded: LoadedCheckpoint) -> dict:
-    """The flags that a checkpoint keeps, by name; for older checkpoints, what their run and weights tell."""
-    found, run = loaded.found, loaded.run
-    saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
-    saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    saved = {name: value for name, value in saved.items() if value is not None}
-    return loaded.content.get("args", {}) | saved
+    """The flags that a checkpoint keeps, by name; for published ones, what their weights tell."""
+    found = loaded.found
+    saved = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    return loaded.content.get("args", {}) | {name: value for name, value in saved.items() if value is not None}
 
 
 def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
@@ -279,7 +272,7 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
 
 def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
     """The names of the classes: from the data, else from the checkpoint, else None; warns if the two differ."""
-    from_checkpoint = loaded.classes if loaded else None
+    from_checkpoint = loaded.content.get("classes") if loaded else None
     if from_data and from_checkpoint and from_data != from_checkpoint:
         pairs = zip(from_checkpoint, from_data, strict=True)
         number, theirs, ours = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)

@@ -76,6 +76,16 @@ class ArgumentParser(argparse.ArgumentParser):
         """The flags of which one of the facts holds, by destination."""
         return {a.dest: a for a in self._actions if has_value(a) and not set(facts).isdisjoint(facts_of(a))}
 
+    def check_value(self, action: argparse.Action, value):
+        """Raises UserError if the command line could not give a flag this value, which comes from a file."""
+        namespace = argparse.Namespace()
+        try:
+            argparse.ArgumentParser.parse_known_args(self, [".", *split_words(action, value)], namespace)
+        except argparse.ArgumentError as error:
+            self.error(f"{option_name(action)}: {error.message}")
+        if getattr(namespace, action.dest) != value:
+            self.error(f"{option_name(action)} {value}: is of another type")
+
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
@@ -110,72 +120,45 @@ def option_name(action: argparse.Action) -> str:
     return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
 
 
-def option_words(action: argparse.Action, value) -> str:
+def split_words(action: argparse.Action, value) -> list[str]:
     """The words of a command line that give a flag its value."""
     name = option_name(action)
     if isinstance(value, bool):
-        return name if value else name.replace("--", "--no-", 1)
-    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+        return [name if value else name.replace("--", "--no-", 1)]
+    return [name, *map(str, value if isinstance(value, list | tuple) else [value])]
 
 
-def check_value(action: argparse.Action, value):
-    """A value from a file as the flag's type returns it. Raises ValueError if the command line could not give it."""
-    if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            raise ValueError(f"{option_name(action)} is on or off")
+def option_words(action: argparse.Action, value) -> str:
+    """The same as a shell takes them."""
+    return shlex.join(split_words(action, value))
+
+
+def number(least: float = 0.0, most: float = 1e6, above: float | None = None, kind: type = float):
+    """An argparse type: numbers of a kind, int or float, from least (or greater than `above`) to most."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            if len(text) > 40 or math.isnan(value):
+                raise ValueError
+        except ValueError:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]}: must be a {whole}number from {least:g} to {most:g}"
+            ) from None
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
+        if not least <= value <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be at {bound}")
         return value
-    if value is None and action.default is None:
-        return None
-    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
-    if several != isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-        raise ValueError(f"{option_name(action)} has another number of values")
-    try:
-        values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{option_name(action)} {error}") from None
-    if action.choices and not set(values) <= set(action.choices):
-        raise ValueError(f"{option_name(action)} {values[0]} is unknown")
-    return values if several else values[0]
+
+    return parse
 
 
 def whole_number(least: int = 0, most: int = 2**31 - 1):
     """An argparse type: whole numbers from least to most, both included."""
-
-    def parse(text: str) -> int:
-        if len(text) > 20 or not text.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a whole number from {least} to {most}")
-        check_bounds(text, int(text), least, most)
-        return int(text)
-
-    return parse
-
-
-def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
-    """An argparse type: numbers from least (or greater than `above`) to most."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a number")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be above {above:g}")
-        check_bounds(text, value, least, most)
-        return value
-
-    return parse
-
-
-def check_bounds(text: str, value: float, least: float, most: float):
-    """Raises ArgumentTypeError if a value is not between least and most."""
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least {least:g}")
-    if value > most:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]}: must be at most {most if isinstance(most, int) else f'{most:g}'}"
-        )
+    return number(least, most, kind=int)
 
 
 def non_empty(text: str) -> str:

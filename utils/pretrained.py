@@ -30,7 +30,7 @@ def add_pretrained_flag(group):
     # fmt: on
 
 
-def load_backbone(pretrained: str | None, arch: str) -> dict | None:
+def load_backbone(pretrained: str | None, arch: str, image_size: int) -> dict | None:
     """The state dict of the backbone that --pretrained names, without a classifier; None without the flag.
 
     On every node the first process downloads torchvision's weights, if they are not in its cache yet. Raises UserError,
@@ -43,7 +43,7 @@ def load_backbone(pretrained: str | None, arch: str) -> dict | None:
         if pretrained == TORCHVISION:
             file = download(arch, wanted=get_dist_info().local_rank == 0)
     with raise_on_all_ranks():
-        state_dict = read_backbone(file, arch)
+        state_dict = read_backbone(file, arch, image_size)
         print_main(f"the backbone starts from {file}")
         return state_dict
 
@@ -76,7 +76,7 @@ def download(arch: str, wanted: bool = True) -> str:
     return file
 
 
-def read_backbone(file, arch: str) -> dict:
+def read_backbone(file, arch: str, image_size: int = 224) -> dict:
     """The weights of a backbone in a file: a torchvision state dict, or a checkpoint of any stage.
 
     Raises UserError, in one line, if the file cannot be read or its weights are not those of arch.
@@ -92,11 +92,11 @@ def read_backbone(file, arch: str) -> dict:
     if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
         raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
     entries, prefix = backbone_entries(state_dict)
-    found = infer_arch(entries)
+    found = infer_arch(entries, image_size)
     if found not in (arch, None):
         raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
     with torch.device("meta"):
-        backbone = models.build_backbone(arch)
+        backbone = models.build_backbone(arch, image_size)
     for name, buffer in backbone.named_buffers():  # files from before PyTorch 0.4.1 have no counters
         if name.endswith("num_batches_tracked"):
             entries.setdefault(name, torch.zeros(buffer.shape, dtype=torch.long))

@@ -30,7 +30,7 @@ def restore_run(loaded: LoadedCheckpoint | None, state, data):
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
                 raise UserError(message) from None
-        state.epoch, state.step = int(content.get("epoch", 0)), int(content.get("step", 0))
+        state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
         state.best = restore_best(loaded, data.val_balanced)
         if content.get("averages"):
             state.metrics.load_state_dict(content["averages"], loaded.path)
@@ -51,7 +51,7 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     """
     world_size = get_world_size()
     per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
-    state.images = int(loaded.content.get("images", state.step * per_step))
+    state.images = loaded.content.get("images", state.step * per_step)
     if state.images > per_epoch or (state.images == 0) != (state.step == 0):
         raise UserError(
             f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
@@ -77,7 +77,7 @@ def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
     In checkpoints that do not say which accuracy it is, such as published ones, it is the one over all images: on a
     balanced validation list this is the class mean; on an unbalanced one, the best starts over at 0.
     """
-    best = float(loaded.content.get("best_acc1", 0.0))
+    best = loaded.content.get("best_acc1", 0.0)
     if loaded.content.get("best_metric") == BEST_METRIC or balanced or not best:
         return best
     print_main(

@@ -62,7 +62,7 @@ def device_name(device) -> str:
 def next_command(args, script: str, flag: str, name: str, *words: str) -> str:
     """The command of a stage that starts from this run's last checkpoint, with the flags given here that go on.
 
-    script, flag: of the next stage, which takes the checkpoint by the flag; name: of its recipe and, if this run was told
+    script: of the next stage, which takes the checkpoint by the flag; name: of its recipe and, if this run was told
     its folder, of the folder beside it; words: further words.
     """
     folder = Path(args.output_dir)
