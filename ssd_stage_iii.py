@@ -105,9 +105,9 @@ def main_worker(args, device):
             results = evaluation.evaluate(model, data.val, data.train_counts, state) if due else {}
             state.end_epoch(folder, results)  # log.txt, last and best checkpoint
         results = evaluation.evaluate(model, data.test, data.train_counts, state)
-        soft = ["--classifier", "soft"] if distill else []
-        tuned = summary.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *soft)
-        folder.finish(results, tuned, summary.report_command(args))
+        tuned = ["--output_dir", f"{folder.path}_tuned", *(["--classifier", "soft"] if distill else [])]
+        command = summary.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuned)
+        folder.finish(results, command, summary.report_command(args))
 
 
 def main(argv=None) -> int:

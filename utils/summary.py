@@ -59,17 +59,17 @@ def device_name(device) -> str:
     return f"CPU with {torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
 
 
-def next_command(args, script: str, flag: str, name: str, *words: str) -> str:
+def next_command(args, script: str, flag: str, recipe: str, *words: str) -> str:
     """The command of a stage that starts from this run's last checkpoint, with the flags given here that go on.
 
-    script: of the next stage, which takes the checkpoint by the flag; name: of its recipe and, if this run was told
-    its folder, of the folder beside it; words: further words.
+    script: of the next stage, which takes the checkpoint by the flag; recipe: the name of its recipe, beside this run's;
+    words: further words, such as its --output_dir if it may not be the default.
     """
     folder = Path(args.output_dir)
-    recipe = Path(args.recipes[0]).with_name(f"{name}.txt") if args.recipes else Path()
-    output = ["--output_dir", str(folder.parent / name)] if "output_dir" in args.given else []
-    recipe = [f"@{recipe}"] if recipe.is_file() else []
-    start = ["python", script, flag, str(folder / LAST), *words, *output, *recipe]
+    file = Path(args.recipes[0]).with_name(f"{recipe}.txt") if args.recipes else Path()
+    if "output_dir" in args.given and "--output_dir" not in words:
+        words = (*words, "--output_dir", str(folder.parent / recipe))
+    start = ["python", script, flag, str(folder / LAST), *words, *([f"@{file}"] if file.is_file() else [])]
     return " ".join([shlex.join(start), *args.following, shlex.quote(args.data)])
 
 
