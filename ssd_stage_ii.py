@@ -19,9 +19,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from datasets import build, samplers
+from datasets.build import build_data
+from datasets.samplers import ClassAwareSampler
 from models import SLG
-from utils import arguments, checkpoint, evaluation, numerics, restore, run_folder, summary
+from utils import arguments, checkpoint, log, metrics, numerics, run_folder
 from utils.command_line import GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, whole_number
 from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
@@ -70,8 +71,8 @@ def main_worker(args, device):
     if resumed is None:
         source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", SLG, args.classifier)
     arguments.settle_defaults(args)  # from here on args stays as it is
-    sampling = {"sampler_class": samplers.ClassAwareSampler, "samples_per_class": args.num_samples_cls}
-    with run_folder.RunFolder(args) as folder, build.build_data(args, device, ("query",), **sampling) as data:
+    sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
+    with run_folder.RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
         numerics.seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits, args.image_size)
@@ -87,10 +88,10 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        restore.restore_run(resumed, state, data)  # all of these, and the weights
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         folder.start(state, data)
         if args.evaluate:
-            folder.write_results(evaluation.evaluate(model, data.test, data.train_counts, state))
+            folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
             return
 
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
@@ -98,13 +99,13 @@ def main_worker(args, device):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, optimizer, state, args)
             due = eval_due(epoch, args)  # --eval-freq
-            results = evaluation.evaluate(model, data.val, data.train_counts, state) if due else {}
+            results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
             state.end_epoch(folder, results)  # log.txt, last and best checkpoint
-        results = evaluation.evaluate(model, data.test, data.train_counts, state)
+        results = metrics.evaluate(model, data.test, data.train_counts, state)
         if source is not None and source.found["stage"] == "i":
-            folder.finish(results, summary.next_command(args, "ssd_stage_iii.py", "--teacher_ckpt", "stage_iii"))
+            folder.finish(results, log.next_command(args, "ssd_stage_iii.py", "--teacher_ckpt", "stage_iii"))
         else:  # classifier fine-tuning after stage III; a resumed run may be either
-            folder.finish(results, summary.report_command(args))
+            folder.finish(results, log.report_command(args))
 
 
 def main(argv=None) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from datasets.build import build_data
 from models import SDL
-from utils import arguments, checkpoint, evaluation, numerics, pretrained, restore, run_folder, summary
+from utils import arguments, checkpoint, log, metrics, numerics, pretrained, run_folder
 from utils.command_line import EVALUATION, GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, number
 from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
@@ -91,10 +91,10 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        restore.restore_run(resumed, state, data)  # all of these, and the weights
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         folder.start(state, data)
         if args.evaluate:
-            folder.write_results(evaluation.evaluate(model, data.test, data.train_counts, state))
+            folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
             return
 
         ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
@@ -102,12 +102,12 @@ def main_worker(args, device):
             set_lr(optimizer, epoch, args)
             train_one_epoch(ddp_model, data.train, optimizer, state, args)
             due = eval_due(epoch, args)  # --eval-freq
-            results = evaluation.evaluate(model, data.val, data.train_counts, state) if due else {}
+            results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
             state.end_epoch(folder, results)  # log.txt, last and best checkpoint
-        results = evaluation.evaluate(model, data.test, data.train_counts, state)
+        results = metrics.evaluate(model, data.test, data.train_counts, state)
         tuned = ["--output_dir", f"{folder.path}_tuned", *(["--classifier", "soft"] if distill else [])]
-        command = summary.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuned)
-        folder.finish(results, command, summary.report_command(args))
+        command = log.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuned)
+        folder.finish(results, command, log.report_command(args))
 
 
 def main(argv=None) -> int:

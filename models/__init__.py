@@ -4,9 +4,9 @@ SSFL, SLG and SDL are the networks of the stages; load reads one from a checkpoi
 """
 
 from .backbones import ARCHS, build_backbone, check_backbone
-from .batchnorm import split_batchnorm
 from .loading import check_complete, from_state_dict, infer_stage_and_arch, load
 from .losses import contrastive_loss, contrastive_loss_plain, distillation_loss
+from .moco import split_batchnorm
 from .ssd import SDL, SLG, SSFL, STAGES
 
 __all__ = [

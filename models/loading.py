@@ -70,13 +70,13 @@ def transform_of(content: dict) -> EvalTransform:
     If they are missing there, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one line,
     if one of them is invalid.
     """
-    args, run = content.get("args") or {}, content.get("run") or {}
-    if not isinstance(args, dict) or not isinstance(run, dict):
+    saved, run = content.get("args") or {}, content.get("run") or {}
+    if not isinstance(saved, dict) or not isinstance(run, dict):
         raise ValueError("its args or run is not a dict")
-    size = run.get("image_size", args.get("image_size", 224))
+    size = run.get("image_size", saved.get("image_size", 224))
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
-    statistics = args.get("mean", MEAN), args.get("std", STD)
+    statistics = saved.get("mean", MEAN), saved.get("std", STD)
     for name, values, least in zip(("mean", "std"), statistics, (0.0, MIN_STD), strict=True):
         valid = isinstance(values, list | tuple) and len(values) == 3
         if not valid or not all(isinstance(v, int | float) and least <= v < math.inf for v in values):

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbones import build_backbone
-from .batchnorm import split_batchnorm
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
-from .moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
+from .moco import (
+    all_gather,
+    dequeue_and_enqueue,
+    forward_shuffle_bn,
+    init_queue,
+    momentum_update,
+    split_batchnorm,
+)
 from .state_dicts import load_entries
 
 

@@ -13,9 +13,9 @@ import torch
 from models import ARCHS, STAGES, check_backbone
 from models.preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD
 
-from . import recipes
 from .command_line import (
     ALIKE,
+    END,
     EVALUATION,
     GOES_ON,
     IDENTITY,
@@ -26,6 +26,7 @@ from .command_line import (
     STARTS_FROM,
     ArgumentParser,
     add_flag,
+    expand_recipes,
     non_empty,
     number,
     option_words,
@@ -72,14 +73,14 @@ class TrainingParser(ArgumentParser):
         """The words for the next stage, without those that are in recipes: it has recipes of its own."""
         given = args.given
         if args.recipes:
-            own = [recipes.END if word.startswith("@") else word for word in words]
+            own = [END if word.startswith("@") else word for word in words]
             given = super().parse_args(own if args.data in own else [*own, args.data]).given  # DIR may be in a recipe
         actions = self.marked(GOES_ON)
         return [option_words(actions[name], getattr(args, name)) for name in given if name in actions]
 
     def parse_known_args(self, args=None, namespace=None):
         """As in ArgumentParser, with recipes; a folder after --pretrained is DIR, since weights are a file."""
-        words = recipes.expand(list(sys.argv[1:] if args is None else args))
+        words = expand_recipes(list(sys.argv[1:] if args is None else args))
         for i, (word, following) in enumerate(pairwise(words)):
             if word == "--pretrained" and os.path.isdir(following):
                 words[i] = "--pretrained=torchvision"
@@ -91,7 +92,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
     parser = TrainingParser(
         doc, epilog="@FILE stands for the words in the file FILE, such as those in configs/; later flags win."
     )
-    parser.add_argument(recipes.END, nargs=0, dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
+    parser.add_argument(END, nargs=0, dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
     parser.add_argument(
         "data", metavar="DIR", help="image folder that the lists' paths are relative to, or a tree of class folders"
     )

@@ -1,4 +1,4 @@
-"""The parser of all command lines of the project, the types of their flags, and how a command ends."""
+"""The parser of all command lines of the project, recipes, the types of flags, and how a command ends."""
 
 import argparse
 import difflib
@@ -7,11 +7,14 @@ import os
 import select
 import shlex
 import sys
+from pathlib import Path
 
 from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
+END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
+MAX_DEPTH = 10  # of recipes within recipes
 ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 # What holds of a flag, said where it is declared (add_flag); without RUN_ONLY, KEPT and IDENTITY hold too.
@@ -89,6 +92,37 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def expand_recipes(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]:
+    """The words, with those of its recipe in place of each @FILE.
+
+    A recipe has words as in a shell, on any number of lines, and comments from # on; @FILE in it is relative to its own
+    folder. Raises UserError, with file and line, for a recipe that cannot be read.
+    """
+    expanded = []
+    for word in words:
+        expanded += [*read_recipe(folder / word[1:], depth), END] if word.startswith("@") else [word]
+    return expanded
+
+
+def read_recipe(path: Path, depth: int) -> list[str]:
+    """The words of a recipe, those of the recipes in it included."""
+    if path.is_dir():
+        raise UserError(f"@{path}: is a folder; name a recipe in it, such as @{path / 'stage_i.txt'}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"@{path}: no such recipe, or not a text file ({one_line(error)}); correct the path") from None
+    if depth == MAX_DEPTH:
+        raise UserError(f"@{path}: recipes within recipes, more than {MAX_DEPTH} deep; does one contain itself?")
+    words = []
+    for number, line in enumerate(lines, 1):
+        try:
+            words += shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
+    return expand_recipes(words, path.parent, depth + 1)
 
 
 def has_value(action: argparse.Action) -> bool:

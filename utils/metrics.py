@@ -1,4 +1,4 @@
-"""Losses and accuracies: averaged over an epoch's steps, and counted per class in evaluation."""
+"""Losses and accuracies: averaged over an epoch's steps, and counted per class in an evaluation."""
 
 import math
 import time
@@ -8,9 +8,10 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from .distributed import all_reduce, gather_objects, get_rank, get_world_size
+from .distributed import all_reduce, broadcast_buffers, gather_objects, get_rank, get_world_size
 from .errors import UserError
 from .groups import GROUPS, shot_groups
+from .signals import defer_stop, heartbeat, stop_requested
 
 MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
 
@@ -215,3 +216,29 @@ def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
     total = sum(Fraction(c, n) for n, c in sums.items() if n)
     classes = int((images > 0).sum())
     return float(total / classes) if classes else None
+
+
+@torch.no_grad()
+def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
+    """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
+
+    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of its classifiers;
+    loader: this rank's (views, labels, indices); train_counts: int (C,), training images per class. All ranks take rank
+    0's BatchNorm statistics. Raises Stopped if a stop was asked for.
+    """
+    defer_stop()
+    broadcast_buffers(model)
+    model.eval()
+    counts = {name: ShotAccuracy(train_counts, state.device, model.classes) for name in model.classifiers}
+    with state.progress(loader.name, len(loader)) as progress:
+        for (images,), labels, _ in loader:
+            if stop_requested():
+                break
+            with state.autocast():
+                logits = model(images)
+            for count, scores in zip(counts.values(), logits if isinstance(logits, tuple) else (logits,), strict=False):
+                count.update(scores, labels)
+            progress.step()
+            heartbeat()
+    state.stop_if_asked()
+    return {name: count.results() for name, count in counts.items()}

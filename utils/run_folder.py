@@ -11,7 +11,6 @@ from .errors import UserError, one_line
 from .results import plots
 from .results.records import read_args, read_runs, saved_checksums
 from .results.tables import table
-from .summary import run_summary
 
 
 class RunFolder:
@@ -88,7 +87,7 @@ class RunFolder:
 
         It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
-        print_main(run_summary(state, data))
+        print_main(log.run_summary(state, data))
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return

@@ -6,7 +6,9 @@ import torch
 
 from . import checkpoint
 from .distributed import (
+    Progress,
     all_reduce,
+    duration,
     gather_objects,
     get_rank,
     get_world_size,
@@ -16,7 +18,6 @@ from .distributed import (
 )
 from .errors import UserError
 from .groups import percent
-from .log import Progress, duration
 from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
 from .numerics import AUTOCAST, seed_everything, set_numerics
@@ -152,14 +153,14 @@ class TrainState:
         name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
         left = ((self.args.epochs - self.epoch) * per_epoch - self.images) / speed
-        best = f", best {percent(self.best)} %" if self.best else ""
+        best = f", best {100 * self.best:.1f} %" if self.best else ""
         return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
 
     def _line_text(self) -> str:
         """The text of a line: means of the epoch so far, accuracies in percent, speed, wait for data per step."""
         clock = self.metrics.clock
         means = [
-            f"{name} {percent(mean)} %" if name.startswith("top") else f"{name} {mean:.4g}"
+            f"{name} {100 * mean:.1f} %" if name.startswith("top") else f"{name} {mean:.4g}"
             for name, mean in self.metrics.means().items()
         ]
         steps = clock.images / (self.loader.images_per_step * get_world_size())
