@@ -19,8 +19,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from datasets.build import build_data
-from datasets.samplers import ClassAwareSampler
+from datasets import build, samplers
 from models import SLG
 from utils import arguments, checkpoint, log, metrics, numerics, run_folder
 from utils.command_line import GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, whole_number
@@ -71,8 +70,8 @@ def main_worker(args, device):
     if resumed is None:
         source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", SLG, args.classifier)
     arguments.settle_defaults(args)  # from here on args stays as it is
-    sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
-    with run_folder.RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
+    sampling = {"sampler_class": samplers.ClassAwareSampler, "samples_per_class": args.num_samples_cls}
+    with run_folder.RunFolder(args) as folder, build.build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
         numerics.seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits, args.image_size)

@@ -112,11 +112,10 @@ def read(path, flag: str) -> dict:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
         raise UserError(f"{error} ({flag})") from None
-    for name in FIELDS.keys() & content.keys():
-        try:
-            content[name] = FIELDS[name](content[name])
-        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
-            raise UserError(f"{path}: its {name} is not what a checkpoint holds; correct {flag}") from None
+    try:
+        check_fields(content)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
+        raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
     return content
 
 
@@ -148,34 +147,48 @@ def stage_names(stages) -> str:
     return " or ".join(models.STAGES[stage].number for stage in stages)
 
 
-def valid(value, condition: bool):
-    """The value. Raises ValueError unless the condition holds."""
-    if not condition:
-        raise ValueError
-    return value
-
-
 def number(value) -> float:
     """A finite number, also from a tensor or numpy scalar of one element, as published checkpoints hold it."""
-    return valid(float(value), not isinstance(value, str | bytes) and math.isfinite(value))
+    if isinstance(value, str | bytes) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
 
 
 def whole_number(value) -> int:
     """A whole number, likewise."""
-    return valid(int(number(value)), 0 <= value < 2**31 and int(value) == value)
+    if not 0 <= number(value) < 2**31 or int(value) != value:
+        raise ValueError
+    return int(value)
 
 
-FIELDS = {  # how each becomes what save writes, or an exception; published checkpoints have the first, second and last
-    "epoch": whole_number,
-    "best_acc1": number,
-    "step": whole_number,
-    "images": whole_number,
-    "best_metric": lambda value: valid(value, isinstance(value, str)),
-    "classes": lambda value: valid(value, is_names(value)),
-    "run": lambda value: valid(value, all(isinstance(n, int) and n >= 0 for n in value.values())),
-    "args": lambda value: valid(value, isinstance(value, dict)),
-    "averages": lambda value: valid(value, value is None or MetricLogger.is_state_dict(value)),
-}
+def check_args(value: dict):
+    """Raises an exception unless a value is a dict of what flags can be."""
+    for entry in value.values():
+        for one in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(one, bool | int | float | str | None):
+                raise TypeError
+
+
+def check_fields(content: dict):
+    """Brings the fields of a checkpoint into the form that save gives them; an exception means that one has another.
+
+    Published checkpoints have only epoch, best_acc1 and what PyTorch checks itself.
+    """
+    for name, convert in (
+        ("epoch", whole_number),
+        ("step", whole_number),
+        ("images", whole_number),
+        ("best_acc1", number),
+    ):
+        if name in content:
+            content[name] = convert(content[name])
+    if not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
+        raise TypeError
+    if content.get("averages") is not None:
+        MetricLogger.check_state_dict(content["averages"])
+    check_args(content.get("args", {}))
+    for fact in content.get("run", {}).values():
+        whole_number(fact)
 
 
 def find_latest(folder) -> Path | None:

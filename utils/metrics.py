@@ -1,6 +1,5 @@
 """Losses and accuracies: averaged over an epoch's steps, and counted per class in an evaluation."""
 
-import math
 import time
 from collections import Counter
 from fractions import Fraction
@@ -118,23 +117,16 @@ class MetricLogger:
         self.sums = torch.tensor(own, dtype=torch.float64, device=self.device) if self.steps else None
 
     @staticmethod
-    def is_state_dict(value) -> bool:
-        """Whether a value read from a file is a state_dict: names of text, finite sums per process, whole steps."""
-        if not isinstance(value, dict) or set(value) != {"names", "sums", "steps"}:
-            return False
-        names, sums, steps = value["names"], value["sums"], value["steps"]
-        if type(steps) is not int or not 0 <= steps < 2**31:
-            return False
-        if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
-            return False
-        if not isinstance(sums, list) or not sums or (steps > 0) != bool(names):
-            return False
-        return all(
-            isinstance(row, list)
-            and len(row) == len(names)
-            and all(isinstance(number, float) and math.isfinite(number) for number in row)
-            for row in sums
+    def check_state_dict(state):
+        """Raises an exception if a value from a file is no state_dict: names, finite sums per process, whole steps."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        named = all(isinstance(name, str) and name.isidentifier() for name in state["names"])
+        counted = type(state["steps"]) is int and 0 <= state["steps"] < 2**31
+        fits = (
+            len(sums) > 0 and sums.shape[1:] == (len(state["names"]),) and (state["steps"] > 0) == bool(state["names"])
         )
+        if not (named and counted and fits and sums.isfinite().all()):
+            raise ValueError("not the averages of an epoch")
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
