@@ -36,7 +36,7 @@ from .command_line import (
 from .distributed import gather_objects, get_world_size, num_cores, print_main
 from .errors import UserError
 
-SCRIPTS = tuple(f"ssd_stage_{stage}.py" for stage in STAGES)
+SCRIPTS = {f"ssd_stage_{stage}.py" for stage in STAGES}
 MAX_PROCESSES = 1024
 MAX_TIMEOUT = 31 * 24 * 3600  # seconds
 WORKERS_PER_CORE = 8
@@ -236,59 +236,54 @@ def add_process_flags(group):
 
 def check_arguments(args):
     """Raises UserError if two values contradict each other, or one cannot be used on this machine."""
+    most, gpus = max(32, WORKERS_PER_CORE * num_cores()), torch.cuda.device_count()
     for name in args.recipes:
-        check_recipe(name, args.program)
-    if not os.path.isdir(args.data):
-        kind = "a file" if os.path.exists(args.data) else "no such folder"
-        raise UserError(f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to")
-    most = max(32, WORKERS_PER_CORE * num_cores())
-    if args.workers > most:
-        raise UserError(
-            f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it"
-        )
-    if args.nproc > 1 and not args.multiprocessing_distributed:
-        raise UserError(f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out")
-    if args.overwrite and args.resume == "auto" and not args.evaluate:
-        raise UserError("--overwrite: contradicts --resume auto, which would continue; leave one of them out")
-    if args.evaluate and not args.resume:
-        raise UserError("--evaluate needs a checkpoint: add --resume CHECKPOINT")
+        script = f"ssd_{Path(name).stem}.py"
+        if {script, args.program} <= SCRIPTS and script != args.program:
+            raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
+    kind = "a file" if os.path.exists(args.data) else "no such folder"
+    mistakes = {
+        f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to":
+            not os.path.isdir(args.data),
+        f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it":
+            args.workers > most,
+        f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out":
+            args.nproc > 1 and not args.multiprocessing_distributed,
+        "--overwrite: contradicts --resume auto, which would continue; leave one of them out":
+            args.overwrite and args.resume == "auto" and not args.evaluate,
+        "--evaluate needs a checkpoint: add --resume CHECKPOINT": args.evaluate and not args.resume,
+        "--device cuda: no CUDA device is available here; use --device cpu":
+            args.device == "cuda" and not torch.cuda.is_available(),
+        f"--gpu {args.gpu}: contradicts --device cpu; leave one of them out":
+            args.gpu is not None and args.device == "cpu",
+        f"--gpu {args.gpu}: this machine has {gpus} CUDA devices": args.gpu is not None and args.gpu >= gpus,
+        "--gpu: one GPU contradicts --multiprocessing-distributed; leave one of them out":
+            args.gpu is not None and args.multiprocessing_distributed,
+    }  # fmt: skip
+    for message, wrong in mistakes.items():
+        if wrong:
+            raise UserError(message)
     if not args.resume:  # else the checkpoint comes first
         check_training(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-    if args.gpu is not None:
-        if args.device == "cpu":
-            raise UserError(f"--gpu {args.gpu}: contradicts --device cpu; leave one of them out")
-        if args.gpu >= torch.cuda.device_count():
-            raise UserError(f"--gpu {args.gpu}: this machine has {torch.cuda.device_count()} CUDA devices")
-        if args.multiprocessing_distributed:
-            raise UserError("--gpu: one GPU contradicts --multiprocessing-distributed; leave one of them out")
 
 
 def check_training(args):
     """Raises UserError, the same on all ranks, if flags that a checkpoint may hold contradict each other."""
     if args.evaluate:
         return
-    for name, value in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
-        if value and value >= args.epochs:
-            hint = "; add --warmup-epochs 0" if name == "--warmup-epochs" else ""
-            raise UserError(f"{name} {value}: must be below --epochs {args.epochs}{hint}", on_all_ranks=True)
+    message = None
+    if args.start_epoch >= args.epochs:
+        message = f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}"
+    if args.warmup_epochs and args.warmup_epochs >= args.epochs:
+        message = f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}; add --warmup-epochs 0"
+    if args.sync_bn and args.bn_splits > 1:
+        message = f"--bn-splits {args.bn_splits}: contradicts --sync-bn; use --bn-splits 1 or --no-sync-bn"
     try:
         check_backbone(args.arch, args.image_size)
     except ValueError as error:
         message = f"--image-size {args.image_size}: {error}; choose another, or another --arch"
-        raise UserError(message, on_all_ranks=True) from None
-    if args.sync_bn and args.bn_splits > 1:
-        raise UserError(
-            f"--bn-splits {args.bn_splits}: contradicts --sync-bn; use --bn-splits 1 or --no-sync-bn", on_all_ranks=True
-        )
-
-
-def check_recipe(name: str, program: str):
-    """Raises UserError for a recipe that is named after another stage's script; program: this one's name."""
-    script = f"ssd_{Path(name).stem}.py"
-    if script in SCRIPTS and program in SCRIPTS and script != program:
-        raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
+    if message:
+        raise UserError(message, on_all_ranks=True)
 
 
 def settle_defaults(args):
