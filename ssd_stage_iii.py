@@ -86,7 +86,11 @@ def main_worker(args, device):
         if backbone is not None:
             model.load_backbone(backbone)
         model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
+        if args.memory_check and not args.evaluate:  # refuses what cannot fit
+            check_memory(
+                model, data.train.images_per_micro_batch, args.image_size, accum_steps=args.accum_steps,
+                momentum=args.momentum > 0, amp=args.amp, compiled=args.compile, device=device,
+            )  # fmt: skip
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
             student, args.lr, args.momentum, weight_decay=args.weight_decay,
