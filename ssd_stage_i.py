@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 from datasets.build import build_data
 from models import SSFL
-from utils import arguments, checkpoint, log, metrics, numerics, pretrained, run_folder
+from utils import arguments, checkpoint, log, metrics, pretrained, run_folder
 from utils.command_line import EVALUATION, add_flag, number, whole_number
 from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
@@ -79,7 +79,7 @@ def main_worker(args, device):
     with run_folder.RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
         arguments.check_queue(args, data.train)
-        numerics.seed_everything(args.seed)
+        seed_everything(args.seed)
         moco = args.moco_dim, args.moco_k, args.moco_m, args.moco_t
         model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 from datasets import build, samplers
 from models import SLG
-from utils import arguments, checkpoint, log, metrics, numerics, run_folder
+from utils import arguments, checkpoint, log, metrics, run_folder
 from utils.command_line import GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, whole_number
 from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
@@ -73,7 +73,7 @@ def main_worker(args, device):
     sampling = {"sampler_class": samplers.ClassAwareSampler, "samples_per_class": args.num_samples_cls}
     with run_folder.RunFolder(args) as folder, build.build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
-        numerics.seed_everything(args.seed)
+        seed_everything(args.seed)
         model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         if source is not None:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from datasets.build import build_data
 from models import SDL
-from utils import arguments, checkpoint, log, metrics, numerics, pretrained, run_folder
+from utils import arguments, checkpoint, log, metrics, pretrained, run_folder
 from utils.command_line import EVALUATION, GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, number
 from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
@@ -76,7 +76,7 @@ def main_worker(args, device):
     arguments.settle_defaults(args)  # from here on args stays as it is
     with run_folder.RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
-        numerics.seed_everything(args.seed)
+        seed_everything(args.seed)
         model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits, args.image_size)
         model.classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         if teacher is not None:

@@ -1,7 +1,10 @@
 """The state of a run and the parts of a training step that all stages share: micro-batches, precision, gradients."""
 
 import math
+import os
+import random
 
+import numpy as np
 import torch
 
 from . import checkpoint
@@ -20,10 +23,30 @@ from .errors import UserError
 from .groups import percent
 from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
-from .numerics import AUTOCAST, seed_everything, set_numerics
 from .signals import defer_stop, heartbeat, stop_requested
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
+
+
+def set_numerics(tf32: bool, deterministic: bool):
+    """Allows TF32 if asked for, and uses deterministic algorithms, else those that cuDNN finds fastest."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor: a kernel each
+
+
+def seed_everything(*entropy: int):
+    """Seeds torch, numpy and random with a function of these numbers, such as (seed, epoch, step, rank)."""
+    words = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
+    torch.manual_seed(words[0])
+    np.random.seed(words[1])
+    random.seed(words[2])
 
 
 def prepare_model(model, device, args, batch_size: int | None = None):
@@ -40,8 +63,9 @@ def prepare_model(model, device, args, batch_size: int | None = None):
         for name, module in model.named_children():
             if name.startswith("encoder"):
                 module.compile()  # unlike torch.compile(module), it keeps the names of the state dict
-    if batch_size:
-        check_memory(model, batch_size, args, device)
+    if batch_size and args.memory_check and not args.evaluate:
+        options = {"momentum": args.momentum > 0, "dtype": AUTOCAST.get(args.amp), "compiled": args.compile}
+        check_memory(model, batch_size, args.image_size, accum_steps=args.accum_steps, device=device, **options)
     return model
 
 
@@ -169,7 +193,8 @@ class TrainState:
 
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""
-        return torch.autocast(self.device.type, AUTOCAST.get(self.args.amp), enabled=self.args.amp != "none")
+        dtype = AUTOCAST.get(self.args.amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def backward(self, loss):
         """Adds the gradients of a loss, a micro-batch's share of the step's mean loss."""
