@@ -85,7 +85,7 @@ def test_the_check_counts_to_the_byte_what_a_real_step_holds(stage, arch, option
 
 def test_stage_ii_counts_the_input_and_output_of_its_widest_module():
     images, widest = 4 * 4 * 3 * 64 * 64 + 8 * 4, 2 * 4 * 64 * 32 * 32 * 4  # the first BatchNorm's
-    assert activation_memory(build("ii", "resnet18"), 4, 64, "none", CPU) == images + widest
+    assert activation_memory(build("ii", "resnet18"), 4, 64, None, CPU) == images + widest
 
 
 def test_parameters_gradients_and_momentum_are_those_computed_by_hand():
@@ -98,7 +98,7 @@ def test_parameters_gradients_and_momentum_are_those_computed_by_hand():
         ("iii", 4 * (2 * backbone + 3 * head + 7) + 2 * statistics, 4 * (backbone + 2 * head)),
     ]:
         model = build(stage)
-        activations = activation_memory(model, 64, 32, "none", CPU)
+        activations = activation_memory(model, 64, 32, None, CPU)
         assert needs(model, 64) == held + gradients + activations  # momentum
         assert needs(model, 64, momentum=False) == held + activations
         assert needs(model, 64, accum_steps=3) == held + 2 * gradients + activations  # of earlier micro-batches

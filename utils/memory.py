@@ -22,8 +22,8 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
     """Raises UserError, the same on all ranks, if a training step cannot fit into memory; warns if it barely can.
 
     model: as prepare_model returns it, before its optimizer exists; it is not changed, and no random number is drawn.
-    batch_size: images per micro-batch of one process; dtype: of mixed precision, or None. If the system does not say how
-    much memory it has, all fits.
+    batch_size: images per micro-batch of one process; dtype: of mixed precision, or None. If the system does not say
+    how much memory it has, all fits.
     """
     measure = partial(step_memory, model, image_size=image_size, momentum=momentum, dtype=dtype, device=device)
     needed = measure(batch_size, accum_steps=accum_steps)
