@@ -30,8 +30,7 @@ from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
 from utils.results.plots import new_axes, require_matplotlib, running_mean, save_figure
-from utils.results.records import read_runs
-from utils.results.seeds import Group
+from utils.results.records import Group, read_runs
 from utils.results.tables import COLUMNS, format_accuracy, mean_rows
 
 from .common import Table, publish

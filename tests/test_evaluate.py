@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from utils.evaluation import evaluate
 
 from datasets.samplers import eval_batches
 from models import SLG
 from tests.helpers import on_ranks
 from utils.distributed import broadcast_buffers
-from utils.evaluation import evaluate
 from utils.groups import shot_groups
 from utils.metrics import ShotAccuracy
 

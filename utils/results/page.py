@@ -11,8 +11,7 @@ from ..errors import UserError, one_line, printable
 from ..files import atomic_write
 from ..groups import FEW_BELOW, MANY_ABOVE
 from .plots import draw
-from .records import Run, read_args
-from .seeds import Group
+from .records import Group, Run, read_args
 from .tables import CLASS_COLUMNS, class_cells, class_rows, few_note, mean_rows, summary_cells, summary_rows
 
 TEMPLATE = Path(__file__).with_name("page.html")

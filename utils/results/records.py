@@ -21,6 +21,13 @@ class Run(NamedTuple):
     records: list[dict]
 
 
+class Group(NamedTuple):
+    """Runs that differ only in their seed, under one name."""
+
+    name: str
+    runs: list[Run]
+
+
 def read_runs(folders) -> list[Run]:
     """The runs in the given folders, each once; a folder without results.json stands for the runs below it.
 

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import printable
-from .records import Run, distinct_names, read_args
-
-
-class Group(NamedTuple):
-    """Runs that differ only in their seed, under one name."""
-
-    name: str
-    runs: list[Run]
+from .records import Group, Run, distinct_names, read_args
 
 
 class Settings(NamedTuple):

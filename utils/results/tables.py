@@ -3,8 +3,7 @@
 from statistics import fmean, stdev
 
 from ..groups import FEW_BELOW, percent
-from .records import ACCURACIES, Run
-from .seeds import Group
+from .records import ACCURACIES, Group, Run
 
 COLUMNS = {
     "many": "Many",
