@@ -161,34 +161,21 @@ def whole_number(value) -> int:
     return int(value)
 
 
-def check_args(value: dict):
-    """Raises an exception unless a value is a dict of what flags can be."""
-    for entry in value.values():
-        for one in entry if isinstance(entry, list) else [entry]:
-            if not isinstance(one, bool | int | float | str | None):
-                raise TypeError
-
-
 def check_fields(content: dict):
     """Brings the fields of a checkpoint into the form that save gives them; an exception means that one has another.
 
-    Published checkpoints have only epoch, best_acc1 and what PyTorch checks itself.
+    Published checkpoints have of these only epoch and best_acc1.
     """
-    for name, convert in (
-        ("epoch", whole_number),
-        ("step", whole_number),
-        ("images", whole_number),
-        ("best_acc1", number),
-    ):
-        if name in content:
-            content[name] = convert(content[name])
-    if not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
-        raise TypeError
+    fields = {"epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number}
+    content |= {name: convert(content[name]) for name, convert in fields.items() if name in content}
     if content.get("averages") is not None:
         MetricLogger.check_state_dict(content["averages"])
-    check_args(content.get("args", {}))
     for fact in content.get("run", {}).values():
         whole_number(fact)
+    lists = [value if isinstance(value, list) else [value] for value in content.get("args", {}).values()]
+    flags = [isinstance(one, bool | int | float | str | None) for values in lists for one in values]
+    if not all(flags) or not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
+        raise TypeError
 
 
 def find_latest(folder) -> Path | None:
@@ -271,16 +258,13 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
     """Raises UserError, the same on all ranks, if a checkpoint has another backbone or number of classes."""
     if loaded is None:
         return
-    path, flag, found = loaded.path, loaded.flag, loaded.found
-    if found["arch"] != arch:
-        backbone = found["arch"] or "unknown"
-        raise UserError(f"{path}: its backbone is {backbone}, not {arch}; correct --arch or {flag}", on_all_ranks=True)
-    if num_classes is not None and found["num_classes"] != num_classes:
-        raise UserError(
-            f"{path}: it has {found['num_classes']} classes, this run {num_classes}; "
-            f"correct {flag}, the lists or --num-classes",
-            on_all_ranks=True,
-        )
+    problem, backbone, classes = "", loaded.found["arch"] or "unknown", loaded.found["num_classes"]
+    if backbone != arch:
+        problem = f"its backbone is {backbone}, not {arch}; correct --arch or {loaded.flag}"
+    elif num_classes not in (None, classes):
+        problem = f"it has {classes} classes, this run {num_classes}; correct {loaded.flag}, the lists or --num-classes"
+    if problem:
+        raise UserError(f"{loaded.path}: {problem}", on_all_ranks=True)
 
 
 def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
@@ -331,11 +315,10 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
 
 
 def check_position(loaded: LoadedCheckpoint, state, train_loader):
-    """Sets the position in the epoch at which a run continues, also with other numbers of processes or images per step.
+    """Sets where in its epoch a run continues, also with other numbers of processes or images per step.
 
     Stages I and III then continue after the images that were seen; stage II, whose draws depend on the ranks, starts
-    the epoch over. Raises UserError if the epoch has fewer images here than were seen, or if only one of the saved
-    numbers of steps and images is 0.
+    the epoch over. Raises UserError if the epoch has fewer images here than were seen.
     """
     world_size = get_world_size()
     per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
@@ -345,18 +328,16 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
             f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
             "resume with the lists it was saved with"
         )
-    saved_world_size = loaded.run.get("world_size", world_size)
-    if saved_world_size != world_size:
-        print_main(
-            f"warning: {world_size} processes, saved by {saved_world_size}: the result will not be bit-identical"
-        )
-    if state.images == state.step * per_step and (saved_world_size == world_size or not state.step):
+    saved = loaded.run.get("world_size", world_size)
+    if saved != world_size:
+        print_main(f"warning: {world_size} processes, saved by {saved}: the result will not be bit-identical")
+    if state.images == state.step * per_step and (saved == world_size or not state.step):
         return
+    how = f"continues after its first {state.images} images"
     if train_loader.depends_on_ranks:
         state.step, state.images, state.metrics = 0, 0, state.metrics.without_values()
-        print_main(f"warning: epoch {state.epoch + 1} starts over, since its batches are different now")
-    else:
-        print_main(f"warning: epoch {state.epoch + 1} continues after its first {state.images} images")
+        how = "starts over, since its batches are different now"
+    print_main(f"warning: epoch {state.epoch + 1} {how}")
 
 
 def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
@@ -377,14 +358,13 @@ def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
 
 def restore_model(loaded: LoadedCheckpoint, model):
     """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
-    state_dict = loaded.state_dict
-    queue = state_dict.get("queue")
+    state_dict, queue = loaded.state_dict, loaded.state_dict.get("queue")
     if queue is not None and hasattr(model, "queue") and queue.dim() == 2 and queue.shape != model.queue.shape:
         dim, size = queue.shape
         raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
-    if problem := find_mismatch(model, state_dict):
-        raise UserError(f"{loaded.path}: does not fit stage {model.number}: {problem}; correct {loaded.flag}")
     try:
+        if problem := find_mismatch(model, state_dict):
+            raise ValueError(f"does not fit stage {model.number}: {problem}")
         check_weights(state_dict, model)
     except ValueError as error:
         raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
@@ -413,10 +393,9 @@ def restore_momentum(optimizer, saved: dict | None):
 def restore_scaler(scaler, saved: dict | None):
     """Takes the loss scale of --amp fp16."""
     if saved and scaler.is_enabled():
-        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values()):
-            raise ValueError("a value that is negative or not finite")
-        if not saved["scale"]:
-            raise ValueError("a loss scale of 0")
+        valid = all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values())
+        if not valid or not saved["scale"]:
+            raise ValueError("a value that is negative or not finite, or a loss scale of 0")
         scaler.load_state_dict(saved)
 
 
