@@ -1,4 +1,8 @@
-"""A user's mistake as an exception, and text on one line."""
+"""A user's mistake as an exception, text on one line, and the stack of an error for those who ask."""
+
+import os
+import sys
+import traceback
 
 
 class UserError(Exception):
@@ -24,3 +28,15 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """The system's message for an error, else its text on one line of at most 200 characters, else its class name."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+
+
+def format_stack(error: BaseException) -> str:
+    """The traceback of an error, and of the one that it replaces; of a data worker's, first the traceback there."""
+    error.__suppress_context__ = False
+    return getattr(error, "worker_stack", "") + "".join(traceback.format_exception(error)).rstrip()
+
+
+def print_stack(error: BaseException):
+    """Prints the stack of an error on stderr if the environment has TRACEBACK=1."""
+    if os.environ.get("TRACEBACK") == "1":
+        print(format_stack(error), file=sys.stderr, flush=True)

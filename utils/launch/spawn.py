@@ -17,13 +17,14 @@ from .rendezvous import open_store, process_group
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
+ORDER = ("mistake", "failure", "stop", "lost contact", "success")  # outcomes of ranks, the most informative first
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
 
-    Of several outcomes the most informative is returned: a user's mistake, another failure, a stop, a lost contact.
+    Of several outcomes it is the first by ORDER, and of several of a kind one with a message.
     """
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
@@ -47,12 +48,14 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
 
-    def order(outcome):
-        status, message = outcome
-        lost = message.startswith(LOST_CONTACT)
-        return status == 0, lost, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
+    return min(outcomes, key=lambda outcome: (ORDER.index(kind_of(*outcome)), not outcome[1]))
 
-    return min(outcomes, key=order)
+
+def kind_of(status: int, message: str) -> str:
+    """The kind of an outcome, one of ORDER."""
+    if message.startswith(LOST_CONTACT):
+        return "lost contact"
+    return {0: "success", USER_ERROR: "mistake", os.EX_TEMPFAIL: "stop"}.get(status, "failure")
 
 
 def watch(processes) -> set:
