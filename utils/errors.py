@@ -1,8 +1,12 @@
 """A user's mistake as an exception, text on one line, and the stack of an error for those who ask."""
 
 import os
+import re
 import sys
+import sysconfig
 import traceback
+
+LIBRARIES = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))  # how paths of their code begin
 
 
 class UserError(Exception):
@@ -34,6 +38,19 @@ def format_stack(error: BaseException) -> str:
     """The traceback of an error, and of the one that it replaces; of a data worker's, first the traceback there."""
     error.__suppress_context__ = False
     return getattr(error, "worker_stack", "") + "".join(traceback.format_exception(error)).rstrip()
+
+
+def words_and_place(error: BaseException) -> str:
+    """An error's own words on one line, and where it was raised: the innermost line of code that is no library's.
+
+    Both are read from the traceback, since torch keeps nothing else of an error in a data worker.
+    """
+    stack = format_stack(error)
+    words = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)", stack, re.M) or [type(error).__name__]
+    places = re.findall(r'^ *File "(.+)", line (\d+), in ', stack, re.M)
+    own = [(file, line) for file, line in places if not file.startswith(LIBRARIES) and "-packages" not in file]
+    place = " (in {}, line {})".format(*own[-1]) if own else ""
+    return printable(words[-1][:500] + place)
 
 
 def print_stack(error: BaseException):

@@ -36,12 +36,9 @@ class Stopped(Exception):
 class _State:
     """What this process knows about requests to stop."""
 
-    requested = deferred = False
-    interactive = False  # whether stderr is a terminal
-    heartbeat = 0.0  # time.monotonic() of the latest
-
-    def __init__(self):
-        self.ended = threading.Event()
+    def __init__(self, interactive: bool = False):
+        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+        self.interactive = interactive  # whether stderr is a terminal
 
 
 _state = _State()
@@ -79,11 +76,10 @@ def handle_stop_signals(program: str = "", report=None):
     report(message) is called when the process exits at once; without it the message goes to stderr.
     """
     global _state
-    state = _state = _State()
+    state = _state = _State(interactive=bool(program) and os.isatty(2))
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    state.interactive = bool(program) and os.isatty(2)
     receive, send = os.pipe()
     os.set_blocking(send, False)
     stderr = os.dup(2)  # fd 2 may point elsewhere when it is needed

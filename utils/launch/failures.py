@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -14,29 +13,15 @@ import torch.distributed as dist
 
 from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, drop_unwritable_output, output_is_closed
 from ..distributed import get_dist_info
-from ..errors import UserError, format_stack, print_stack, printable
+from ..errors import UserError, format_stack, print_stack, words_and_place
 from ..signals import Stopped
 
-LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(torch.__file__), "<")
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
 
 
 def is_broken_output(error) -> bool:
     """Whether the reader of the output has closed it, and not the other end of another pipe."""
     return isinstance(error, BrokenPipeError) and output_is_closed()
-
-
-def describe_system_error(error: OSError) -> str:
-    """Its own words, and where it was raised: the innermost line of code that is no library's.
-
-    Both are read from the traceback, since torch keeps nothing else of an error in a data worker.
-    """
-    stack = format_stack(error)
-    words = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)", stack, re.M)
-    places = re.findall(r'^ *File "(.+)", line (\d+), in ', stack, re.M)
-    own = [place for place in places if not place[0].startswith(LIBRARIES) and "-packages" not in place[0]]
-    place = " (in {}, line {})".format(*own[-1]) if own else ""
-    return printable((words[-1] if words else type(error).__name__)[:500] + place)
 
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
@@ -47,7 +32,7 @@ CAUSES = (
     (KeyboardInterrupt, "", INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"),
     (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
     (ConnectionError, "", 1, format_stack),
-    (OSError, "", USER_ERROR, describe_system_error),  # a full disk, or a file that a transform does not find
+    (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
     (Exception, "can't allocate memory", USER_ERROR, OUT_OF_MEMORY),
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
@@ -71,21 +56,16 @@ CAUSES = (
 )  # fmt: skip
 
 
-def find_cause(error: BaseException, text: str) -> tuple:
-    """(exit status, message, match of the words) of the first row of CAUSES that fits."""
-    for kind, words, status, message in CAUSES:
-        match = re.search(words, text)
-        if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
-            return status, message, match
-
-
 def describe_failure(error: BaseException) -> tuple[int, str]:
     """(exit status, message) by CAUSES; the message is empty if rank 0 prints the same.
 
     With TRACEBACK=1 in the environment it also prints the stack, unless that is the message.
     """
     text = " ".join(str(error).split())
-    status, message, match = find_cause(error, text)
+    for kind, words, status, message in CAUSES:  # noqa: B007
+        match = re.search(words, text)
+        if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
+            break
     drop_unwritable_output()
     if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
         return status, ""
