@@ -1,7 +1,5 @@
 """Loaders: the same batches for any number of workers, and an error if a worker fails."""
 
-import os
-import signal
 import sys
 import time
 from contextlib import closing
@@ -22,7 +20,7 @@ from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
 from datasets.transforms import Views
-from tests.helpers import TWO, assert_mistake, assert_one_line
+from tests.helpers import TWO, assert_mistake
 from utils.arguments import training_parser
 from utils.errors import UserError
 from utils.launch import launch
@@ -192,10 +190,6 @@ def prints(image, item):
     return (torch.zeros(3, 8, 8),)
 
 
-def kills_its_worker(image, item):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def load_with(transform, args, device):
     """A main_worker that reads the training images with a transform."""
     dataset = ListFileDataset(ImageList.from_file(Path(args.data) / "train.txt"), args.data, transform)
@@ -236,11 +230,6 @@ def test_a_mistake_in_a_transform_is_one_line(run):
 def test_what_a_transform_prints_to_stderr_is_seen(run):
     status, _, err = run(prints)
     assert status == 0 and "colors: 3\n" in err
-
-
-def test_a_worker_that_is_killed_has_died(run):
-    if run.workers:
-        assert_one_line(run(kills_its_worker), 1, "a data loading worker died")
 
 
 @pytest.mark.parametrize("transform", [opens_a_missing_file, makes_a_mistake])

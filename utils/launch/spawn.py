@@ -17,15 +17,13 @@ from .rendezvous import open_store, process_group
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
-ORDER = ("mistake", "failure", "stop", "lost contact", "success")  # outcomes of ranks, the most informative first
+KINDS = {0: "success", USER_ERROR: "mistake", os.EX_TEMPFAIL: "stop"}  # of outcomes by status; others are failures
+ORDER = ("mistake", "failure", "stop", "lost contact", "success")  # from the most informative
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
-    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
-
-    Of several outcomes it is the first by ORDER, and of several of a kind one with a message.
-    """
+    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message)."""
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
@@ -48,14 +46,18 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
 
-    return min(outcomes, key=lambda outcome: (ORDER.index(kind_of(*outcome)), not outcome[1]))
+    return most_informative(outcomes)
 
 
-def kind_of(status: int, message: str) -> str:
-    """The kind of an outcome, one of ORDER."""
-    if message.startswith(LOST_CONTACT):
-        return "lost contact"
-    return {0: "success", USER_ERROR: "mistake", os.EX_TEMPFAIL: "stop"}.get(status, "failure")
+def most_informative(outcomes) -> tuple[int, str]:
+    """The first of (status, message) by ORDER; of several of a kind, one with a message."""
+
+    def order(outcome):
+        status, message = outcome
+        kind = KINDS.get(status, "failure")
+        return ORDER.index("lost contact" if message.startswith(LOST_CONTACT) else kind), not message
+
+    return min(outcomes, key=order)
 
 
 def watch(processes) -> set:
