@@ -9,15 +9,16 @@ import traceback
 LIBRARIES = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))  # how paths of their code begin
 
 
-class UserError(Exception):
-    """A mistake that the user can correct: its one line names the file, line or flag and says how.
-
-    on_all_ranks: whether every rank of the run raises the same error, so that rank 0 alone prints it.
-    """
+class EndOfRun(Exception):
+    """Ends a run with one line. on_all_ranks: whether every rank raises the same, so that rank 0 alone prints it."""
 
     def __init__(self, message: str, on_all_ranks: bool = False):
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class UserError(EndOfRun):
+    """A mistake that the user can correct: its one line names the file, line or flag and says how."""
 
     def __str__(self):
         """On one line, whatever characters a file's name contains."""

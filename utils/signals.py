@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 
+from .errors import EndOfRun
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STUCK_AFTER = 120  # seconds
 STOPPED_EARLY = "stopped on request before the first step; start again with the same command"
@@ -22,15 +24,8 @@ STOPPED_STUCK = (
 )
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved what there was to save.
-
-    on_all_ranks: whether every rank raises the same, so that only rank 0 prints it.
-    """
-
-    def __init__(self, message: str, on_all_ranks: bool = False):
-        super().__init__(message)
-        self.on_all_ranks = on_all_ranks
+class Stopped(EndOfRun):
+    """The run was asked to stop, and has saved what there was to save."""
 
 
 class _State:

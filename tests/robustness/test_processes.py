@@ -30,6 +30,7 @@ from tests.helpers import (
     TWO,
     Interruption,
     assert_one_line,
+    assert_same_results,
     assert_same_run,
     call,
     checkpoint,
@@ -518,14 +519,16 @@ def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path,
     """Debian's /etc/hosts maps the machine's own name to 127.0.1.1. The run must not listen everywhere instead."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
     flags = node(0, "tcp://node0:2345")
-    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
+    assert_one_line(
+        run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on this node", "--dist-interface"
+    )
 
 
 def test_a_master_addr_that_is_loopback_only_on_its_own_node_is_refused(monkeypatch):
     """torchrun takes the machine's own name. gloo would listen where no other node can connect."""
     monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
     assert master_address("localhost") == "127.0.1.1"
-    with pytest.raises(UserError, match=r"MASTER_ADDR node0 is 127\.0\.1\.1.*--local-addr"):
+    with pytest.raises(UserError, match=r"MASTER_ADDR node0: is 127\.0\.1\.1.*--local-addr"):
         master_address("node0")
 
 

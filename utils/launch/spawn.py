@@ -1,5 +1,6 @@
 """--multiprocessing-distributed: starts the processes of this node, and watches them until all have ended."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -90,10 +91,9 @@ def kill(processes):
 def read_report(channel) -> tuple[int, str] | None:
     """What a process has reported; None if it ended before."""
     os.set_blocking(channel.fileno(), False)  # there may be half a report
-    try:
+    with contextlib.suppress(Exception):
         return channel.recv()
-    except Exception:
-        return None
+    return None
 
 
 def describe_death(rank: int, code: int) -> str:
