@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -21,9 +23,11 @@ from PIL import Image
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
+PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 STAGES = tuple(MAINS)
 COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
@@ -73,6 +77,13 @@ def stage_flags(stage: str, data, out, flags) -> list[str]:
     """The command line of a small run; flags override the defaults."""
     defaults = f"{SMALL} {QUEUE}" if stage == "i" else SMALL
     return [*defaults.split(), "--output_dir", str(out), *map(str, flags), str(data)]
+
+
+def refusal(stage: str, data, out, *flags) -> str:
+    """What the parser says of the command line of a small run, which it must refuse."""
+    with pytest.raises(UserError) as caught:
+        PARSERS[stage]().parse_args(stage_flags(stage, data, out, flags))
+    return str(caught.value)
 
 
 def call(stage: str, argv, out=None) -> Outcome:
@@ -150,12 +161,30 @@ def train_ranks(stage: str, data, out, *flags) -> Path:
     return Path(out)
 
 
-def assert_command_mistake(outcome, *words):
-    """That (status, stdout, stderr) of a small command line is a mistake's, in one line that holds the words."""
-    status, out, err = outcome
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+def assert_one_line(outcome, status, *words):
+    """That (status, stdout, stderr) of a stage or a command has this status, and one line on stderr with the words."""
+    found, out, err = outcome
+    assert found == status and re.fullmatch(r"[^\n]+\n", err), outcome
+    assert err[:-1].isprintable() and len(err) < 2000, err
+    assert "Traceback" not in out + err and "Error(" not in err, err  # nor an exception's repr
     for word in map(str, words):
         assert word in err, (word, err)
+
+
+def assert_mistake(outcome, *words):
+    """That it is a user's mistake: status 2, and one line; a command prints nothing else."""
+    assert_one_line(outcome, 2, *words)
+    if outcome[2].startswith("error: "):  # so begin the messages of commands; those of stages begin with the script
+        assert outcome[1] == "", outcome
+
+
+def assert_mistake_of_all_ranks(outcomes, *words):
+    """That all ranks end, and the first alone says why."""
+    assert_mistake(outcomes[0], *words)
+    assert [(outcome.status, outcome.err) for outcome in outcomes[1:]] == [(2, "")] * (len(outcomes) - 1), outcomes
+
+
+assert_command_mistake = assert_mistake  # its earlier name
 
 
 def checkpoint(folder, name=LAST) -> dict:
@@ -195,6 +224,34 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def assert_same_run(folder, reference):
+    """Compares weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
+    for name in (LAST, BEST):
+        assert same(checkpoint(folder, name), checkpoint(reference, name)), name
+    assert_same_results(folder, reference)
+
+
+def assert_same_results(folder, reference):
+    """The same for runs with other flags, which are in their checkpoints."""
+    for name in ("state_dict", "optimizer", "best_acc1"):
+        assert same(checkpoint(folder)[name], checkpoint(reference)[name]), name
+    assert log_of(folder, timed=False) == log_of(reference, timed=False)
+    assert results_of(folder) == results_of(reference)
+
+
+class Interruption(io.StringIO):
+    """A stdout that raises SIGTERM when a certain line is printed."""
+
+    def __init__(self, line):
+        super().__init__()
+        self.line = line
+
+    def write(self, text):
+        if text.startswith(self.line):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
 
 
 def _rank(function, rank, world, folder, args):

@@ -19,6 +19,7 @@ import ssd_stage_iii
 from tests.helpers import LAST, ROOT, call, run_stage, stage_flags
 from tests.helpers_processes import wait_until
 from utils.arguments import STAGE_FLAGS
+from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
 
 
@@ -185,6 +186,22 @@ def run_with_output(file, text="table", **environment):
 def test_a_command_whose_output_cannot_be_written_ends_in_one_line():
     with open("/dev/full", "w") as full:
         assert run_with_output(full) == (2, "error: program: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("--flag: correct it"), 2), (OSError(5, "bad disk"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_traceback_prints_the_stack_of_a_command_before_the_line(monkeypatch, capsys, error, status):
+    def fail(args):
+        raise error
+
+    run_command(fail, ArgumentParser(prog="program"), [])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    monkeypatch.setenv("TRACEBACK", "1")
+    assert run_command(fail, ArgumentParser(prog="program"), []) == status
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "in fail\n" in err and err.endswith(f"\n{line}")
 
 
 def test_a_command_whose_output_is_closed_ends_quietly():

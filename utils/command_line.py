@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, print_stack
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
@@ -229,22 +229,25 @@ def escape_unprintable():
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
     """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
 
-    A mistake is printed as one line on stderr; `interrupted` is printed after Ctrl-C.
+    A mistake is printed as one line on stderr, after the stack if the environment has TRACEBACK=1; `interrupted` is
+    printed after Ctrl-C.
     """
     escape_unprintable()
     try:
         status = work(parser.parse_args(argv)) or 0
         sys.stdout.flush()  # here, where a failure is reported
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
         drop_unwritable_output()
         return BROKEN_PIPE
-    except OSError as error:  # a full disk, a folder that may not be written
-        drop_unwritable_output()
-        print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return INTERRUPTED
-    return USER_ERROR
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print_stack(error)
+        if isinstance(error, KeyboardInterrupt):
+            print(interrupted, file=sys.stderr)
+            return INTERRUPTED
+        message = str(error)
+        if isinstance(error, OSError):  # a full disk, a folder that may not be written
+            drop_unwritable_output()
+            message = f"{error.filename or parser.prog}: {one_line(error)}"
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
