@@ -34,6 +34,12 @@ def default_numerics():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.fixture
+def interface_is_chosen_by_the_run(monkeypatch):
+    """Removes what the tests set for gloo, so that the run chooses as for a user."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
 @pytest.fixture(scope="session")
 def plain_tree(tmp_path_factory):
     """Images of 32 pixels at the paths in the lists, as in ILSVRC2012."""

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -150,12 +151,24 @@ def train_ranks(stage: str, data, out, *flags) -> Path:
     return Path(out)
 
 
-def assert_command_mistake(outcome, *words):
-    """That (status, stdout, stderr) of a small command line is a mistake's, in one line that holds the words."""
-    status, out, err = outcome
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+def assert_one_line(outcome, status, *words):
+    """That (status, stdout, stderr) of a stage or a command has this status, and one line on stderr with the words."""
+    found, out, err = outcome
+    assert found == status and re.fullmatch(r"[^\n]+\n", err), outcome
+    assert err[:-1].isprintable() and len(err) < 2000, err
+    assert "Traceback" not in out + err and "Error(" not in err, err  # nor an exception's repr
     for word in map(str, words):
         assert word in err, (word, err)
+
+
+def assert_mistake(outcome, *words):
+    """That it is a user's mistake: status 2, and one line; a command prints nothing else."""
+    assert_one_line(outcome, 2, *words)
+    if outcome[2].startswith("error: "):  # so begin the messages of commands; those of stages begin with the script
+        assert outcome[1] == "", outcome
+
+
+assert_command_mistake = assert_mistake  # its earlier name
 
 
 def checkpoint(folder, name=LAST) -> dict:
@@ -195,6 +208,27 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def assert_same_run(folder, reference):
+    """Compares weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
+    for name in (LAST, BEST):
+        assert same(checkpoint(folder, name), checkpoint(reference, name)), name
+    assert log_of(folder, timed=False) == log_of(reference, timed=False)
+    assert results_of(folder) == results_of(reference)
+
+
+class Interruption(io.StringIO):
+    """A stdout that raises SIGTERM when a certain line is printed."""
+
+    def __init__(self, line):
+        super().__init__()
+        self.line = line
+
+    def write(self, text):
+        if text.startswith(self.line):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
 
 
 def _rank(function, rank, world, folder, args):

@@ -7,8 +7,7 @@ import models
 import ssd_stage_i
 from datasets.loaders import to_device
 from models.preprocess import MEAN, STD, normalize
-from tests.helpers import LAST, call, log_of, results_of, run_stage, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import LAST, assert_mistake, call, log_of, results_of, run_stage, train
 
 FLAGS = ["--mean", "0.5", "0.4", "0.3", "--std", "0.3", "0.2", "0.1"]
 

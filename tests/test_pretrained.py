@@ -10,8 +10,7 @@ import torchvision
 
 import models
 import ssd_stage_i
-from tests.helpers import LAST, QUEUE, STAGES, call, checkpoint, run_stage
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import LAST, QUEUE, STAGES, assert_mistake, call, checkpoint, run_stage
 from utils import pretrained
 from utils.pretrained import read_backbone
 

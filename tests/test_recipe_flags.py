@@ -9,8 +9,19 @@ from PIL import Image
 
 import ssd_stage_i
 from datasets.transforms import Views
-from tests.helpers import BEST, LAST, PREVIOUS, call, checkpoint, log_of, results_of, run_stage, same, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    assert_mistake,
+    call,
+    checkpoint,
+    log_of,
+    results_of,
+    run_stage,
+    same,
+    train,
+)
 from utils.train_state import learning_rate
 
 RATES = [  # of lr 0.8 in 8 epochs

@@ -12,8 +12,7 @@ import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
 from datasets.transforms import Views
-from tests.helpers import ROOT, call, run_stage, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import ROOT, assert_mistake, call, run_stage, train
 from utils.errors import UserError
 from utils.recipes import END, expand
 

@@ -1,6 +1,5 @@
 """A run that was stopped and resumed is bit for bit the same as one that was not stopped."""
 
-import io
 import shutil
 import signal
 
@@ -13,6 +12,8 @@ from tests.helpers import (
     LAST,
     PREVIOUS,
     STAGES,
+    Interruption,
+    assert_same_run,
     call,
     checkpoint,
     log_of,
@@ -24,14 +25,6 @@ from tests.helpers import (
     train_ranks,
 )
 from utils.restore import restore_scaler
-
-
-def assert_same_run(folder, reference):
-    """Compares weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
-    for name in (LAST, BEST):
-        assert same(checkpoint(folder, name), checkpoint(reference, name)), name
-    assert log_of(folder, timed=False) == log_of(reference, timed=False)
-    assert results_of(folder) == results_of(reference)
 
 
 def resumed(stage, data, run, to, *flags, start=train):
@@ -187,19 +180,6 @@ def test_auto_of_a_finished_run_only_evaluates(trained, plain_tree, tmp_path):
     shutil.copytree(trained["i"], folder)
     (folder / "results.json").unlink()
     assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
-
-
-class Interruption(io.StringIO):
-    """A stdout that raises SIGTERM when a certain line is printed."""
-
-    def __init__(self, line):
-        super().__init__()
-        self.line = line
-
-    def write(self, text):
-        if text.startswith(self.line):
-            signal.raise_signal(signal.SIGTERM)
-        return super().write(text)
 
 
 @pytest.mark.parametrize("line", ["epoch 1/2 [3/9]", "epoch 2/2 [8/9]", "val", "epoch 1/2:"])

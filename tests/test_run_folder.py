@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from datasets import splits
-from tests.helpers import LAST, checkpoint, log_of, results_of, run_stage, same, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import LAST, assert_mistake, checkpoint, log_of, results_of, run_stage, same, train
 from utils.files import atomic_write
 from utils.results.records import run_folders
 

@@ -4,7 +4,6 @@ import fcntl
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.helpers import (
     LAST,
     STAGES,
     TWO,
+    assert_mistake,
     call,
     checkpoint,
     log_of,
@@ -26,16 +26,6 @@ from tests.helpers import (
     train,
     write_tree,
 )
-
-
-def assert_mistake(outcome, *words):
-    assert outcome.status == 2, outcome
-    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
-    assert "Traceback" not in outcome.err + outcome.out
-    assert "Error(" not in outcome.err  # no exception's repr either
-    for word in map(str, words):
-        assert word in outcome.err, (word, outcome.err)
-
 
 # ---- flags
 

@@ -28,6 +28,9 @@ from tests.helpers import (
     ROOT,
     TORCHRUN,
     TWO,
+    Interruption,
+    assert_one_line,
+    assert_same_run,
     call,
     checkpoint,
     log_of,
@@ -41,7 +44,6 @@ from tests.helpers import (
     train_ranks,
 )
 from tests.helpers_processes import Job, alive, listening, wait_until
-from tests.test_resume import Interruption, assert_same_run
 from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
@@ -74,22 +76,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def assert_one_line(outcome, status, *words):
-    assert outcome.status == status, outcome
-    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
-    for word in words:
-        assert word in outcome.err
-
-
 def assert_stopped(outcome):
     """Checks that a run stopped, in either epoch: how far it gets before the signal arrives depends on the machine."""
     assert_one_line(outcome, 75, "stopped on request at epoch ", ", step ", "--resume auto")
-
-
-@pytest.fixture
-def interface_is_chosen_by_the_run(monkeypatch):
-    """Removes what the tests set for gloo, so that the run chooses as for a user."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
 # ---- asked to stop

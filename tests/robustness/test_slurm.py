@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import LAST, QUEUE, ROOT, SMALL, results_of, train_ranks
+from tests.helpers import LAST, QUEUE, ROOT, SMALL, assert_same_run, results_of, train_ranks
 from tests.helpers_processes import PATIENCE
-from tests.test_resume import assert_same_run
 
 SLURM = ROOT / "scripts" / "slurm"
 STAND_INS = {

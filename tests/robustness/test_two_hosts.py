@@ -6,10 +6,9 @@ import re
 import pytest
 import torch
 
-from tests.helpers import LAST, checkpoint, log_of, results_of, same, train
+from tests.helpers import LAST, assert_one_line, checkpoint, log_of, results_of, same, train
 from tests.helpers_hosts import TwoHosts, kill_host, published, torchrun, why_no_hosts
 from tests.helpers_processes import wait_until
-from tests.robustness.test_processes import assert_one_line, interface_is_chosen_by_the_run  # noqa: F401
 
 reason = why_no_hosts()
 pytestmark = [
