@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ import ssd_stage_ii
 import ssd_stage_iii
 
 ROOT = Path(__file__).resolve().parent.parent
-MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
-STAGES = tuple(MAINS)
+SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
+STAGES = tuple(SCRIPTS)
 COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
@@ -80,7 +81,7 @@ def call(stage: str, argv, out=None) -> Outcome:
     """main(argv) in this process."""
     out, err = out or io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = MAINS[stage](list(map(str, argv)))
+        status = SCRIPTS[stage].main(list(map(str, argv)))
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
@@ -94,6 +95,24 @@ def train(stage: str, data, out, *flags) -> Path:
     outcome = run_stage(stage, data, out, *flags)
     assert (outcome.status, outcome.err) == (0, "")
     return Path(out)
+
+
+def source(stage: str, trained) -> list:
+    """The flags that name the checkpoint of the stage before; trained: folders by stage."""
+    flags = {"ii": ("--last_stage_ckpt", "i"), "iii": ("--teacher_ckpt", "ii")}
+    if stage not in flags:
+        return []
+    flag, before = flags[stage]
+    return [flag, trained[before] / LAST]
+
+
+def train_all(data, root, *flags, run=None) -> dict[str, Path]:
+    """Folders of stages i, ii, iii and ii again (`tuned`), each on the one before; run: as train, which is default."""
+    run, folders = run or train, {name: root / name for name in (*STAGES, "tuned")}
+    for stage in STAGES:
+        run(stage, data, folders[stage], *flags, *source(stage, folders))
+    run("ii", data, folders["tuned"], *flags, "--last_stage_ckpt", folders["iii"] / LAST)
+    return folders
 
 
 def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outcome:
@@ -115,7 +134,7 @@ def _run_rank(stage, argv, environment, files):
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):  # stdout, stderr
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.exit(MAINS[stage](argv))
+    sys.exit(SCRIPTS[stage].main(argv))
 
 
 def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
@@ -181,6 +200,15 @@ def log_of(folder, *, timed=True) -> list[dict]:
     if not timed:
         records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
     return records
+
+
+def args_of(folder) -> dict:
+    return json.loads((Path(folder) / "args.json").read_text())
+
+
+def copied(run, to) -> Path:
+    """A copy of a run's folder, for a test to change."""
+    return Path(shutil.copytree(run, to))
 
 
 def results_of(folder) -> list[dict]:

@@ -1,6 +1,5 @@
 """Accuracies by group of classes equal a naive computation, on any number of ranks; and their table."""
 
-import contextlib
 import json
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,11 +11,12 @@ from torch import nn
 from datasets.samplers import eval_batches
 from models import SLG
 from tests.helpers import on_ranks
-from utils import report
 from utils.distributed import broadcast_buffers
 from utils.evaluation import evaluate
 from utils.groups import shot_groups
 from utils.metrics import ShotAccuracy
+from utils.results.tables import table
+from utils.train_state import TrainState
 
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
@@ -191,9 +191,11 @@ class Batches(list):
 class Model(nn.Module):
     """Replaces a network: applies a function to images, and keeps what it returned last."""
 
-    def __init__(self, function):
+    classes = None
+
+    def __init__(self, function, *classifiers):
         super().__init__()
-        self.function = function
+        self.function, self.classifiers = function, classifiers
 
     def forward(self, images):
         assert not self.training
@@ -201,53 +203,42 @@ class Model(nn.Module):
         return self.returned
 
 
-def state():
-    """What an evaluation needs from a training state."""
-    args = SimpleNamespace(print_freq=1000, evaluate=True)
-    return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext, classes=None)
+def evaluated(model, *batches):
+    """The results of a model; batches: (images, labels)."""
+    args = SimpleNamespace(print_freq=1000, evaluate=True, amp="none", accum_steps=1, start_epoch=0)
+    loader = Batches(((images,), labels, []) for images, labels in batches)
+    return evaluate(model, loader, TRAIN_COUNTS, TrainState(model, None, CPU, args))
 
 
-def evaluated(rank, world=1):
-    """Two classifiers on this rank's shard of the 101 images, through the sampler that the loaders use."""
+def evaluated_shard(rank, images, world):
+    """Two classifiers on this rank's shard of the first images, through the sampler that the loaders use."""
     logits, labels = predictions()
-    shard = [torch.tensor([i for _, _, i in batch]) for batch in eval_batches(IMAGES, 8, rank, world)]
-    model = Model(lambda images: (logits[images], -logits[images]))
-    batches = Batches(((images,), labels[images], images.tolist()) for images in shard)
-    return evaluate(model, batches, ("hard", "soft"), TRAIN_COUNTS, state())
+    shard = [torch.tensor([i for _, _, i in batch]) for batch in eval_batches(images, 8, rank, world)]
+    model = Model(lambda numbers: (logits[numbers], -logits[numbers]), "hard", "soft")
+    return evaluated(model, *((numbers, labels[numbers]) for numbers in shard))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_image_counts_once_on_any_number_of_ranks(world):
-    logits, labels = predictions()
+@pytest.mark.parametrize(("images", "world"), [(IMAGES, 1), (IMAGES, 2), (IMAGES, 3), (2, 3)])
+def test_every_image_counts_once_on_any_number_of_ranks(images, world):
+    logits, labels = (values[:images] for values in predictions())
     expected = {"hard": naive(logits, labels, TRAIN_COUNTS), "soft": naive(-logits, labels, TRAIN_COUNTS)}
-    assert expected["hard"]["count"] == IMAGES
-    assert on_ranks(world, evaluated, world) == [expected] * world
-
-
-def test_more_ranks_than_images_give_the_same_results():
-    assert on_ranks(3, two_images) == [naive(*(x[:2] for x in predictions()), TRAIN_COUNTS)] * 3
-
-
-def two_images(rank):
-    logits, labels = predictions()
-    mine = slice(rank, 2, 3)
-    batches = Batches([((logits[mine],), labels[mine], [])])
-    return evaluate(Model(lambda images: images), batches, ("linear",), TRAIN_COUNTS, state())["linear"]
+    assert expected["hard"]["count"] == images
+    assert on_ranks(world, evaluated_shard, images, world) == [expected] * world
 
 
 def test_evaluation_computes_no_gradient():
     weights = torch.zeros(CLASSES, requires_grad=True)
-    logits, labels = predictions()
-    model = Model(lambda images: images + weights)
-    evaluate(model, Batches([((logits,), labels, [])]), ("linear",), TRAIN_COUNTS, state())
+    model = Model(lambda images: images + weights, "linear")
+    evaluated(model, predictions())
     assert not model.returned.requires_grad
 
 
 RESULT = {"overall": 0.5536, "class_mean": 0.41, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
+RESULT |= {"train_counts": [500], "test_counts": [9]}
 
 
-def test_the_table_shows_per_cent_and_a_dash_for_null():
-    assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
+def test_the_table_shows_percent_and_a_dash_for_null():
+    assert table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
         "|                 | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
         "|:----------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
         "| hard classifier | 67.3 |      - | 0.0 |       41.0 |    55.4 | 100.0 |\n"
@@ -260,37 +251,8 @@ def test_the_table_says_if_few_shot_classes_have_fewer_than_50_test_images():
         rows = {
             f"run {i}": RESULT | {"train_counts": [500, 19, 3], "test_counts": n} for i, n in enumerate(test_counts)
         }
-        return report.table(rows).splitlines()[2 + len(rows) :]
+        return table(rows).splitlines()[2 + len(rows) :]
 
     assert below([9, 40, 10]) == [] == below([9, 25, 25]) == below([9, 0, 0])
     assert below([9, 25, 24])[1].startswith("Few: 49 test images") and len(below([9, 25, 24])) == 2
     assert below([9, 40, 40], [9, 3, 4], [9, 1, 0], [9, 4, 3])[1].startswith("Few: 1 to 7 test images")
-
-
-def test_the_report_computes_the_class_mean_that_an_old_run_lacks(tmp_path, capsys):
-    record = {name: value for name, value in RESULT.items() if name != "class_mean"}
-    record |= {"classifier": "linear", "per_class": [0.5, None, 0.25], "train_counts": [9, 9, 9]}
-    (tmp_path / "results.json").write_text(json.dumps([record]))
-    assert report.main([str(tmp_path)]) == 0
-    assert "| 37.5 |" in capsys.readouterr().out.replace("  ", "")
-
-
-def test_the_report_has_one_row_per_run_and_classifier(tmp_path, capsys):
-    for run, classifiers in (("one", ["linear"]), ("three", ["hard", "soft"])):
-        (tmp_path / run).mkdir()
-        records = [{"classifier": name, "per_class": [0.41], **RESULT} for name in classifiers]
-        (tmp_path / run / "results.json").write_text(json.dumps(records))
-    assert report.main([str(tmp_path / "one"), str(tmp_path / "three")]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == [
-        "one, linear classifier", "three, hard classifier", "three, soft classifier",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("content", [None, "{", ""])
-def test_a_report_without_valid_results_ends_in_one_line(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    assert report.main([str(tmp_path)]) == 2
-    written = capsys.readouterr()
-    assert written.err.count("\n") == 1 and "results.json" in written.err and written.out == ""
