@@ -129,16 +129,19 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     return Outcome(done.returncode, *written)
 
 
-def _run_rank(stage, argv, environment, files):
+def _run_rank(stage, argv, environment, files, setup):
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):  # stdout, stderr
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    setup()
     sys.exit(SCRIPTS[stage].main(argv))
 
 
-def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
+def run_ranks(stage: str, data, out, *flags, world=2, setup=dict) -> list[Outcome]:
     """A small run as `world` ranks on one node, told by torchrun's variables; the outcome of each.
+
+    setup() runs in each before the run, to replace a part of it; a function of a module, so that it can be pickled.
 
     The ranks are forked from a process that has imported everything, which is far cheaper than to start them anew.
     """
@@ -153,7 +156,13 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ranks = [
             forkserver().Process(
                 target=_run_rank,
-                args=(stage, argv, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank]),
+                args=(
+                    stage,
+                    argv,
+                    os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+                    files[rank],
+                    setup,
+                ),
             )
             for rank in range(world)
         ]
@@ -164,9 +173,10 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ]
 
 
-def train_ranks(stage: str, data, out, *flags) -> Path:
+def train_ranks(stage: str, data, out, *flags, **options) -> Path:
     """A small run as two ranks that has to succeed; returns its folder."""
-    assert [(outcome.status, outcome.err) for outcome in run_ranks(stage, data, out, *flags)] == [(0, "")] * 2
+    outcomes = run_ranks(stage, data, out, *flags, **options)
+    assert [(outcome.status, outcome.err) for outcome in outcomes] == [(0, "")] * 2
     return Path(out)
 
 

@@ -11,6 +11,8 @@ from models.batchnorm import SplitBatchNorm
 from models.moco import forward_shuffle_bn
 from tests.helpers import checkpoint, on_ranks, run_stage, same, train
 
+pytestmark = pytest.mark.method
+
 CLASSES, IMAGES, STEPS = 5, 16, 3
 CPU = torch.device("cpu")
 
