@@ -25,8 +25,7 @@ from models import ARCHS, SDL, SLG, SSFL, build_backbone
 from models.preprocess import normalize
 from utils.command_line import whole_number
 from utils.errors import UserError
-from utils.numerics import set_numerics
-from utils.train_state import TrainState, prepare_model
+from utils.train_state import TrainState, prepare_model, set_numerics
 
 SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 VARIANTS = {  # the scripts' flags

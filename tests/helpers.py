@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
 PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
-STAGES = tuple(MAINS)
+SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
+STAGES = tuple(SCRIPTS)
 COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
@@ -90,7 +92,7 @@ def call(stage: str, argv, out=None) -> Outcome:
     """main(argv) in this process."""
     out, err = out or io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = MAINS[stage](list(map(str, argv)))
+        status = SCRIPTS[stage].main(list(map(str, argv)))
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
@@ -104,6 +106,24 @@ def train(stage: str, data, out, *flags) -> Path:
     outcome = run_stage(stage, data, out, *flags)
     assert (outcome.status, outcome.err) == (0, "")
     return Path(out)
+
+
+def source(stage: str, trained) -> list:
+    """The flags that name the checkpoint of the stage before; trained: folders by stage."""
+    flags = {"ii": ("--last_stage_ckpt", "i"), "iii": ("--teacher_ckpt", "ii")}
+    if stage not in flags:
+        return []
+    flag, before = flags[stage]
+    return [flag, trained[before] / LAST]
+
+
+def train_all(data, root, *flags, run=None) -> dict[str, Path]:
+    """Folders of stages i, ii, iii and ii again (`tuned`), each on the one before; run: as train, which is default."""
+    run, folders = run or train, {name: root / name for name in (*STAGES, "tuned")}
+    for stage in STAGES:
+        run(stage, data, folders[stage], *flags, *source(stage, folders))
+    run("ii", data, folders["tuned"], *flags, "--last_stage_ckpt", folders["iii"] / LAST)
+    return folders
 
 
 def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outcome:
@@ -120,16 +140,19 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     return Outcome(done.returncode, *written)
 
 
-def _run_rank(stage, argv, environment, files):
+def _run_rank(stage, argv, environment, files, setup):
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):  # stdout, stderr
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.exit(MAINS[stage](argv))
+    setup()
+    sys.exit(SCRIPTS[stage].main(argv))
 
 
-def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
+def run_ranks(stage: str, data, out, *flags, world=2, setup=dict) -> list[Outcome]:
     """A small run as `world` ranks on one node, told by torchrun's variables; the outcome of each.
+
+    setup() runs in each before the run, to replace a part of it; a function of a module, so that it can be pickled.
 
     The ranks are forked from a process that has imported everything, which is far cheaper than to start them anew.
     """
@@ -144,7 +167,13 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ranks = [
             forkserver().Process(
                 target=_run_rank,
-                args=(stage, argv, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank]),
+                args=(
+                    stage,
+                    argv,
+                    os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+                    files[rank],
+                    setup,
+                ),
             )
             for rank in range(world)
         ]
@@ -155,9 +184,10 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ]
 
 
-def train_ranks(stage: str, data, out, *flags) -> Path:
+def train_ranks(stage: str, data, out, *flags, **options) -> Path:
     """A small run as two ranks that has to succeed; returns its folder."""
-    assert [(outcome.status, outcome.err) for outcome in run_ranks(stage, data, out, *flags)] == [(0, "")] * 2
+    outcomes = run_ranks(stage, data, out, *flags, **options)
+    assert [(outcome.status, outcome.err) for outcome in outcomes] == [(0, "")] * 2
     return Path(out)
 
 
@@ -197,6 +227,15 @@ def log_of(folder, *, timed=True) -> list[dict]:
     if not timed:
         records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
     return records
+
+
+def args_of(folder) -> dict:
+    return json.loads((Path(folder) / "args.json").read_text())
+
+
+def copied(run, to) -> Path:
+    """A copy of a run's folder, for a test to change."""
+    return Path(shutil.copytree(run, to))
 
 
 def results_of(folder) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 from benchmarks import baseline, common, loader, loss, step, traffic
 from datasets.samplers import ClassAwareSampler
 from models import distillation_loss
-from models.batchnorm import SplitBatchNorm
+from models.moco import SplitBatchNorm
 from models.preprocess import normalize
 from tests.helpers import assert_command_mistake, forkserver
 from utils.train_state import TrainState

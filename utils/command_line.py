@@ -81,12 +81,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def check_value(self, action: argparse.Action, value):
         """Raises UserError if the command line could not give a flag this value, which comes from a file."""
-        namespace = argparse.Namespace()
+        namespace, words = argparse.Namespace(), split_words(action, value)
+        is_flag = any(word.startswith("-") for word in words[1:])  # such as --help, which would end the run
         try:
-            argparse.ArgumentParser.parse_known_args(self, [".", *split_words(action, value)], namespace)
+            if not is_flag:
+                argparse.ArgumentParser.parse_known_args(self, [".", *words], namespace)
         except argparse.ArgumentError as error:
             self.error(f"{option_name(action)}: {error.message}")
-        if getattr(namespace, action.dest) != value:
+        if is_flag or getattr(namespace, action.dest) != value:
             self.error(f"{option_name(action)} {value}: is of another type")
 
     def error(self, message):

@@ -58,8 +58,8 @@ from utils.launch.rendezvous import (
     note_unused_flags,
     select_device,
 )
-from utils.numerics import StepFlags
 from utils.signals import Stopped, defer_stop
+from utils.train_state import StepFlags
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
