@@ -21,92 +21,93 @@ import torch.nn.functional as F
 
 from datasets.build import build_data
 from models import SSFL
-from utils import checkpoint
-from utils.arguments import check_queue, settle_defaults, training_parser
-from utils.command_line import number, whole_number
-from utils.distributed import distribute, get_world_size
-from utils.evaluation import evaluate
+from utils import arguments, checkpoint, log, metrics, pretrained, run_folder
+from utils.command_line import EVALUATION, add_flag, number, whole_number
+from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.memory import check_memory
-from utils.numerics import seed_everything
-from utils.pretrained import add_pretrained_flag, load_backbone
-from utils.restore import restore
-from utils.run_folder import RunFolder
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
-    parser = training_parser(__doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_i/")
+    parser = arguments.training_parser(
+        __doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_i/"
+    )
     # fmt: off
     group = parser.add_argument_group("stage I")
-    group.add_argument("--moco-dim", default=128, type=whole_number(1), metavar="N",
+    add_flag(group, "--moco-dim", EVALUATION, default=128, type=whole_number(1), metavar="N",
         help="dimension of queries and keys (default: %(default)s)")
-    group.add_argument("--moco-k", default=115712, type=whole_number(1), metavar="K",
+    add_flag(group, "--moco-k", EVALUATION, default=115712, type=whole_number(1), metavar="K",
         help="keys in the queue (default: %(default)s, about ImageNet-LT's size); for a smaller data set take about "
         "its number of training images")
-    group.add_argument("--moco-m", default=0.999, type=number(0, 1), metavar="M",
-        help="momentum of the key encoder (default: %(default)s); trainings of few steps need less, e.g. 0.99")
-    group.add_argument("--moco-t", default=0.2, type=number(above=0), metavar="T",
+    add_flag(group, "--moco-m", default=0.999, type=number(0, 1), metavar="M",
+        help="momentum of the key encoder (default: %(default)s); short runs need less, e.g. 0.99")
+    add_flag(group, "--moco-t", default=0.2, type=number(above=0), metavar="T",
         help="temperature of InfoNCE (default: %(default)s)")
-    group.add_argument("--con-weight", default=1.0, type=number(), metavar="W",
+    add_flag(group, "--con-weight", default=1.0, type=number(), metavar="W",
         help="weight of the contrastive loss (default: %(default)s); 0 trains the baseline without a key encoder")
-    add_pretrained_flag(group)
+    pretrained.add_pretrained_flag(group)
     # fmt: on
     return parser
 
 
-def train_one_epoch(model, loader, state, args):
+def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    for views, labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
-        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
-            # The key encoder moves at the beginning of a step; its keys enter the queue at the end.
-            logits, contrastive_loss = model(*views, labels=labels, update=state.step_begins, enqueue=state.step_ends)
+    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    for views, labels, first, last in state.micro_batches(loader):
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
+            # The momentum encoder moves before a step's first keys; its keys enter the queue with the last.
+            logits, contrastive_loss = model(*views, labels=labels, update=first, enqueue=last)
             ce_loss = F.cross_entropy(logits, labels)
             loss = ce_loss + args.con_weight * contrastive_loss
-        state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()  # after a step's last micro-batch
-        losses = {"loss": loss, "cross_entropy": ce_loss, "contrastive": contrastive_loss}
-        state.metrics.update(losses, {"linear": logits}, labels)
-        checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
+        state.backward(loss / args.accum_steps)  # fp16: scaled
+        figures = {"loss": loss, "cross_entropy": ce_loss, "contrastive": contrastive_loss}
+        state.metrics.update(figures, (logits,), labels)
+        if last:
+            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    classifiers = ("linear",)
-    resumed = checkpoint.load_resume(args, get_parser(), stage="i")  # None without --resume
-    contrast = args.con_weight > 0  # read after load_resume, which may set it
-    backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
-    settle_defaults(args)
+    resumed = checkpoint.load_resume(args, get_parser(), SSFL)  # None without --resume
+    backbone = pretrained.load_backbone(args.pretrained, args.arch, args.image_size) if resumed is None else None
+    arguments.settle_defaults(args)  # from here on args stays as it is
+    contrast = args.con_weight > 0
     views = ("query", "key") if contrast else ("query",)
-    with RunFolder(args) as folder, build_data(args, device, views) as data:
+    with run_folder.RunFolder(args) as folder, build_data(args, device, views) as data:
         checkpoint.check_compatible(resumed, args.arch, data.num_classes)
-        classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
-        check_queue(args, len(data.train.dataset), data.train.images_per_step * get_world_size())
+        arguments.check_queue(args, data.train)
         seed_everything(args.seed)
         moco = args.moco_dim, args.moco_k, args.moco_m, args.moco_t
-        model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits)
-        if backbone is not None:
+        model = SSFL(args.arch, data.num_classes, *moco, contrast, args.bn_splits, args.image_size)
+        model.classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
+        if backbone is not None:  # --pretrained
             model.load_backbone(backbone)
-        model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
+        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        model = prepare_model(model, device, args, data.train.images_per_micro_batch)
         # The key encoder is in it too, without gradients, as in published checkpoints, so that they can be exchanged.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("i", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        restore(resumed, state, data)  # all of these, and the weights
-        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         folder.start(state, data)
+        if args.evaluate:
+            folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
+            return
 
-        for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
+        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        for epoch in range(state.epoch, args.epochs):
             set_lr(optimizer, epoch, args)
-            train_one_epoch(ddp_model, data.train, state, args)
+            train_one_epoch(ddp_model, data.train, optimizer, state, args)
             due = eval_due(epoch, args)  # --eval-freq
-            results = evaluate(model, data.val, classifiers, data.train_counts, state) if due else {}
-            state.end_epoch(results, best="linear")  # log.txt, last and best checkpoint
-        results = evaluate(model, data.test, classifiers, data.train_counts, state)
-        folder.finish(state, results)  # the table, results.json, and what comes next
+            results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
+            state.end_epoch(folder, results)  # log.txt, last and best checkpoint
+        results = metrics.evaluate(model, data.test, data.train_counts, state)
+        folder.finish(results, log.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_ii"))
 
 
 def main(argv=None) -> int:

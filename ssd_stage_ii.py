@@ -19,87 +19,92 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from datasets.build import build_data
-from datasets.samplers import ClassAwareSampler
+from datasets import build, samplers
 from models import SLG
-from utils import checkpoint
-from utils.arguments import ON_OFF, settle_defaults, training_parser
-from utils.command_line import run_only, whole_number
-from utils.distributed import distribute
-from utils.evaluation import evaluate
+from utils import arguments, checkpoint, log, metrics, run_folder
+from utils.command_line import GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, whole_number
+from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.memory import check_memory
-from utils.numerics import seed_everything
-from utils.restore import restore
-from utils.run_folder import RunFolder
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
-    parser = training_parser(__doc__, epochs=5, batch_size=512, lr=0.2, workers=12, output_dir="weights/stage_ii/")
+    parser = arguments.training_parser(
+        __doc__, epochs=5, batch_size=512, lr=0.2, workers=12, output_dir="weights/stage_ii/"
+    )
     # fmt: off
     group = parser.add_argument_group("stage II")
-    run_only(group.add_argument("--last_stage_ckpt", default="", metavar="PATH", help="checkpoint of stage I or III"))
-    group.add_argument("--num_samples_cls", default=2, type=whole_number(1), metavar="N",
+    add_flag(group, "--last_stage_ckpt", RUN_ONLY, STARTS_FROM, default="", metavar="PATH",
+        help="checkpoint of stage I or III")
+    add_flag(group, "--num_samples_cls", default=2, type=whole_number(1), metavar="N",
         help="images per class and turn of class-aware sampling (default: %(default)s)")
-    group.add_argument("--classifier", default="hard", choices=("hard", "soft"),
+    add_flag(group, "--classifier", default="hard", choices=("hard", "soft"),
         help="which classifier of a stage III checkpoint to scale (default: %(default)s, as published)")
-    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
+    add_flag(group, "--freeze-bn", GOES_ON, action=ON_OFF, default=False,
         help="keep the frozen encoder's BatchNorm in eval mode, which small batches need; the published numbers come "
         "from train mode")
     # fmt: on
     return parser
 
 
-def train_one_epoch(model, loader, state, args):
+def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
-        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
+    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    for (images,), labels, first, last in state.micro_batches(loader):
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
-        state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()  # after a step's last micro-batch
-        state.metrics.update({"loss": loss}, {"lws": logits}, labels)
-        checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
+        state.backward(loss / args.accum_steps)  # fp16: scaled
+        state.metrics.update({"loss": loss}, (logits,), labels)
+        if last:
+            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    classifiers = ("lws",)
-    resumed = checkpoint.load_resume(args, get_parser(), stage="ii")  # None without --resume
+    resumed = checkpoint.load_resume(args, get_parser(), SLG)  # None without --resume
     source = None  # the checkpoint of stage I or III
     if resumed is None:
         source = checkpoint.load_stage(args, get_parser(), "--last_stage_ckpt", SLG, args.classifier)
-    settle_defaults(args)
-    sampling = {"sampler_class": ClassAwareSampler, "samples_per_class": args.num_samples_cls}
-    with RunFolder(args) as folder, build_data(args, device, ("query",), **sampling) as data:
+    arguments.settle_defaults(args)  # from here on args stays as it is
+    sampling = {"sampler_class": samplers.ClassAwareSampler, "samples_per_class": args.num_samples_cls}
+    with run_folder.RunFolder(args) as folder, build.build_data(args, device, ("query",), **sampling) as data:
         checkpoint.check_compatible(resumed or source, args.arch, data.num_classes)
-        classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         seed_everything(args.seed)
-        model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits)
+        model = SLG(args.arch, data.num_classes, args.freeze_bn, args.bn_splits, args.image_size)
+        model.classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         if source is not None:
             model.load_pretrained(source.state_dict, args.classifier)
-        model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
+        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        model = prepare_model(model, device, args, data.train.images_per_micro_batch)
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert len(scales) == 1, "one scale per class trains, and nothing else"
         optimizer = torch.optim.SGD(
             scales, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("ii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        restore(resumed, state, data)  # all of these, and the weights
-        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         folder.start(state, data)
+        if args.evaluate:
+            folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
+            return
 
-        for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
+        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        for epoch in range(state.epoch, args.epochs):
             set_lr(optimizer, epoch, args)
-            train_one_epoch(ddp_model, data.train, state, args)
+            train_one_epoch(ddp_model, data.train, optimizer, state, args)
             due = eval_due(epoch, args)  # --eval-freq
-            results = evaluate(model, data.val, classifiers, data.train_counts, state) if due else {}
-            state.end_epoch(results, best="lws")  # log.txt, last and best checkpoint
-        results = evaluate(model, data.test, classifiers, data.train_counts, state)
-        folder.finish(state, results, source)  # the table, results.json, and what comes next
+            results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
+            state.end_epoch(folder, results)  # log.txt, last and best checkpoint
+        results = metrics.evaluate(model, data.test, data.train_counts, state)
+        if source is not None and source.found["stage"] == "i":
+            folder.finish(results, log.next_command(args, "ssd_stage_iii.py", "--teacher_ckpt", "stage_iii"))
+        else:  # classifier fine-tuning after stage III; a resumed run may be either
+            folder.finish(results, log.report_command(args))
 
 
 def main(argv=None) -> int:

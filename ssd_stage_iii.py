@@ -19,92 +19,95 @@ import torch.nn.functional as F
 
 from datasets.build import build_data
 from models import SDL
-from utils import checkpoint
-from utils.arguments import ON_OFF, settle_defaults, training_parser
-from utils.command_line import number, run_only
-from utils.distributed import distribute
-from utils.evaluation import evaluate
+from utils import arguments, checkpoint, log, metrics, pretrained, run_folder
+from utils.command_line import EVALUATION, GOES_ON, ON_OFF, RUN_ONLY, STARTS_FROM, add_flag, number
+from utils.distributed import distribute, sync_gradients
 from utils.launch import launch
-from utils.memory import check_memory
-from utils.numerics import seed_everything
-from utils.pretrained import add_pretrained_flag, load_backbone
-from utils.restore import restore
-from utils.run_folder import RunFolder
-from utils.train_state import TrainState, eval_due, prepare_model, set_lr
+from utils.train_state import TrainState, eval_due, prepare_model, seed_everything, set_lr
 
 
 def get_parser():
-    parser = training_parser(__doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_iii/")
+    parser = arguments.training_parser(
+        __doc__, epochs=135, batch_size=256, lr=0.1, workers=32, output_dir="weights/stage_iii/"
+    )
     # fmt: off
     group = parser.add_argument_group("stage III")
-    run_only(group.add_argument("--teacher_ckpt", default=None, metavar="PATH", help="checkpoint of stage II"))
-    group.add_argument("--kd_t", default=2.0, type=number(above=0), metavar="T",
+    add_flag(group, "--teacher_ckpt", RUN_ONLY, STARTS_FROM, default=None, metavar="PATH",
+        help="checkpoint of stage II")
+    add_flag(group, "--kd_t", default=2.0, type=number(above=0), metavar="T",
         help="temperature of the distillation's softmax (default: %(default)s)")
-    group.add_argument("--kd-weight", default=1.0, type=number(), metavar="W",
+    add_flag(group, "--kd-weight", EVALUATION, default=1.0, type=number(), metavar="W",
         help="weight of the distillation loss (default: %(default)s); 0 trains the hard classifier alone")
-    add_pretrained_flag(group)
-    group.add_argument("--freeze-bn", action=ON_OFF, default=False,
+    add_flag(group, "--freeze-bn", GOES_ON, action=ON_OFF, default=False,
         help="keep the teacher's BatchNorm in eval mode, which small batches need; the published numbers come from "
         "train mode")
+    pretrained.add_pretrained_flag(group)
     # fmt: on
     return parser
 
 
-def train_one_epoch(model, loader, state, args):
+def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    for (images,), labels in state.batches(loader):  # on the device; zeroes the gradients as a step begins
-        with state.accumulate(model), state.autocast():  # --accum-steps micro-batches make a step
+    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    for (images,), labels, first, last in state.micro_batches(loader):
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)
             loss = ce_loss + args.kd_weight * kd_loss
-        state.backward(loss)  # a loss that is not finite stops every rank before its weights move
-        state.optimizer_step()  # after a step's last micro-batch
-        losses = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
-        logits = {"hard": hard, "soft": soft} if args.kd_weight > 0 else {"hard": hard}  # else soft does not train
-        state.metrics.update(losses, logits, labels)
-        checkpoint.save_if_due(state, args)  # --save-every-steps; after a stop signal it saves and leaves
+        state.backward(loss / args.accum_steps)  # fp16: scaled
+        figures = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
+        state.metrics.update(figures, (hard, soft), labels)
+        if last:
+            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 
 def main_worker(args, device):
     """Trains, validates after every epoch, and tests; runs on every rank."""
-    resumed = checkpoint.load_resume(args, get_parser(), stage="iii")  # None without --resume
-    distill = args.kd_weight > 0  # read after load_resume, which may set it
-    classifiers = ("hard", "soft") if distill else ("hard",)
+    resumed = checkpoint.load_resume(args, get_parser(), SDL)  # None without --resume
+    distill = args.kd_weight > 0
     teacher = None
     if distill and resumed is None:
         hint = " (--kd-weight 0 needs none)"
         teacher = checkpoint.load_stage(args, get_parser(), "--teacher_ckpt", SDL, hint=hint)
-    backbone = load_backbone(args) if resumed is None else None  # None without --pretrained
-    settle_defaults(args)
-    with RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
+    backbone = pretrained.load_backbone(args.pretrained, args.arch, args.image_size) if resumed is None else None
+    arguments.settle_defaults(args)  # from here on args stays as it is
+    with run_folder.RunFolder(args) as folder, build_data(args, device, ("query",)) as data:
         checkpoint.check_compatible(resumed or teacher, args.arch, data.num_classes)
-        classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         seed_everything(args.seed)
-        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits)
+        model = SDL(args.arch, data.num_classes, args.kd_t, args.freeze_bn, distill, args.bn_splits, args.image_size)
+        model.classes = checkpoint.class_names(resumed or teacher, data.classes)  # None if nothing names them
         if teacher is not None:
             model.load_teacher(teacher.state_dict)
-        if backbone is not None:
+        if backbone is not None:  # --pretrained
             model.load_backbone(backbone)
-        model = prepare_model(model, device, args)  # device, channels_last, compile
-        check_memory(model, data.train.images_per_micro_batch, args, device)  # refuses what cannot fit
+        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        model = prepare_model(model, device, args, data.train.images_per_micro_batch)
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
             student, args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
-        state = TrainState("iii", model, optimizer, folder, device, args, classes)  # epoch, step, best, scaler, metrics
-        restore(resumed, state, data)  # all of these, and the weights
-        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
+        checkpoint.restore(resumed, state, data)  # all of these, and the weights
         folder.start(state, data)
+        if args.evaluate:
+            folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
+            return
 
-        for epoch in range(state.epoch, 0 if args.evaluate else args.epochs):
+        ddp_model = distribute(model, device)  # DistributedDataParallel if there are several ranks
+        for epoch in range(state.epoch, args.epochs):
             set_lr(optimizer, epoch, args)
-            train_one_epoch(ddp_model, data.train, state, args)
+            train_one_epoch(ddp_model, data.train, optimizer, state, args)
             due = eval_due(epoch, args)  # --eval-freq
-            results = evaluate(model, data.val, classifiers, data.train_counts, state) if due else {}
-            state.end_epoch(results, best=classifiers[-1])  # log.txt, last and best checkpoint
-        results = evaluate(model, data.test, classifiers, data.train_counts, state)
-        folder.finish(state, results)  # the table, results.json, and what comes next
+            results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
+            state.end_epoch(folder, results)  # log.txt, last and best checkpoint
+        results = metrics.evaluate(model, data.test, data.train_counts, state)
+        tuned = ["--output_dir", f"{folder.path}_tuned", *(["--classifier", "soft"] if distill else [])]
+        command = log.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuned)
+        folder.finish(results, command, log.report_command(args))
 
 
 def main(argv=None) -> int:

@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from datasets.prepare.cli import main as prepare
@@ -28,10 +29,9 @@ from utils.command_line import ArgumentParser, run_command, whole_number
 from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
-from utils.results.plots import new_axes, plain_numbers, require_matplotlib, running_mean, save_figure
-from utils.results.records import mean, read_runs
-from utils.results.seeds import Group, mean_rows
-from utils.results.tables import COLUMNS, format_accuracy
+from utils.results.plots import new_axes, require_matplotlib, running_mean, save_figure
+from utils.results.records import Group, read_runs
+from utils.results.tables import COLUMNS, format_accuracy, mean_rows
 
 from .common import Table, publish
 
@@ -328,12 +328,12 @@ def draw(file: Path):
             continue
         for number, record in enumerate(group.runs[0].records):
             per_class = [run.records[number]["per_class"] for run in group.runs]
-            means = [100 * mean(values) for values in zip(*per_class, strict=True)]
+            means = [100 * fmean(values) for values in zip(*per_class, strict=True)]
             axes.plot(
                 *running_mean(record["train_counts"], means), label=f"{group.name}, {record['classifier']}", linewidth=2
             )
     axes.set_xscale("log")
-    plain_numbers(axes.xaxis)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     save_figure(figure, file, "--plot")

@@ -57,14 +57,14 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     splits = locate_splits(args, info)
     ranks = {"rank": get_rank(), "world_size": get_world_size()}
     with raise_on_all_ranks():
-        args.num_classes = check_labels(args, splits)
-        classes, note = find_class_names(args.data, splits["train"], args.num_classes)
+        num_classes = check_labels(args, splits)
+        classes, note = find_class_names(args.data, splits["train"], num_classes)
         train = splits["train"].images
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
-    train_counts = train.counts(args.num_classes)
+    train_counts = train.counts(num_classes)
     for line in (*list_warnings(splits, train_counts), *([note] if note else ())):
         print_main(line)
     loaders = {}
@@ -79,7 +79,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
-            loaders["train"], loaders.get("val"), loaders["test"], args.num_classes, train_counts,
+            loaders["train"], loaders.get("val"), loaders["test"], num_classes, train_counts,
             classes, "val" in splits and is_balanced(splits["val"].images),
             {name: split.images.checksum for name, split in splits.items()},
         )  # fmt: skip
@@ -88,43 +88,31 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             loader.close()
 
 
-def micro_batch_size(args, local_world_size: int) -> int:
-    """Images per micro-batch and process; --accum-steps micro-batches make a step.
+def micro_batch_size(args, processes: int) -> int:
+    """Images per micro-batch and process; --accum-steps micro-batches make a step; processes: of this node.
 
-    Raises UserError, the same on all ranks, if there are fewer than two.
+    Raises UserError, the same on all ranks, if BatchNorm has fewer than two images in one of its --bn-splits pieces, or
+    the pieces are not equal.
     """
-    processes, micro_batches = local_world_size, args.accum_steps
-    size = args.batch_size // processes // micro_batches
+    parts = processes * args.accum_steps
+    size = args.batch_size // parts
     if args.evaluate:
         return size
-    if args.bn_splits > 1 and (size % args.bn_splits or size < 2 * args.bn_splits):
-        unit = args.bn_splits * processes * micro_batches  # of batches that can be split
+    if size % args.bn_splits or size < 2 * args.bn_splits:
+        unit = parts * args.bn_splits  # what the batch must be a multiple of, at least twice
         below = args.batch_size // unit * unit
-        nearest = [str(n) for n in (below, below + unit) if n >= 2 * unit] or [str(2 * unit)]
+        sizes = " or ".join(str(n) for n in (below, below + unit) if n >= 2 * unit) or 2 * unit
+        flags = {"--bn-splits": args.bn_splits, "--accum-steps": args.accum_steps, "--batch-size": args.batch_size}
+        flag, value = next((flag, value) for flag, value in flags.items() if value > 1 or flag == "--batch-size")
         raise UserError(
-            f"--bn-splits {args.bn_splits}: cannot split a process's micro-batch of {size} images into equal pieces "
-            f"of two or more; use --batch-size {' or '.join(nearest)}",
+            f"{flag} {value}: a micro-batch has {size} images in each of {processes} processes, and BatchNorm needs "
+            f"two or more in each of {args.bn_splits} equal pieces; use --batch-size {sizes}",
             on_all_ranks=True,
         )
-    if args.batch_size // processes < 2:
-        raise UserError(
-            f"--batch-size {args.batch_size}: {processes} {'process needs' if processes == 1 else 'processes need'} at "
-            f"least {2 * processes}, two images each, for BatchNorm",
-            on_all_ranks=True,
-        )
-    if size < 2:
-        raise UserError(
-            f"--accum-steps {micro_batches}: at most {args.batch_size // processes // 2} with --batch-size "
-            f"{args.batch_size} and {processes} {'process' if processes == 1 else 'processes'}: a micro-batch needs "
-            "two images per process, for BatchNorm",
-            on_all_ranks=True,
-        )
-    if size * micro_batches * processes != args.batch_size:
-        parts = f"{micro_batches} micro-batches of " if micro_batches > 1 else ""
-        parts += f"{processes} {'process' if processes == 1 else 'processes'}"
-        images = size * micro_batches * processes
+    if size * parts != args.batch_size:
         print_main(
-            f"--batch-size {args.batch_size}: not a multiple of {parts}; steps have {images} images on this node"
+            f"--batch-size {args.batch_size}: not a multiple of {processes} processes times {args.accum_steps} "
+            f"micro-batches; steps have {size * parts} images on this node"
         )
     return size
 

@@ -1,8 +1,10 @@
 """Loaders: batches of a split, fetched by persistent workers and brought to the training device."""
 
+import itertools
 import os
 import sys
 import warnings
+from collections import deque
 from contextlib import contextmanager
 from multiprocessing import active_children, connection
 from multiprocessing.queues import Queue
@@ -77,7 +79,7 @@ class Loader(DataLoader):
             generator=torch.Generator(),  # otherwise it would draw from the global one
         )
         self.name, self.device, self.options = name, device, options
-        self.indices = []  # of the latest batch
+        self.indices = deque(maxlen=getattr(batch_sampler, "accum_steps", 1))  # of the latest step's batches
 
     @property
     def steps(self) -> int:
@@ -109,8 +111,8 @@ class Loader(DataLoader):
         self.batch_sampler.start_at(epoch, position)
 
     def locate(self) -> str:
-        """The images of the latest batch, for messages."""
-        return self.dataset.images.locate(self.indices)
+        """The images of the latest step, for messages."""
+        return self.dataset.images.locate(sorted(itertools.chain(*self.indices)))
 
     def __iter__(self):
         batches = self._start()
@@ -118,9 +120,10 @@ class Loader(DataLoader):
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
-                views, labels, self.indices = batch
+                views, labels, indices = batch
+                self.indices.append(indices)
                 images = tuple(to_device(view, self.device, **self.options) for view in views)
-                yield images, labels.to(self.device, non_blocking=True), self.indices
+                yield images, labels.to(self.device, non_blocking=True), indices
 
     def _start(self):
         """Starts the workers; returns the iterator over batches. Raises UserError if there is no memory for them."""

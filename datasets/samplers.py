@@ -79,7 +79,8 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
 class BatchSampler:
     """Batches [(epoch, draw, index), ...] of a sampler's epoch, accum_steps per step; an incomplete step is dropped.
 
-    start_at(epoch, position) says which epoch comes next, and how many of its images to skip.
+    Each iteration is the next epoch, from 0; start_at(epoch, position) says which one, and how many of its images to
+    skip.
     """
 
     def __init__(self, sampler, batch_size: int, accum_steps: int = 1):
@@ -104,9 +105,10 @@ class BatchSampler:
         return max(0, len(self.sampler) - self.position) // self.images_per_step * self.accum_steps
 
     def __iter__(self):
-        epoch, first = self.next_epoch, self.position
+        epoch, first, batches = self.next_epoch, self.position, len(self)
+        self.start_at(epoch + 1)
         draws, indices = (array.tolist() for array in self.sampler.epoch(epoch))
-        for start in range(first, first + len(self) * self.batch_size, self.batch_size):
+        for start in range(first, first + batches * self.batch_size, self.batch_size):
             batch = slice(start, start + self.batch_size)
             yield [(epoch, draw, index) for draw, index in zip(draws[batch], indices[batch], strict=True)]
 

@@ -3,10 +3,10 @@
 SSFL, SLG and SDL are the networks of the stages; load reads one from a checkpoint file.
 """
 
-from .backbones import ARCHS, build_backbone
-from .batchnorm import split_batchnorm
+from .backbones import ARCHS, build_backbone, check_backbone
 from .loading import check_complete, from_state_dict, infer_stage_and_arch, load
 from .losses import contrastive_loss, contrastive_loss_plain, distillation_loss
+from .moco import split_batchnorm
 from .ssd import SDL, SLG, SSFL, STAGES
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SSFL",
     "STAGES",
     "build_backbone",
+    "check_backbone",
     "check_complete",
     "contrastive_loss",
     "contrastive_loss_plain",

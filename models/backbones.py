@@ -57,12 +57,13 @@ class CifarResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def build_backbone(arch: str) -> nn.Module:
+def build_backbone(arch: str, image_size: int = 224) -> nn.Module:
     """A randomly initialized backbone without a classifier.
 
     arch: one of ARCHS: torchvision's ResNet, ResNeXt and Wide ResNet names, whose parameter names are torchvision's,
-    or resnet8, 20, 32, 44, 56 for small images. The result maps (N, 3, H, W) to (N, backbone.num_features).
-    Raises ValueError for any other name.
+    or resnet8, 20, 32, 44, 56 for small images. image_size: side of the images, for a backbone whose parameters depend
+    on it; none of these does. The result maps (N, 3, H, W) to (N, backbone.num_features). Raises ValueError for any
+    other name.
     """
     if arch in CIFAR:
         return CifarResNet(CIFAR[arch])
@@ -75,13 +76,27 @@ def build_backbone(arch: str) -> nn.Module:
 
 
 @functools.cache
-def backbone_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the parameters and buffers of a backbone; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in build_backbone(arch).state_dict().items()}
+def backbone_shapes(arch: str, image_size: int) -> dict[str, tuple[int, ...]] | None:
+    """{name: shape} of the parameters and buffers of a backbone, None if it does not take images of this size."""
+    with torch.device("meta"):  # nothing is allocated
+        try:
+            backbone = build_backbone(arch, image_size)
+        except (AssertionError, ValueError):
+            return None
+    return {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
 
 
-def infer_arch(state_dict: dict) -> str | None:
+def infer_arch(state_dict: dict, image_size: int = 224) -> str | None:
     """The arch whose parameters and buffers have exactly the names and shapes of a backbone's state dict, or None."""
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
-    return next((arch for arch in ARCHS if backbone_shapes(arch) == shapes), None)
+    return next((arch for arch in ARCHS if backbone_shapes(arch, image_size) == shapes), None)
+
+
+def check_backbone(arch: str, image_size: int):
+    """Raises ValueError, in one line, if a backbone does not take images of this size; nothing is allocated."""
+    with torch.device("meta"):
+        try:
+            build_backbone(arch, image_size).eval()(torch.empty(2, 3, image_size, image_size))
+        except Exception as error:  # whatever it says
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{arch} does not take images of {image_size} x {image_size} pixels ({reason})") from None

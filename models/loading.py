@@ -31,9 +31,6 @@ NUMPY_SCALARS = [
 ]
 
 
-# ---- files
-
-
 def load(path) -> nn.Module:
     """The network in a checkpoint file of any stage, with its weights, on the CPU, in eval mode.
 
@@ -49,15 +46,22 @@ def network_of(path, content: dict) -> nn.Module:
     """The network in the content of the checkpoint at path, as load returns it. Raises ValueError as load does."""
     state_dict = state_dict_of(path, content)
     try:
-        transform, classes = transform_of(content), classes_of(content)
-        model = from_state_dict(state_dict)
-        num_classes = infer_stage_and_arch(state_dict)["num_classes"]
+        transform, classes = transform_of(content), content.get("classes")
+        network = from_state_dict(state_dict, transform.size)
+        num_classes = network.state_dict()[f"{network.linear}bias"].numel()
+        if not is_names(classes):
+            raise ValueError("its classes are not a list of names")
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"it names {len(classes)} classes, and has {num_classes}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
-    model.transform, model.classes = transform, classes
-    return model
+    network.transform, network.classes = transform, classes
+    return network
+
+
+def is_names(value) -> bool:
+    """Whether a value is None or a list of text."""
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def transform_of(content: dict) -> EvalTransform:
@@ -66,32 +70,18 @@ def transform_of(content: dict) -> EvalTransform:
     If they are missing there, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one line,
     if one of them is invalid.
     """
-    args = content.get("args") or {}
-    run = content.get("run") or {}
-    if not isinstance(args, dict) or not isinstance(run, dict):
+    saved, run = content.get("args") or {}, content.get("run") or {}
+    if not isinstance(saved, dict) or not isinstance(run, dict):
         raise ValueError("its args or run is not a dict")
-    size = run.get("image_size", args.get("image_size", 224))
+    size = run.get("image_size", saved.get("image_size", 224))
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
-    statistics = args.get("mean", MEAN), args.get("std", STD)
+    statistics = saved.get("mean", MEAN), saved.get("std", STD)
     for name, values, least in zip(("mean", "std"), statistics, (0.0, MIN_STD), strict=True):
         valid = isinstance(values, list | tuple) and len(values) == 3
         if not valid or not all(isinstance(v, int | float) and least <= v < math.inf for v in values):
             raise ValueError(f"its {name} is not three numbers from {least:g}")
     return EvalTransform(size, *statistics)
-
-
-def is_names(value) -> bool:
-    """Whether a value is None or a list of text."""
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def classes_of(content: dict) -> list[str] | None:
-    """The names of the classes in a checkpoint's content, or None. Raises ValueError if it is anything else."""
-    classes = content.get("classes")
-    if not is_names(classes):
-        raise ValueError("its classes are not a list of names")
-    return classes
 
 
 def read_checkpoint(path) -> dict:
@@ -184,9 +174,6 @@ def storage_sizes(content) -> Counter:
     return Counter(size for size in storages.values() if size > 0)
 
 
-# ---- state dicts
-
-
 def state_dict_of(path, content: dict) -> dict:
     """The state dict in a checkpoint's content. Raises ValueError if it has none with dense tensors only."""
     state_dict = content.get("state_dict")
@@ -200,35 +187,35 @@ def state_dict_of(path, content: dict) -> dict:
     return state_dict
 
 
-def infer_stage_and_arch(state_dict: dict) -> dict | None:
+def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None:
     """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
 
-    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS.
-    Returns None if the names belong to no stage.
+    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS at this
+    image size. Returns None if the names belong to no stage.
     """
     state_dict = strip_module(state_dict)
     stage = next((s for s in STAGES.values() if any(name.startswith(s.mark) for name in state_dict)), None)
     bias = state_dict.get(f"{stage.linear}bias") if stage else None
     if bias is None or bias.dim() != 1:
         return None
-    arch = infer_arch(strip_prefix(state_dict, stage.backbone))
+    arch = infer_arch(strip_prefix(state_dict, stage.backbone), image_size)
     return {"stage": stage.stage, "arch": arch, "num_classes": len(bias), **stage.sizes(state_dict)}
 
 
-def empty_network(state_dict: dict) -> tuple[nn.Module, dict]:
+def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:
     """(network on the meta device, arguments of its constructor) of the stage that a state dict belongs to.
 
     Raises ValueError if names or shapes belong to no stage or to an unknown backbone.
     """
-    found = infer_stage_and_arch(state_dict)
+    found = infer_stage_and_arch(state_dict, image_size)
     if found is None or found["arch"] is None:
         raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
-    stage = STAGES[found.pop("stage")]
+    stage, arguments = STAGES[found.pop("stage")], found | {"image_size": image_size}
     with torch.device("meta"):  # nothing is allocated
-        return stage(**found), found
+        return stage(**arguments), arguments
 
 
-def from_state_dict(state_dict: dict) -> nn.Module:
+def from_state_dict(state_dict: dict, image_size: int = 224) -> nn.Module:
     """The network of the stage that the state dict belongs to, with its weights, in eval mode.
 
     What no state dict holds, such as momentum, temperatures and buffers that are not persistent, is as the constructor
@@ -236,7 +223,7 @@ def from_state_dict(state_dict: dict) -> nn.Module:
     check_weights does.
     """
     state_dict = strip_module(state_dict)
-    empty, arguments = empty_network(state_dict)
+    empty, arguments = empty_network(state_dict, image_size)
     if problem := find_mismatch(empty, state_dict):
         raise ValueError(f"it does not fit stage {empty.number}: {problem}")
     check_weights(state_dict, empty)
@@ -246,14 +233,15 @@ def from_state_dict(state_dict: dict) -> nn.Module:
     return network.eval()
 
 
-def check_complete(state_dict: dict, receiver: type[nn.Module], *options):
+def check_complete(state_dict: dict, image_size: int, receiver: type[nn.Module], *options):
     """Checks that a state dict holds all that receiver.load_previous(state_dict, *options) takes from it.
 
     receiver: SLG or SDL. Loads it on the meta device, without allocating memory, and checks types and values. Raises
     ValueError, in one line that names the entry.
     """
-    empty, arguments = empty_network(state_dict)
+    empty, arguments = empty_network(state_dict, image_size)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies to the meta device have no effect
-        receiver(arguments["arch"], arguments["num_classes"]).load_previous(state_dict, *options)
+        network = receiver(arguments["arch"], arguments["num_classes"], image_size=image_size)
+        network.load_previous(state_dict, *options)
     check_weights(state_dict, empty)

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbones import build_backbone
-from .batchnorm import split_batchnorm
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
-from .moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
+from .moco import (
+    all_gather,
+    dequeue_and_enqueue,
+    forward_shuffle_bn,
+    init_queue,
+    momentum_update,
+    split_batchnorm,
+)
 from .state_dicts import load_entries
 
 
@@ -43,7 +49,8 @@ class SSFL(Stage):
     in eval mode `logits = model(im)`, (N, num_classes).
 
     contrast=False is the paper's baseline, cross entropy alone: no key encoder runs, no projection trains, and the
-    contrastive loss is 0. bn_splits: pieces of a batch that BatchNorm normalizes apart, as so many processes would.
+    contrastive loss is 0. bn_splits: pieces of a batch that BatchNorm normalizes apart, as so many processes would;
+    image_size: as in build_backbone.
     """
 
     stage, number, title = "i", "I", "self-supervised guided feature learning"
@@ -51,11 +58,13 @@ class SSFL(Stage):
     backbone, mark, linear = "encoder_q.", "encoder_k.", "classifier."
 
     def __init__(
-        self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True, bn_splits=1
-    ):
+        self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True,
+        bn_splits=1, image_size=224,
+    ):  # fmt: skip
         super().__init__()
         self.momentum, self.temperature, self.contrast, self.bn_splits = momentum, temperature, contrast, bn_splits
-        self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)  # f_q, f_k
+        self.encoder_q = build_backbone(arch, image_size)  # f_q
+        self.encoder_k = build_backbone(arch, image_size)  # f_k
         num_features = self.encoder_q.num_features
         self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)  # g_q, g_k
         self.classifier = nn.Linear(num_features, num_classes)  # W, b
@@ -129,7 +138,7 @@ class SLG(Stage):
     `logits = model(im)`, (W h + b) * s, of shape (N, num_classes), in both modes; L = CE(logits, y) under class-aware
     sampling. Only the scales s train. While training, the frozen encoder stays in train mode, as for the published
     numbers: its BatchNorm uses batch statistics, and its running statistics move. freeze_bn keeps it in eval mode.
-    bn_splits: as in SSFL.
+    bn_splits, image_size: as in SSFL.
     """
 
     stage, number, title = "ii", "II", "soft label generation"
@@ -137,10 +146,10 @@ class SLG(Stage):
     backbone, mark, linear = "encoder.", "encoder.", "classifier.fc."
     takes = ("i", "iii")
 
-    def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1):
+    def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1, image_size=224):
         super().__init__()
         self.freeze_bn = freeze_bn
-        self.encoder = build_backbone(arch).requires_grad_(False)
+        self.encoder = build_backbone(arch, image_size).requires_grad_(False)
         self.classifier = LWS(self.encoder.num_features, num_classes)
         split_batchnorm(self, bn_splits)
 
@@ -175,7 +184,7 @@ class SDL(Stage):
     A student with a hard and a soft classifier; the frozen teacher is stage II's network.
     L = CE(hard, y) + L_kd, see distillation_loss. In train mode `hard, soft, kd_loss = model(im)`, in eval mode
     `hard, soft = model(im)`, logits (N, num_classes). freeze_bn: as in SLG, here for the teacher;
-    bn_splits: as in SSFL.
+    bn_splits, image_size: as in SSFL.
 
     distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
@@ -185,12 +194,13 @@ class SDL(Stage):
     backbone, mark, linear = "encoder_q.", "encoder_t.", "classifier."
     takes = ("ii",)
 
-    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True, bn_splits=1):
+    def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True, bn_splits=1, image_size=224):
         super().__init__()
         self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, distill
         if not distill:
             self.classifiers = ("hard",)
-        self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
+        self.encoder_q = build_backbone(arch, image_size)
+        self.encoder_t = build_backbone(arch, image_size)
         num_features = self.encoder_q.num_features
         self.classifier = nn.Linear(num_features, num_classes)
         self.classifier_kd = nn.Linear(num_features, num_classes).requires_grad_(distill)

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import SDL, SLG, SSFL, split_batchnorm
-from models.batchnorm import SplitBatchNorm
-from models.moco import forward_shuffle_bn
+from models.moco import SplitBatchNorm, forward_shuffle_bn
 from tests.helpers import checkpoint, on_ranks, run_stage, same, train
 
 CLASSES, IMAGES, STEPS = 5, 16, 3

@@ -1,4 +1,4 @@
-"""Accuracies by group of classes equal a naive computation, on any number of ranks; and their table."""
+"""Accuracies by group of classes equal a naive computation, on any number of ranks."""
 
 import contextlib
 import json
@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from utils.evaluation import evaluate
 
 from datasets.samplers import eval_batches
 from models import SLG
 from tests.helpers import on_ranks
-from utils import report
 from utils.distributed import broadcast_buffers
-from utils.evaluation import evaluate
 from utils.groups import shot_groups
 from utils.metrics import ShotAccuracy
 
@@ -241,56 +240,3 @@ def test_evaluation_computes_no_gradient():
     model = Model(lambda images: images + weights)
     evaluate(model, Batches([((logits,), labels, [])]), ("linear",), TRAIN_COUNTS, state())
     assert not model.returned.requires_grad
-
-
-RESULT = {"overall": 0.5536, "class_mean": 0.41, "top5": 1.0, "many": 0.673, "medium": None, "few": 0.0}
-
-
-def test_the_table_shows_per_cent_and_a_dash_for_null():
-    assert report.table({"hard classifier": RESULT, "soft": RESULT | {"overall": 1.0}}) == (
-        "|                 | Many | Medium | Few | Class mean | Overall | Top-5 |\n"
-        "|:----------------|-----:|-------:|----:|-----------:|--------:|------:|\n"
-        "| hard classifier | 67.3 |      - | 0.0 |       41.0 |    55.4 | 100.0 |\n"
-        "| soft            | 67.3 |      - | 0.0 |       41.0 |   100.0 | 100.0 |"
-    )
-
-
-def test_the_table_says_if_few_shot_classes_have_fewer_than_50_test_images():
-    def below(*test_counts):
-        rows = {
-            f"run {i}": RESULT | {"train_counts": [500, 19, 3], "test_counts": n} for i, n in enumerate(test_counts)
-        }
-        return report.table(rows).splitlines()[2 + len(rows) :]
-
-    assert below([9, 40, 10]) == [] == below([9, 25, 25]) == below([9, 0, 0])
-    assert below([9, 25, 24])[1].startswith("Few: 49 test images") and len(below([9, 25, 24])) == 2
-    assert below([9, 40, 40], [9, 3, 4], [9, 1, 0], [9, 4, 3])[1].startswith("Few: 1 to 7 test images")
-
-
-def test_the_report_computes_the_class_mean_that_an_old_run_lacks(tmp_path, capsys):
-    record = {name: value for name, value in RESULT.items() if name != "class_mean"}
-    record |= {"classifier": "linear", "per_class": [0.5, None, 0.25], "train_counts": [9, 9, 9]}
-    (tmp_path / "results.json").write_text(json.dumps([record]))
-    assert report.main([str(tmp_path)]) == 0
-    assert "| 37.5 |" in capsys.readouterr().out.replace("  ", "")
-
-
-def test_the_report_has_one_row_per_run_and_classifier(tmp_path, capsys):
-    for run, classifiers in (("one", ["linear"]), ("three", ["hard", "soft"])):
-        (tmp_path / run).mkdir()
-        records = [{"classifier": name, "per_class": [0.41], **RESULT} for name in classifiers]
-        (tmp_path / run / "results.json").write_text(json.dumps(records))
-    assert report.main([str(tmp_path / "one"), str(tmp_path / "three")]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == [
-        "one, linear classifier", "three, hard classifier", "three, soft classifier",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("content", [None, "{", ""])
-def test_a_report_without_valid_results_ends_in_one_line(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    assert report.main([str(tmp_path)]) == 2
-    written = capsys.readouterr()
-    assert written.err.count("\n") == 1 and "results.json" in written.err and written.out == ""

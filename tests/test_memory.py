@@ -1,43 +1,31 @@
-"""The memory check before the first step: what it counts, what it prints, and that it changes nothing."""
+"""The memory check before the first step: what it counts, what it says, and that it changes nothing."""
 
 import copy
+import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.memory import main as measure_memory
 from models import SDL, SLG, SSFL
-from tests.helpers import LAST, TWO, checkpoint, limited_memory, log_of, on_ranks, results_of, run_stage, same, train
+from tests.helpers import LAST, TWO, checkpoint, log_of, on_ranks, results_of, run_stage, same, train
 from utils import memory
 from utils.distributed import DistInfo, set_dist_info
 from utils.errors import UserError
-from utils.memory import StepMemory, available_memory, check_memory, free_in_cgroups, largest_batches, step_memory
+from utils.memory import activation_memory, available_memory, check_memory, step_memory
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
-BACKBONES = ("resnet8", "resnet18", "resnext50_32x4d")
-HUGE = ("--image-size", 1024, "-b", 100)
+NETWORKS = {"i": lambda *args, **options: SSFL(*args, 16, 50, **options), "ii": SLG, "iii": SDL}
+
+AMP = {"none": None, "bf16": torch.bfloat16}
 
 
-def arguments(**changed):
-    """The arguments of a run that the check reads."""
-    values = {
-        "amp": "none", "image_size": 32, "momentum": 0.9, "batch_size": 4, "evaluate": False, "memory_check": True,
-        "compile": False, "accum_steps": 1,
-    }  # fmt: skip
-    return SimpleNamespace(**values | changed)
-
-
-def build(stage, arch, **options):
+def build(stage="i", arch="resnet8", **options):
     """A stage's network filled with zeros, which is fast."""
     with torch.device("meta"):
-        if stage == "i":
-            model = SSFL(arch, 7, dim=16, queue_size=50, **options)
-        else:
-            model = SLG(arch, 7, **options) if stage == "ii" else SDL(arch, 7, **options)
+        model = NETWORKS[stage](arch, 7, **options)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -45,260 +33,207 @@ def build(stage, arch, **options):
     return model.train()
 
 
-def saved_by_a_real_step(stage, model, batch_size, args) -> int:
-    """Bytes of the storages that autograd saves in a step of a stage's script, without those that existed before."""
-    views = [torch.zeros(batch_size, 3, args.image_size, args.image_size) for _ in range(2 if stage == "i" else 1)]
-    labels = torch.zeros(batch_size, dtype=torch.long)
-    kept = []
-    dtype = torch.bfloat16 if args.amp == "bf16" else None
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.detach()), lambda x: x)
-    with hooks, torch.autocast("cpu", dtype, enabled=args.amp != "none"):
-        if stage == "i":
-            logits, contrastive_loss = model(*views, labels=labels)
-            loss = F.cross_entropy(logits, labels) + 1.0 * contrastive_loss
-        elif stage == "ii":
-            loss = F.cross_entropy(model(*views), labels)
-        else:
-            hard, _, kd_loss = model(*views)
-            loss = F.cross_entropy(hard, labels) + 1.0 * kd_loss
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    for tensor in (*views, labels, *model.parameters(), *model.buffers()):
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    assert loss.requires_grad
-    return sum(storages.values())
+def needs(model, batch_size=4, **options) -> int:
+    return step_memory(model, batch_size, 32, device=CPU, **options)
+
+
+def held_by(model) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def gradients_of(model) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 # ---- what is counted
 
 
-@pytest.mark.parametrize("arch", BACKBONES)
-@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-def test_the_check_counts_to_the_byte_what_a_real_step_saves(stage, arch):
-    model = build(stage, arch)
-    counted = step_memory(model, 3, arguments(), CPU).saved
-    assert counted == saved_by_a_real_step(stage, model, 3, arguments()) > 0
-    args = arguments(amp="bf16")
-    counted, real = step_memory(model, 3, args, CPU).saved, saved_by_a_real_step(stage, model, 3, args)
+def held_by_a_real_step(stage, model, amp) -> int:
+    """Bytes of four images and of what autograd saves in a step of a stage's script, beside the model."""
+    views = [torch.zeros(4, 3, 32, 32) for _ in range(2 if stage == "i" and model.contrast else 1)]
+    labels = torch.zeros(4, dtype=torch.long)
+    kept = [*views, labels]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.detach()), lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+        if stage == "i":
+            logits, second_loss = model(*views, labels=labels)
+        else:
+            logits, _, second_loss = model(*views)
+        loss = F.cross_entropy(logits, labels) + 1.0 * second_loss
+    assert loss.requires_grad
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+STEPS = [
+    ("i", "resnet8", {}), ("i", "resnet18", {"bn_splits": 2}), ("i", "resnext50_32x4d", {"contrast": False}),
+    ("iii", "resnet8", {"freeze_bn": True}), ("iii", "resnet18", {}), ("iii", "resnext50_32x4d", {"distill": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("stage, arch, options", STEPS)
+def test_the_check_counts_to_the_byte_what_a_real_step_holds(stage, arch, options, amp):
+    model = build(stage, arch, **options)
+    counted, real = activation_memory(model, 4, 32, AMP[amp], CPU), held_by_a_real_step(stage, model, amp)
     # BatchNorm saves mean and deviation of a channel in float32 under autocast; torch 2.14's fake ones are in bfloat16.
-    channels = (
-        sum(m.num_features for m in model.encoder_q.modules() if hasattr(m, "running_mean")) if stage != "ii" else 0
-    )
-    assert real - counted in (0, 4 * channels)
+    channels = sum(module.num_features for module in model.encoder_q.modules() if hasattr(module, "running_mean"))
+    assert real - counted in (0, 4 * channels * options.get("bn_splits", 1) if amp == "bf16" else 0)
 
 
-def test_stage_i_without_contrast_saves_as_much_as_stage_iii_without_teacher():
-    baseline, student = build("i", "resnet8", contrast=False), build("iii", "resnet8", distill=False)
-    counted = step_memory(baseline, 4, arguments(), CPU)
-    assert counted.saved == saved_by_a_real_step("iii", student, 4, arguments())
-    assert counted.images == 4 * 4 * 3 * 32 * 32 + 8 * 4  # one view
-
-
-@pytest.mark.parametrize("stage", ["ii", "iii"])
-def test_the_check_counts_to_the_byte_with_a_frozen_batchnorm(stage):
-    model = build(stage, "resnet8", freeze_bn=True)
-    assert step_memory(model, 4, arguments(), CPU).saved == saved_by_a_real_step(stage, model, 4, arguments())
+def test_stage_ii_counts_the_input_and_output_of_its_widest_module():
+    images, widest = 4 * 4 * 3 * 64 * 64 + 8 * 4, 2 * 4 * 64 * 32 * 32 * 4  # the first BatchNorm's
+    assert activation_memory(build("ii", "resnet18"), 4, 64, None, CPU) == images + widest
 
 
 def test_parameters_gradients_and_momentum_are_those_computed_by_hand():
-    backbone = sum(p.numel() for p in build("ii", "resnet8").encoder.parameters())
-    statistics = sum(b.numel() * b.element_size() for b in build("ii", "resnet8").encoder.buffers())
-    head, projection = 64 * 7 + 7, 64 * 64 + 64 + 64 * 16 + 16
-    queue = 4 * 16 * 50 + 8 * 50 + 8
-    one = step_memory(build("i", "resnet8"), 4, arguments(), CPU)
-    assert one.model == 4 * (2 * backbone + head + 2 * projection) + 2 * statistics + queue
-    assert one.gradients == one.momentum == 4 * (backbone + head + projection)
-    assert one.images == 2 * 4 * 4 * 3 * 32 * 32 + 8 * 4
-    two = step_memory(build("ii", "resnet8"), 4, arguments(), CPU)
-    assert two.model == 4 * (backbone + head + 7) + statistics
-    assert two.gradients == two.momentum == 4 * 7
-    three = step_memory(build("iii", "resnet8"), 4, arguments(momentum=0.0), CPU)
-    assert three.model == 4 * (2 * backbone + 3 * head + 7) + 2 * statistics
-    assert three.gradients == 4 * (backbone + 2 * head) and three.momentum == 0
+    encoder = build("ii").encoder
+    backbone, statistics = sum(p.numel() for p in encoder.parameters()), sum(b.nbytes for b in encoder.buffers())
+    head, projection, queue = 64 * 7 + 7, 64 * 64 + 64 + 64 * 16 + 16, 4 * 16 * 50 + 8 * 50 + 8
+    for stage, held, gradients in [
+        ("i", 4 * (2 * backbone + head + 2 * projection) + 2 * statistics + queue, 4 * (backbone + head + projection)),
+        ("ii", 4 * (backbone + head + 7) + statistics, 4 * 7),
+        ("iii", 4 * (2 * backbone + 3 * head + 7) + 2 * statistics, 4 * (backbone + 2 * head)),
+    ]:
+        model = build(stage)
+        activations = activation_memory(model, 64, 32, None, CPU)
+        assert needs(model, 64) == held + gradients + activations  # momentum
+        assert needs(model, 64, momentum=False) == held + activations
+        assert needs(model, 64, accum_steps=3) == held + 2 * gradients + activations  # of earlier micro-batches
 
 
-def test_stage_ii_needs_the_input_and_output_of_its_widest_module():
-    step = step_memory(build("ii", "resnet18"), 4, arguments(image_size=64), CPU)
-    assert step.widest == 2 * 4 * 64 * 32 * 32 * 4  # the first BatchNorm's
-    assert step.total() == step.constant + step.images + step.widest > step.constant + step.images + step.saved
-
-
-def test_several_processes_need_the_buckets_of_the_gradients():
-    assert (
-        on_ranks(2, lambda rank: step_memory(build("i", "resnet8"), 4, arguments(), CPU)._asdict(), method="fork")
-        == [
-            step_memory(build("i", "resnet8"), 4, arguments(), CPU)._asdict()
-            | {"buckets": one_of(build("i", "resnet8"))}
-        ]
-        * 2
-    )
-
-
-def one_of(model) -> int:
-    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def test_a_compiled_model_is_counted_as_it_is_written():
-    model = build("i", "resnet8")
-    expected = step_memory(model, 4, arguments(), CPU)
+def test_gradients_count_where_they_are_more_than_the_activations_and_a_compiled_model_as_it_is_written():
+    model = build("i", "resnet18")
+    assert needs(model, 2) == held_by(model) + 2 * gradients_of(model)
+    counted = needs(model, 64)
     model.encoder_q.compile()
-    assert step_memory(model, 4, arguments(), CPU) == expected
+    assert needs(model, 64) == counted
 
 
-def test_a_real_process_needs_more_than_the_lower_bound(capsys):
-    assert measure_memory(["--stages", "i", "--settings", "resnet8:64:64", "--amp", "none"]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| stage I,"))
-    assert float(row.split("|")[-2]) > 1, row
+# ---- what is said
+
+
+def offer(monkeypatch, size):
+    """Makes the system offer `size` bytes."""
+    monkeypatch.setattr(memory, "available_memory", lambda device: (size, "MemAvailable"))
+
+
+def refuse(monkeypatch, model, batch_size, limit, **options) -> tuple[str, int, int]:
+    """(message, advised batch size, advised --accum-steps), 0 for no advice; limit: bytes for model and step."""
+    offer(monkeypatch, limit - held_by(model))
+    with pytest.raises(UserError) as error:
+        check_memory(model, batch_size, 32, device=CPU, **options)
+    assert error.value.on_all_ranks
+    message = str(error.value)
+    advised = [re.search(rf"[;r] {flag} (\d+)", message) for flag in ("--batch-size", "--accum-steps")]
+    return message, *(int(found[1]) if found else 0 for found in advised)
+
+
+def test_the_message_names_needed_and_available_memory_and_what_helps(monkeypatch):
+    model = build("i", "resnext50_32x4d")
+    message, *advised = refuse(monkeypatch, model, 1024, GIB)
+    assert re.match(r"--batch-size 1024: .* 2\.\d GiB per process, 1\.0 GiB are available \(MemAvailable\); ", message)
+    assert all(advised) and "\n" not in message
+    for flag in ("--image-size", "--arch", "--amp bf16", "--no-memory-check"):
+        assert flag in message
+    assert "; no batch can fit; " in refuse(monkeypatch, model, 1024, 0)[0]
+
+
+@pytest.mark.parametrize(
+    "stage, options", [("i", {}), ("ii", {}), ("iii", {"accum_steps": 3}), ("i", {"dtype": torch.bfloat16})]
+)
+@pytest.mark.parametrize("limit", [300 * MIB, 33 * GIB])
+def test_the_advised_batch_size_is_about_the_largest_that_fits_with_room(stage, options, limit, monkeypatch):
+    model, accum_steps = build(stage), options.get("accum_steps", 1)
+    _, advised, _ = refuse(monkeypatch, model, 10**6, limit, **options)
+    assert advised % accum_steps == 0
+    assert 0.68 * limit < needs(model, advised // accum_steps, **options) <= 0.7 * limit
+
+
+@pytest.mark.parametrize("batch_size, accum_steps, advised", [(256, 1, 16), (250, 1, 25), (251, 1, 0), (64, 4, 16)])
+def test_the_advised_accum_steps_keep_the_batch_and_fit_with_room(batch_size, accum_steps, advised, monkeypatch):
+    """batch_size: of a micro-batch; 251 is prime; gradients are held throughout a step of several."""
+    model = build()
+    limit = math.ceil(needs(model, 20, accum_steps=2) / 0.7) + 1
+    message, _, found = refuse(monkeypatch, model, batch_size, limit, accum_steps=accum_steps)
+    assert found == advised and message.startswith(f"--batch-size {batch_size * accum_steps}: ")
+
+
+@pytest.mark.parametrize("batch_size, accum_steps, advised", [(120, 1, 4), (60, 2, 4), (180, 1, 6)])
+def test_what_is_advised_for_batchnorm_by_parts_can_be_split(batch_size, accum_steps, advised, monkeypatch):
+    model = build(bn_splits=6)
+    limit = (needs(model, 30, accum_steps=2) + needs(model, 36)) // 2 / 0.7  # 30 images fit with room, 36 do not
+    _, largest, found = refuse(monkeypatch, model, batch_size, limit, accum_steps=accum_steps)
+    assert (largest, found) == (30 * accum_steps, advised)
+    _, *nothing = refuse(monkeypatch, model, batch_size, int(needs(model, 12) / 0.7))  # 12: two for each piece
+    assert nothing == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "offered, compiled, warns",
+    [(math.inf, 0, False), (1 / 0.69, 0, False), (1 / 0.71, 0, True), (1.01, 0, True), (0.01, 1, True)],
+)
+def test_a_step_that_barely_fits_gives_a_warning(offered, compiled, warns, monkeypatch, capsys):
+    """offered: times what is needed, infinity if the system does not say; compiled, a step needs less than counted."""
+    model = build()
+    offer(monkeypatch, needs(model, 64) * offered - held_by(model))
+    check_memory(model, 64, 32, compiled=compiled, device=CPU)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: ") and "--accum-steps" in said and said.count("\n") == 1 if warns else not said
+
+
+def check_on_rank(rank, sizes):
+    """What is needed, and the error, in one of two processes of a node; sizes: what the system offers each."""
+    set_dist_info(DistInfo(rank, 2, rank, 2))
+    memory.available_memory = lambda device: (sizes[rank], "MemAvailable")
+    with pytest.raises(UserError) as error:
+        check_memory(build(), 64, 32, device=CPU)
+    return [needs(build()), str(error.value), error.value.on_all_ranks]
+
+
+def test_all_ranks_need_gradient_buckets_and_raise_the_same_if_one_has_too_little():
+    first, second = on_ranks(2, check_on_rank, [GIB, 10 * MIB])
+    assert first == second and first[0] == needs(build()) + gradients_of(build()) and first[2]
+    batch_size, advised = map(int, re.search(r"^--batch-size (\d+): .*; --batch-size (\d+)", first[1]).groups())
+    assert 0 < advised < batch_size == 128 and advised % 2 == 0  # images of the node
 
 
 # ---- nothing changes
 
 
-@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-def test_the_model_and_the_random_numbers_stay_as_they_are(stage):
-    model = build(stage, "resnet8").eval()
+@pytest.mark.parametrize("stage, options", [("i", {}), ("i", {"bn_splits": 2}), ("ii", {}), ("iii", {})])
+def test_the_model_and_the_random_numbers_stay_as_they_are(stage, options, monkeypatch):
+    model = build(stage, **options).eval()
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    largest_batches(model, arguments(), CPU, [GIB])
-    check_memory(model, 4, arguments(), CPU)
+    refuse(monkeypatch, model, 4, 0)
     assert same(model.state_dict(), before) and torch.equal(torch.get_rng_state(), random)
     assert not any(module.training or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert getattr(model, "pending", []) == []
 
 
-def test_a_run_has_the_same_result_with_and_without_the_check(plain_tree, trained, tmp_path):
+def test_a_run_has_the_same_result_with_the_check_and_with_no_memory_check(plain_tree, trained, tmp_path, monkeypatch):
+    offer(monkeypatch, 0)
     run = train("i", plain_tree, tmp_path / "run", "--cos", "--no-memory-check")
-    with_check, without = checkpoint(trained["i"]), checkpoint(run)
-    assert same(without, with_check) and (run / LAST).exists()
+    assert same(checkpoint(run), checkpoint(trained["i"]))
     assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
     assert results_of(run) == results_of(trained["i"])
 
 
-# ---- what is printed
-
-
-def offer(monkeypatch, size):
-    """Makes the system offer `size` bytes; None: it does not say."""
-    found = None if size is None else (int(size), "MemAvailable")
-    monkeypatch.setattr(memory, "available_memory", lambda *_: found)
-
-
-@pytest.mark.parametrize(("stage", "amp"), [("i", "none"), ("ii", "none"), ("iii", "none"), ("i", "bf16")])
-def test_the_batch_size_in_the_message_is_the_largest_that_fits(stage, amp, monkeypatch):
-    model, args = build(stage, "resnet8"), arguments(amp=amp, image_size=64, batch_size=10**6)
-    for limit in (300 * MIB, 33 * GIB + 7):
-        offer(monkeypatch, limit - step_memory(model, 2, args, CPU).model)
-        with pytest.raises(UserError) as error:
-            check_memory(model, 10**6, args, CPU)
-        found = re.search(r"at most (\d+) can fit, (\d+) leaves room; ", str(error.value))
-        for size, share in zip(map(int, found.groups()), (1, 0.7), strict=True):
-            assert step_memory(model, size, args, CPU).total() <= share * limit
-            assert step_memory(model, size + 1, args, CPU).total() > int(share * limit)
-
-
-def test_the_message_names_needed_and_available_memory_and_what_helps(monkeypatch):
-    offer(monkeypatch, 20 * GIB)
-    with pytest.raises(UserError) as error:
-        check_memory(build("i", "resnext50_32x4d"), 256, arguments(image_size=224, batch_size=256), CPU)
-    assert error.value.on_all_ranks
-    assert re.fullmatch(
-        r"--batch-size 256: a training step needs at least 27\.\d GiB per process, 20\.2 GiB are available "
-        r"\(MemAvailable\); at most 1[89]\d can fit, 13\d leaves room; --accum-steps 2 fits this batch; smaller "
-        r"--image-size, smaller --arch and "
-        r"--amp bf16 need less; --no-memory-check skips this check",
-        str(error.value),
-    )
-
-
-@pytest.mark.parametrize("batch_size, accum_steps", [(256, 1), (250, 1), (251, 1), (64, 4)])
-def test_the_advised_accum_steps_are_the_fewest_that_fit_with_room(batch_size, accum_steps, monkeypatch):
-    """batch_size: of a micro-batch; 251 is prime, so that a step loses images; gradients are held throughout a step."""
-    model = build("i", "resnet8")
-    limit = 1 + step_memory(model, 20, arguments(accum_steps=2), CPU).total() / 0.7
-    offer(monkeypatch, limit - step_memory(model, 2, arguments(), CPU).model)
-    with pytest.raises(UserError) as error:
-        check_memory(model, batch_size, arguments(batch_size=batch_size * accum_steps, accum_steps=accum_steps), CPU)
-    advised = int(re.search(r"; --accum-steps (\d+) fits this batch; ", str(error.value))[1])
-    assert advised == {256: 16, 250: 25, 251: 12, 64: 16}[batch_size]
-
-
-def test_accumulated_gradients_are_counted_beside_the_activations():
-    one, several = (step_memory(build("i", "resnet8"), 64, arguments(accum_steps=n), CPU) for n in (1, 4))
-    assert several.total() - one.total() == one.gradients == several.gradients > 0
-
-
-def test_the_message_says_if_no_batch_fits(monkeypatch):
-    offer(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"0\.0 GiB are available .*; none can fit; "):
-        check_memory(build("i", "resnet8"), 4, arguments(), CPU)
-
-
-def test_nothing_is_printed_if_there_is_enough_memory_or_the_check_is_off(monkeypatch, capsys):
-    model = build("i", "resnet8")
-    offer(monkeypatch, 100 * GIB)
-    check_memory(model, 4, arguments(), CPU)
-    offer(monkeypatch, None)
-    check_memory(model, 10**7, arguments(), CPU)
-    offer(monkeypatch, 0)
-    check_memory(model, 4, arguments(evaluate=True), CPU)
-    check_memory(model, 4, arguments(memory_check=False), CPU)
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("share, warns", [(0.69, False), (0.71, True), (0.99, True)])
-def test_a_step_that_needs_more_than_seventy_per_cent_gives_a_warning(share, warns, monkeypatch, capsys):
-    model = build("i", "resnet8")
-    step = step_memory(model, 64, arguments(), CPU)
-    offer(monkeypatch, step.total() / share - step.model)
-    check_memory(model, 64, arguments(), CPU)
-    said = capsys.readouterr().out
-    assert said.startswith("warning: a training step needs at least ") and said.count("\n") == 1 if warns else not said
-
-
-def test_compiled_backbones_give_a_warning_instead_of_an_error(monkeypatch, capsys):
-    """They save less than the check counts."""
-    offer(monkeypatch, 0)
-    check_memory(build("i", "resnet8"), 64, arguments(compile=True), CPU)
-    assert capsys.readouterr().out.startswith("warning: ")
-
-
-def check_on_rank(rank, sizes):
-    """The check in one of two processes of a node; sizes: what the system offers each."""
-    set_dist_info(DistInfo(rank, 2, rank, 2))
-    memory.available_memory = lambda *_: (sizes[rank], "MemAvailable")
-    try:
-        check_memory(build("i", "resnet8"), 64, arguments(batch_size=128), CPU)
-    except UserError as error:
-        return [str(error), error.on_all_ranks]
-
-
-def test_all_ranks_raise_the_same_if_one_has_too_little():
-    first, second = on_ranks(2, check_on_rank, [GIB, 10 * MIB], method="fork")
-    assert first == second and first[1]
-    most = int(re.search(r"at most (\d+) can fit", first[0])[1])
-    assert 0 < most < 128 and most % 2 == 0  # images per step of the node
-
-
-# ---- from the command line
-
-
-@pytest.mark.parametrize(
-    "stage, flags", [("i", ["--moco-k", 200]), ("iii", ["--kd-weight", 0]), ("i", ["--moco-k", 200, *TWO])]
-)
-def test_a_step_that_the_address_space_cannot_hold_is_refused_in_one_line(plain_tree, tmp_path, stage, flags):
-    with limited_memory(GIB):
-        outcome = run_stage(stage, plain_tree, tmp_path / "run", *HUGE, *flags)
+@pytest.mark.parametrize("stage, flags", [("i", TWO), ("ii", []), ("iii", [])])
+def test_a_step_that_no_machine_can_hold_is_refused_in_one_line(plain_tree, trained, tmp_path, stage, flags):
+    source = {
+        "i": [],
+        "ii": ["--last_stage_ckpt", trained["i"] / LAST],
+        "iii": ["--teacher_ckpt", trained["ii"] / LAST],
+    }
+    huge = ["--image-size", 4096, "-b", 100, *(["--moco-k", 200] if stage == "i" else [])]
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", *huge, *flags, *source[stage])
     assert outcome.status == 2 and outcome.err.count("\n") == 1
-    assert re.search(r": --batch-size 100: a training step needs .*ulimit -v\).*--no-memory-check", outcome.err)
+    assert re.search(r": --batch-size 100: .* are available .*--no-memory-check", outcome.err)
     assert not (tmp_path / "run" / "args.json").exists()
-
-
-def test_without_the_check_the_run_starts(plain_tree, tmp_path):
-    with limited_memory(GIB):
-        outcome = run_stage(
-            "iii", plain_tree, tmp_path / "run", "--kd-weight", 0, "--jitter", 0, *HUGE, "--no-memory-check"
-        )
-    assert outcome.status == 2 and "out of memory" in outcome.err and "--no-memory-check" not in outcome.err
-    assert (tmp_path / "run" / "args.json").exists()
 
 
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(plain_tree, tmp_path, monkeypatch):
@@ -319,55 +254,20 @@ def write(folder, **files):
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_limits_of_control_groups_version_2_are_read_along_the_path(tmp_path):
-    write(tmp_path / "proc/self", cgroup="0::/user/job/step")
-    root = tmp_path / "cgroup"
-    write(root, memory__stat="anon 5")  # the root has no limit
-    write(root / "user", memory__max="max", memory__current=500)
-    write(
-        root / "user/job",
-        memory__max=1000,
-        memory__current=700,
-        memory__stat="anon 400\nactive_file 50\ninactive_file 150",
-    )
-    write(root / "user/job/step", memory__max=900, memory__current=100)
-    assert [size for size, _ in free_in_cgroups(tmp_path / "proc", root)] == [800, 500]
-
-
-def test_limits_of_control_groups_version_1_are_read(tmp_path):
-    write(tmp_path / "proc/self", cgroup="5:cpu,cpuacct:/a\n4:memory:/a/b\n0::/")
-    root = tmp_path / "cgroup"
-    write(root / "memory/a/b", memory__limit_in_bytes=1000, memory__usage_in_bytes=1200)
-    write(
-        root / "memory", memory__limit_in_bytes=2000, memory__usage_in_bytes=1500,
-        memory__stat="inactive_file 7\ntotal_active_file 100\ntotal_inactive_file 200",
-    )  # fmt: skip
-    assert [size for size, _ in free_in_cgroups(tmp_path / "proc", root)] == [0, 800]
-
-
-def test_a_system_without_these_files_gives_no_limit(tmp_path):
-    assert list(free_in_cgroups(tmp_path, tmp_path)) == []
-    assert list(memory.free_memory(tmp_path)) == list(memory.free_address_space(tmp_path)) == []
-
-
-def test_available_memory_is_the_smallest_limit_of_which_processes_share_all_but_the_address_space(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda: [(1000, "MemAvailable")])
-    monkeypatch.setattr(memory, "free_in_cgroups", lambda: [(900, "group"), (2000, "group")])
-    monkeypatch.setattr(memory, "free_address_space", lambda: [(400, "ulimit")])
-    assert available_memory(CPU, 1) == (400, "ulimit")
-    assert available_memory(CPU, 3) == (300, "group")
-    for name in ("free_memory", "free_in_cgroups", "free_address_space"):
-        monkeypatch.setattr(memory, name, list)
-    assert available_memory(CPU) is None
-
-
-def test_the_limit_of_the_address_space_is_counted():
-    with limited_memory(GIB):
-        ((size, _),) = memory.free_address_space()
-    assert GIB - 200 * MIB < size <= GIB
-
-
-def test_the_larger_of_activations_and_gradients_counts():
-    step = StepMemory(model=10, momentum=3, gradients=4, buckets=2, accumulated=0, images=1, saved=1, widest=2)
-    assert step.total() == 10 + 3 + 2 + 4
-    assert step._replace(saved=9).total() == 10 + 3 + 2 + 1 + 9
+def test_available_memory_is_the_smallest_of_meminfo_and_the_control_groups_along_the_path(tmp_path, monkeypatch):
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    assert available_memory(CPU, proc, groups) == (math.inf, "")  # such as macOS
+    write(proc, meminfo="MemTotal: 9 kB\nMemAvailable: 2 kB")
+    assert available_memory(CPU, proc, groups) == (2048, "MemAvailable")
+    write(proc / "self", cgroup="4:memory:/elsewhere\n0::/user/job/step")
+    write(groups, memory__stat="anon 5")  # the root has no limit
+    write(groups / "user", memory__max="max", memory__current=500)
+    files = "anon 400\nactive_file 50\ninactive_file 150"  # the kernel can drop cached files
+    write(groups / "user/job", memory__max=1000, memory__current=700, memory__stat=files)
+    write(groups / "user/job/step", memory__max=900, memory__current=100)
+    assert available_memory(CPU, proc, groups) == (500, "limit of the control group")
+    write(groups / "user/job/step", memory__max=900, memory__current=1200)
+    assert available_memory(CPU, proc, groups) == (0, "limit of the control group")
+    write(groups / "user/job/step", memory__max=900, memory__current=100)
+    monkeypatch.setattr(memory, "get_dist_info", lambda: DistInfo(1, 3, 1, 3))  # the processes of a node share it
+    assert available_memory(CPU, proc, groups) == (500 // 3, "limit of the control group")

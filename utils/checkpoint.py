@@ -9,21 +9,17 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.loading import is_names, read_checkpoint, state_dict_of
-from models.preprocess import MAX_SIZE, MIN_SIZE
-from models.state_dicts import strip_module
+from models.loading import is_names, read_checkpoint, state_dict_of, transform_of
+from models.state_dicts import check_weights, find_mismatch, strip_module
 
-from .arguments import SHARED_ARGS
-from .command_line import check_value, option_words
+from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
 from .metrics import MetricLogger
-from .signals import Stopped, heartbeat, stop_requested
+from .signals import Stopped, heartbeat
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
-NETWORK_ARGS = ("arch", "image_size", "mean", "std")  # what the next stage takes from a checkpoint
-EVALUATION_ARGS = (*NETWORK_ARGS, "moco_dim", "moco_k", "kd_weight", "amp")  # what --evaluate takes
 BEST_METRIC = "class_mean"
 
 
@@ -45,20 +41,15 @@ class LoadedCheckpoint(NamedTuple):
         """Facts of the run that wrote it: seed, deterministic, image_size, batch_size, world_size."""
         return self.content.get("run", {})
 
-    @property
-    def classes(self) -> list[str] | None:
-        """The names of the classes, or None."""
-        return self.content.get("classes")
-
 
 # ---- reading
 
 
-def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
+def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     """The checkpoint that --resume names, None without one; flags that were not given are taken from it.
 
-    parser: the one that made args; stage: the stage that the checkpoint must belong to. Raises UserError, on all ranks,
-    if it cannot be read or belongs to another stage.
+    parser: the one that made args; network: the class of the stage that it must belong to. Raises UserError, on all
+    ranks, if it cannot be read or belongs to another stage.
     """
     if args.resume == "auto":
         latest = None
@@ -71,10 +62,8 @@ def load_resume(args, parser, stage: str) -> LoadedCheckpoint | None:
     if not args.resume:
         return None
     with raise_on_all_ranks():
-        loaded = read_stage(args.resume, "--resume", (stage,))
-        for line in apply_saved_args(loaded, args, parser, EVALUATION_ARGS if args.evaluate else None):
-            print_main(line)
-        check_compatible(loaded, args.arch)
+        loaded = read_stage(args.resume, "--resume", [network.stage])
+        apply_saved_args(loaded, args, parser, *(NETWORK, EVALUATION) if args.evaluate else (KEPT,))
         return loaded
 
 
@@ -86,22 +75,18 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
     Raises UserError, on all ranks, if it cannot be read, is of another stage than receiver takes, is incomplete, or has
     another backbone than --arch. hint: an alternative, for the message if the flag is missing.
     """
-    path = getattr(args, flag.lstrip("-").replace("-", "_"))
-    soft = "soft" in options
+    path, soft = getattr(args, flag.lstrip("-").replace("-", "_")), "soft" in options
     stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
     with raise_on_all_ranks():
         if not path:
-            raise UserError(
-                f"{flag} is missing: name the checkpoint of stage {stage_names(stages)} to start from{hint}"
-            )
+            names = stage_names(stages)
+            raise UserError(f"{flag} is missing: name the checkpoint of stage {names} to start from{hint}")
         loaded = read_stage(path, flag, stages)
-        for line in apply_saved_args(loaded, args, parser, NETWORK_ARGS):
-            print_main(line)
-        check_compatible(loaded, args.arch)
+        apply_saved_args(loaded, args, parser, NETWORK)
         if soft:
             check_trained(path, loaded.content)
         try:
-            models.check_complete(loaded.state_dict, receiver, *options)
+            models.check_complete(loaded.state_dict, image_size_of(loaded.content), receiver, *options)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
@@ -109,14 +94,17 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
 
 def check_trained(path, content: dict):
     """Raises UserError if a run without distillation left the soft classifier as it was initialized."""
-    if (content.get("args") or {}).get("kd_weight") == 0:
+    if content.get("args", {}).get("kd_weight") == 0:
         raise UserError(
             f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
         )
 
 
 def read(path, flag: str) -> dict:
-    """The content of a checkpoint. Raises UserError naming file and flag if it is not one, or is invalid."""
+    """The content of a checkpoint, its fields as save writes them.
+
+    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes.
+    """
     try:
         content = read_checkpoint(path)
         state_dict_of(path, content)
@@ -124,16 +112,17 @@ def read(path, flag: str) -> dict:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
         raise UserError(f"{error} ({flag})") from None
-    for name, (is_valid, expected) in PROGRESS.items():
-        if name in content and not is_valid(content[name]):
-            raise UserError(f"{path}: its {name} is not {expected}; correct {flag}")
+    try:
+        check_fields(content)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
+        raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
     return content
 
 
-def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
+def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     """A checkpoint of one of the stages. Raises UserError as read does, and if it belongs to another stage."""
     content = read(path, flag)
-    found = models.infer_stage_and_arch(content["state_dict"])
+    found = models.infer_stage_and_arch(content["state_dict"], image_size_of(content))
     if found is None:
         raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
@@ -145,46 +134,48 @@ def read_stage(path, flag: str, stages: tuple[str, ...]) -> LoadedCheckpoint:
     return LoadedCheckpoint(str(path), flag, content, found)
 
 
+def image_size_of(content: dict) -> int:
+    """The side of the images that a checkpoint's network was trained on."""
+    try:
+        return transform_of(content).size
+    except ValueError:  # apply_saved_args names what is wrong
+        return 224
+
+
 def stage_names(stages) -> str:
     """The stages as a message names them."""
     return " or ".join(models.STAGES[stage].number for stage in stages)
 
 
-def is_whole_number(value) -> bool:
-    """Whether a value is a whole number, also as a tensor or float of one element as published checkpoints hold it."""
-    if isinstance(value, torch.Tensor):
-        value = value.item() if value.numel() == 1 and not value.is_complex() else math.nan
-    return isinstance(value, int | float) and 0 <= value < 2**31 and value == int(value)
+def number(value) -> float:
+    """A finite number, also from a tensor or numpy scalar of one element, as published checkpoints hold it."""
+    if isinstance(value, str | bytes) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
 
 
-def is_finite_number(value) -> bool:
-    """Whether a value is a finite number of Python or numpy, or a tensor of one element."""
-    try:
-        return not isinstance(value, str | bytes) and math.isfinite(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return False
+def whole_number(value) -> int:
+    """A whole number, likewise."""
+    if not 0 <= number(value) < 2**31 or int(value) != value:
+        raise ValueError
+    return int(value)
 
 
-def is_run(value) -> bool:
-    """Whether a value is a record of whole numbers, with an image size that the flags allow."""
-    return (
-        isinstance(value, dict)
-        and all(isinstance(number, int) and number >= 0 for number in value.values())
-        and MIN_SIZE <= value.get("image_size", MIN_SIZE) <= MAX_SIZE
-    )
+def check_fields(content: dict):
+    """Brings the fields of a checkpoint into the form that save gives them; an exception means that one has another.
 
-
-PROGRESS = {
-    "epoch": (is_whole_number, "a whole number"),
-    "step": (is_whole_number, "a whole number"),
-    "best_acc1": (is_finite_number, "a number"),
-    "best_metric": (lambda value: isinstance(value, str), "a name"),
-    "classes": (is_names, "a list of names"),
-    "run": (is_run, "a record of seed, batch and processes"),
-    "images": (is_whole_number, "a whole number"),
-    "args": (lambda value: isinstance(value, dict), "a record of arguments"),
-    "averages": (lambda value: value is None or MetricLogger.is_state_dict(value), "a record of sums"),
-}
+    Published checkpoints have of these only epoch and best_acc1.
+    """
+    fields = {"epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number}
+    content |= {name: convert(content[name]) for name, convert in fields.items() if name in content}
+    if content.get("averages") is not None:
+        MetricLogger.check_state_dict(content["averages"])
+    for fact in content.get("run", {}).values():
+        whole_number(fact)
+    lists = [value if isinstance(value, list) else [value] for value in content.get("args", {}).values()]
+    flags = [isinstance(one, bool | int | float | str | None) for values in lists for one in values]
+    if not all(flags) or not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
+        raise TypeError
 
 
 def find_latest(folder) -> Path | None:
@@ -222,67 +213,63 @@ def quarantine_unreadable(folder, resumed):
 # ---- comparing a checkpoint with the run
 
 
-def apply_saved_args(loaded: LoadedCheckpoint, args, parser, only: tuple[str, ...] | None) -> list[str]:
-    """Sets the flags that were not given from a checkpoint: all that it keeps, or those in `only`.
+def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
+    """Sets the flags that were not given from a checkpoint, those of which one of the facts holds, and prints them.
 
-    Returns the lines to print: what was taken, and a warning for every given flag that differs from what was saved.
-    Raises UserError if the command line could not give a saved value.
+    Prints a warning for every given flag that differs from what was saved. Raises UserError if the command line could
+    not give a saved value, or if the checkpoint has another backbone.
     """
-    actions, taken, lines = parser.saved_actions(), [], []
+    actions, taken, warnings = parser.marked(*facts), [], []
     for name, value in saved_args(loaded).items():
-        if name not in actions or name not in args.saved or (only and name not in only):
+        if name not in actions:
             continue
-        try:
-            value = check_value(actions[name], value)
-        except ValueError as error:
-            raise UserError(f"{loaded.path}: its arguments are not valid ({error}); correct {loaded.flag}") from None
         now = getattr(args, name)
         if value is None or value == now:
             continue
-        if name not in args.given:
-            setattr(args, name, value)
-            taken.append(option_words(actions[name], value))
-            if name in SHARED_ARGS:
-                args.shared_words.append(taken[-1])
-        elif name not in ("arch", "moco_k", "moco_dim"):  # if these differ, the run is refused
-            lines.append(
-                f"warning: {option_words(actions[name], now)} is given, {loaded.path} was saved with "
-                f"{option_words(actions[name], value)}"
-            )
-    args.deterministic = args.deterministic or bool(not only and loaded.run.get("deterministic"))
+        try:
+            parser.check_value(actions[name], value)
+        except UserError as error:
+            raise UserError(f"{loaded.path}: its arguments are not valid: {error}; correct {loaded.flag}") from None
+        words = option_words(actions[name], value)
+        if name in args.given:
+            given = option_words(actions[name], now)
+            warnings.append(f"warning: {given} is given, {loaded.path} was saved with {words}")
+            continue
+        setattr(args, name, value)
+        taken.append(words)
+        if name in parser.marked(GOES_ON):
+            args.following.append(words)
+    args.deterministic = args.deterministic or bool(KEPT in facts and loaded.run.get("deterministic"))
+    check_compatible(loaded, args.arch)
     if taken:
-        lines.insert(0, f"as saved: {' '.join(taken)}")
-    return lines
+        print_main(f"as saved: {' '.join(taken)}")
+    for line in warnings:
+        print_main(line)
 
 
 def saved_args(loaded: LoadedCheckpoint) -> dict:
-    """The flags that a checkpoint keeps, by name; for older checkpoints, what their run and weights tell."""
-    found, run = loaded.found, loaded.run
-    saved = {name: run.get(name) for name in ("seed", "image_size", "batch_size")}
-    saved |= {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    saved = {name: value for name, value in saved.items() if value is not None}
-    return loaded.content.get("args", {}) | saved
+    """The flags that a checkpoint keeps, by name; for published ones, what their weights tell."""
+    found = loaded.found
+    saved = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    return loaded.content.get("args", {}) | {name: value for name, value in saved.items() if value is not None}
 
 
 def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
     """Raises UserError, the same on all ranks, if a checkpoint has another backbone or number of classes."""
     if loaded is None:
         return
-    path, flag, found = loaded.path, loaded.flag, loaded.found
-    if found["arch"] != arch:
-        backbone = found["arch"] or "unknown"
-        raise UserError(f"{path}: its backbone is {backbone}, not {arch}; correct --arch or {flag}", on_all_ranks=True)
-    if num_classes is not None and found["num_classes"] != num_classes:
-        raise UserError(
-            f"{path}: it has {found['num_classes']} classes, this run {num_classes}; "
-            f"correct {flag}, the lists or --num-classes",
-            on_all_ranks=True,
-        )
+    problem, backbone, classes = "", loaded.found["arch"] or "unknown", loaded.found["num_classes"]
+    if backbone != arch:
+        problem = f"its backbone is {backbone}, not {arch}; correct --arch or {loaded.flag}"
+    elif num_classes not in (None, classes):
+        problem = f"it has {classes} classes, this run {num_classes}; correct {loaded.flag}, the lists or --num-classes"
+    if problem:
+        raise UserError(f"{loaded.path}: {problem}", on_all_ranks=True)
 
 
 def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
     """The names of the classes: from the data, else from the checkpoint, else None; warns if the two differ."""
-    from_checkpoint = loaded.classes if loaded else None
+    from_checkpoint = loaded.content.get("classes") if loaded else None
     if from_data and from_checkpoint and from_data != from_checkpoint:
         pairs = zip(from_checkpoint, from_data, strict=True)
         number, theirs, ours = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
@@ -293,6 +280,125 @@ def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) ->
     return from_data or from_checkpoint
 
 
+# ---- continuing from one
+
+
+def restore(loaded: LoadedCheckpoint | None, state, data):
+    """Restores model, optimizer, scaler, metrics, epoch, step and best class mean of a training state, if resumed.
+
+    For an evaluation, restores only the model. data: the run's Data. Raises UserError, on all ranks, if what was saved
+    does not fit.
+    """
+    if loaded is None:
+        return
+    with raise_on_all_ranks():
+        restore_model(loaded, state.model)
+        if state.args.evaluate:
+            return
+        content = loaded.content
+        for name, load in (("optimizer", restore_momentum), ("scaler", restore_scaler)):
+            try:
+                load(getattr(state, name), content.get(name))
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
+                raise UserError(message) from None
+        state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
+        state.best = restore_best(loaded, data.val_balanced)
+        if content.get("averages"):
+            state.metrics.load_state_dict(content["averages"], loaded.path)
+        check_position(loaded, state, data.train)
+        if state.step and state.epoch >= state.args.epochs:
+            raise UserError(
+                f"--epochs {state.args.epochs}: {loaded.path} is in epoch {state.epoch + 1}; give at least that many"
+            )
+        print_main(f"continues from {loaded.path}: {state.epoch} epochs are done, and {state.step} steps of the next")
+
+
+def check_position(loaded: LoadedCheckpoint, state, train_loader):
+    """Sets where in its epoch a run continues, also with other numbers of processes or images per step.
+
+    Stages I and III then continue after the images that were seen; stage II, whose draws depend on the ranks, starts
+    the epoch over. Raises UserError if the epoch has fewer images here than were seen.
+    """
+    world_size = get_world_size()
+    per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
+    state.images = loaded.content.get("images", state.step * per_step)
+    if state.images > per_epoch or (state.images == 0) != (state.step == 0):
+        raise UserError(
+            f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
+            "resume with the lists it was saved with"
+        )
+    saved = loaded.run.get("world_size", world_size)
+    if saved != world_size:
+        print_main(f"warning: {world_size} processes, saved by {saved}: the result will not be bit-identical")
+    if state.images == state.step * per_step and (saved == world_size or not state.step):
+        return
+    how = f"continues after its first {state.images} images"
+    if train_loader.depends_on_ranks:
+        state.step, state.images, state.metrics = 0, 0, state.metrics.without_values()
+        how = "starts over, since its batches are different now"
+    print_main(f"warning: epoch {state.epoch + 1} {how}")
+
+
+def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
+    """The best class mean so far, as saved.
+
+    In checkpoints that do not say which accuracy it is, such as published ones, it is the one over all images: on a
+    balanced validation list this is the class mean; on an unbalanced one, the best starts over at 0.
+    """
+    best = loaded.content.get("best_acc1", 0.0)
+    if loaded.content.get("best_metric") == BEST_METRIC or balanced or not best:
+        return best
+    print_main(
+        f"{loaded.path}: its best accuracy is not a class mean, which now chooses {BEST}, and the validation list is "
+        "not balanced: the best starts over at 0"
+    )
+    return 0.0
+
+
+def restore_model(loaded: LoadedCheckpoint, model):
+    """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
+    state_dict, queue = loaded.state_dict, loaded.state_dict.get("queue")
+    if queue is not None and hasattr(model, "queue") and queue.dim() == 2 and queue.shape != model.queue.shape:
+        dim, size = queue.shape
+        raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
+    try:
+        if problem := find_mismatch(model, state_dict):
+            raise ValueError(f"does not fit stage {model.number}: {problem}")
+        check_weights(state_dict, model)
+    except ValueError as error:
+        raise UserError(f"{loaded.path}: {error}; correct {loaded.flag}") from None
+    model.load_state_dict(state_dict)
+
+
+def restore_momentum(optimizer, saved: dict | None):
+    """Takes the momentum buffers of SGD's state_dict, and nothing else: all settings are those of the run."""
+    if not saved:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(parameters):
+        raise ValueError(f"it has {len(numbers)} parameters, this run has {len(parameters)}")
+    for number, parameter in zip(numbers, parameters, strict=True):
+        momentum = saved["state"].get(number, {}).get("momentum_buffer")
+        if momentum is None:
+            continue
+        if momentum.layout != torch.strided or momentum.shape != parameter.shape:
+            raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, not {tuple(parameter.shape)}")
+        if not momentum.is_floating_point() or not momentum.isfinite().all():
+            raise ValueError("a momentum that is not finite")
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+
+def restore_scaler(scaler, saved: dict | None):
+    """Takes the loss scale of --amp fp16."""
+    if saved and scaler.is_enabled():
+        valid = all(isinstance(value, int | float) and 0 <= value < math.inf for value in saved.values())
+        if not valid or not saved["scale"]:
+            raise ValueError("a value that is negative or not finite, or a loss scale of 0")
+        scaler.load_state_dict(saved)
+
+
 # ---- writing
 
 
@@ -300,13 +406,25 @@ def save(state, is_best: bool = False):
     """Writes a training state as last_checkpoint.pth.tar, and as best if is_best; all ranks must call it.
 
     The format is the published one, plus what exact resuming needs: tensors, numbers, strings, lists and dicts, which
-    can be loaded with weights_only. Raises UserError, on all ranks, if it cannot be written.
+    can be loaded with weights_only. Raises UserError, on all ranks, if it cannot be written, or if a weight, statistic
+    or momentum is not finite.
     """
     averages = state.metrics.state_dict() if state.step else None
     with raise_on_all_ranks():
         if is_main_process():
+            check_finite(state)
             write(state.args.output_dir, checkpoint_of(state, averages), is_best)
     heartbeat()
+
+
+def check_finite(state):
+    """Raises UserError if a value of the state is one that nobody could continue from."""
+    values = dict(state.model.state_dict())
+    for number, kept in enumerate(state.optimizer.state.values()):
+        values |= {f"{name} of trained parameter {number}": value for name, value in kept.items() if value is not None}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"not saved, since {name} is not finite: lower --lr; earlier checkpoints are kept")
 
 
 def checkpoint_of(state, averages: dict | None) -> dict:
@@ -315,17 +433,17 @@ def checkpoint_of(state, averages: dict | None) -> dict:
     return {
         "epoch": state.epoch,
         "step": state.step,
-        "stage": state.stage,
+        "stage": state.model.stage,
         "arch": args.arch,
         "state_dict": {f"module.{name}": value for name, value in state.model.state_dict().items()},
         "best_acc1": torch.tensor(state.best, dtype=torch.float64),
         "best_metric": BEST_METRIC,
-        "classes": state.classes,
+        "classes": state.model.classes,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "averages": averages,
         "images": state.images,
-        "args": {name: as_saved(getattr(args, name)) for name in args.saved},
+        "args": {name: as_saved(getattr(args, name)) for name in args.marked[KEPT]},
         "run": {
             "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
             "batch_size": args.batch_size, "world_size": get_world_size(),
@@ -336,28 +454,6 @@ def checkpoint_of(state, averages: dict | None) -> dict:
 def as_saved(value):
     """An argument's value as it can be loaded with weights_only."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def save_if_due(state, args):
-    """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped.
-
-    Does nothing within a step, between its micro-batches.
-    """
-    if not state.step_ends:
-        return
-    if state.flags.stop():
-        save(state)
-        raise stopped(state)
-    if args.save_every_steps and state.step % args.save_every_steps == 0:
-        save(state)
-
-
-def stop_if_asked(state):
-    """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
-    if any(gather_objects(stop_requested())):
-        if state.step and not state.args.evaluate:
-            save(state)
-        raise stopped(state)
 
 
 def stopped(state) -> Stopped:

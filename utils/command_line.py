@@ -1,4 +1,4 @@
-"""The parser of all command lines of the project, the types of their flags, and how a command ends."""
+"""The parser of all command lines of the project, recipes, the types of flags, and how a command ends."""
 
 import argparse
 import difflib
@@ -7,11 +7,25 @@ import os
 import select
 import shlex
 import sys
+from pathlib import Path
 
 from .errors import UserError, one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
+END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
+MAX_DEPTH = 10  # of recipes within recipes
+ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+# What holds of a flag, said where it is declared (add_flag); without RUN_ONLY, KEPT and IDENTITY hold too.
+RUN_ONLY = "run only"  # it concerns one run alone: paths, workers, printing
+KEPT = "kept"  # checkpoints keep its value
+IDENTITY = "identity"  # runs that differ in it are not seeds of one training
+ALIKE = "alike"  # all ranks must have the same value; holds if one of the last two does
+NETWORK = "network"  # the next stage and an evaluation take it from the checkpoint
+EVALUATION = "evaluation"  # an evaluation takes it from the checkpoint
+GOES_ON = "goes on"  # the command for the next stage repeats it
+STARTS_FROM = "starts from"  # it names the checkpoint of an earlier stage
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -61,13 +75,54 @@ class ArgumentParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f"; did you mean {close[0]}?" if close else ""
 
-    def saved_actions(self) -> dict[str, argparse.Action]:
-        """The flags that a checkpoint keeps, by destination: all but those that run_only marked."""
-        return {a.dest: a for a in self._actions if a.option_strings and has_value(a) and not hasattr(a, "run_only")}
+    def marked(self, *facts: str) -> dict[str, argparse.Action]:
+        """The flags of which one of the facts holds, by destination."""
+        return {a.dest: a for a in self._actions if has_value(a) and not set(facts).isdisjoint(facts_of(a))}
+
+    def check_value(self, action: argparse.Action, value):
+        """Raises UserError if the command line could not give a flag this value, which comes from a file."""
+        namespace = argparse.Namespace()
+        try:
+            argparse.ArgumentParser.parse_known_args(self, [".", *split_words(action, value)], namespace)
+        except argparse.ArgumentError as error:
+            self.error(f"{option_name(action)}: {error.message}")
+        if getattr(namespace, action.dest) != value:
+            self.error(f"{option_name(action)} {value}: is of another type")
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def expand_recipes(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]:
+    """The words, with those of its recipe in place of each @FILE.
+
+    A recipe has words as in a shell, on any number of lines, and comments from # on; @FILE in it is relative to its own
+    folder. Raises UserError, with file and line, for a recipe that cannot be read.
+    """
+    expanded = []
+    for word in words:
+        expanded += [*read_recipe(folder / word[1:], depth), END] if word.startswith("@") else [word]
+    return expanded
+
+
+def read_recipe(path: Path, depth: int) -> list[str]:
+    """The words of a recipe, those of the recipes in it included."""
+    if path.is_dir():
+        raise UserError(f"@{path}: is a folder; name a recipe in it, such as @{path / 'stage_i.txt'}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"@{path}: no such recipe, or not a text file ({one_line(error)}); correct the path") from None
+    if depth == MAX_DEPTH:
+        raise UserError(f"@{path}: recipes within recipes, more than {MAX_DEPTH} deep; does one contain itself?")
+    words = []
+    for number, line in enumerate(lines, 1):
+        try:
+            words += shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
+    return expand_recipes(words, path.parent, depth + 1)
 
 
 def has_value(action: argparse.Action) -> bool:
@@ -75,10 +130,18 @@ def has_value(action: argparse.Action) -> bool:
     return action.dest not in ("help", argparse.SUPPRESS)
 
 
-def run_only(action: argparse.Action) -> argparse.Action:
-    """Marks a flag that concerns one run alone (paths, workers, device, printing): a checkpoint does not keep it."""
-    action.run_only = True
-    return action
+def add_flag(group, *names_and_facts: str, **options):
+    """group.add_argument(*names, **options) for a flag of which the facts above hold."""
+    names = [word for word in names_and_facts if word.startswith("-")]
+    group.add_argument(*names, **options).facts = {word for word in names_and_facts if word not in names}
+
+
+def facts_of(action: argparse.Action) -> set[str]:
+    """What holds of a flag: also KEPT and IDENTITY unless it is RUN_ONLY, and ALIKE if it is one of these."""
+    facts = set(getattr(action, "facts", ()))
+    if action.option_strings and RUN_ONLY not in facts:
+        facts |= {KEPT, IDENTITY}
+    return facts if facts.isdisjoint({KEPT, IDENTITY}) else facts | {ALIKE}
 
 
 def with_hyphens(flag: str) -> str:
@@ -91,72 +154,45 @@ def option_name(action: argparse.Action) -> str:
     return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
 
 
-def option_words(action: argparse.Action, value) -> str:
+def split_words(action: argparse.Action, value) -> list[str]:
     """The words of a command line that give a flag its value."""
     name = option_name(action)
     if isinstance(value, bool):
-        return name if value else name.replace("--", "--no-", 1)
-    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
+        return [name if value else name.replace("--", "--no-", 1)]
+    return [name, *map(str, value if isinstance(value, list | tuple) else [value])]
 
 
-def check_value(action: argparse.Action, value):
-    """A value from a file as the flag's type returns it. Raises ValueError if the command line could not give it."""
-    if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            raise ValueError(f"{option_name(action)} is on or off")
+def option_words(action: argparse.Action, value) -> str:
+    """The same as a shell takes them."""
+    return shlex.join(split_words(action, value))
+
+
+def number(least: float = 0.0, most: float = 1e6, above: float | None = None, kind: type = float):
+    """An argparse type: numbers of a kind, int or float, from least (or greater than `above`) to most."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            if len(text) > 40 or math.isnan(value):
+                raise ValueError
+        except ValueError:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]}: must be a {whole}number from {least:g} to {most:g}"
+            ) from None
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
+        if not least <= value <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be at {bound}")
         return value
-    if value is None and action.default is None:
-        return None
-    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
-    if several != isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-        raise ValueError(f"{option_name(action)} has another number of values")
-    try:
-        values = [action.type(str(item)) if action.type else str(item) for item in (value if several else [value])]
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{option_name(action)} {error}") from None
-    if action.choices and not set(values) <= set(action.choices):
-        raise ValueError(f"{option_name(action)} {values[0]} is unknown")
-    return values if several else values[0]
+
+    return parse
 
 
 def whole_number(least: int = 0, most: int = 2**31 - 1):
     """An argparse type: whole numbers from least to most, both included."""
-
-    def parse(text: str) -> int:
-        if len(text) > 20 or not text.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a whole number from {least} to {most}")
-        check_bounds(text, int(text), least, most)
-        return int(text)
-
-    return parse
-
-
-def number(least: float = 0.0, most: float = 1e6, above: float | None = None):
-    """An argparse type: numbers from least (or greater than `above`) to most."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a number")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text[:40]}: must be above {above:g}")
-        check_bounds(text, value, least, most)
-        return value
-
-    return parse
-
-
-def check_bounds(text: str, value: float, least: float, most: float):
-    """Raises ArgumentTypeError if a value is not between least and most."""
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least {least:g}")
-    if value > most:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]}: must be at most {most if isinstance(most, int) else f'{most:g}'}"
-        )
+    return number(least, most, kind=int)
 
 
 def non_empty(text: str) -> str:

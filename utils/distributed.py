@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import shutil
+import sys
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from .errors import UserError, one_line
 
@@ -61,6 +64,61 @@ def print_main(text: str):
         print(text, flush=True)
 
 
+class Progress:
+    """A bar on a terminal, otherwise a line every `every` steps; nothing on ranks other than 0.
+
+    The bar fits into 80 columns. It closes with the block, or with close_progress().
+    """
+
+    open_bar = None  # the one on the screen
+
+    def __init__(self, title: str, total: int, every: int, initial: int = 0):
+        self.title, self.total, self.every, self.done = title, total, every, initial
+        self.bar = None
+        if is_main_process() and sys.stderr.isatty():
+            columns = min(80, shutil.get_terminal_size().columns)
+            form = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix}"
+            self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
+            Progress.open_bar = self.bar
+
+    def step(self, short=lambda: "", long=lambda: ""):
+        """Counts a step; short() for the bar or long() for the line is called every `every` steps, and after the last.
+
+        They return text, and may have to wait for the device.
+        """
+        self.done += 1
+        due = self.done % self.every == 0 or self.done == self.total
+        if self.bar is not None:
+            self.bar.update()
+            if due:
+                self.bar.postfix = short()
+                self.bar.refresh()
+        elif due and is_main_process():
+            print(f"{self.title} [{self.done}/{self.total}] {long()}".rstrip(), flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+            Progress.open_bar = None
+
+
+def close_progress():
+    """Removes the bar from the screen, before a message."""
+    if Progress.open_bar is not None:
+        Progress.open_bar.close()
+        Progress.open_bar = None
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds: 2h05, 3m20."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}" if hours else f"{minutes}m{seconds:02}"
+
+
 def distribute(model, device):
     """The model in DistributedDataParallel if there are several ranks; it averages gradients and sends no buffers.
 
@@ -72,6 +130,11 @@ def distribute(model, device):
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def sync_gradients(model, last: bool):
+    """The context of a forward pass: ranks average their gradients only in a step's last backward pass."""
+    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):

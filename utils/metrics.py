@@ -1,30 +1,54 @@
-"""Losses and accuracies: averaged over an epoch's steps, and counted per class in evaluation."""
+"""Losses and accuracies: averaged over an epoch's steps, and counted per class in an evaluation."""
 
-import math
+import time
 from collections import Counter
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 
-from .distributed import all_reduce, gather_objects, get_rank, get_world_size
+from .distributed import all_reduce, broadcast_buffers, gather_objects, get_rank, get_world_size
 from .errors import UserError
 from .groups import GROUPS, shot_groups
+from .signals import defer_stop, heartbeat, stop_requested
 
 MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
+
+
+class Stopwatch:
+    """Of an epoch since it began or was resumed: the images of all ranks, the time, and the time without data."""
+
+    def __init__(self):
+        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.start = self.latest = time.perf_counter()
+
+    def data_arrived(self):
+        """Notes that a micro-batch is there."""
+        self.data_seconds += time.perf_counter() - self.latest
+
+    def trained(self, images: int):
+        """Notes that a micro-batch was trained; images: of the step, if this was its last, else 0."""
+        self.latest = time.perf_counter()
+        self.seconds = self.latest - self.start
+        self.images += images
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
 
 
 class MetricLogger:
     """Means over an epoch's steps, summed on the device, so that only reading them waits for it.
 
-    accum_steps: updates that make a step, whose values are their mean; the means are right between steps.
+    classifiers: the names of the logits; accum_steps: updates that make a step, whose values are their mean; the means
+    are right between steps.
     """
 
-    def __init__(self, device, accum_steps: int = 1):
-        self.device, self.accum_steps, self.names, self.sums, self.updates = device, accum_steps, (), None, 0
+    def __init__(self, device, classifiers: tuple[str, ...], accum_steps: int = 1):
+        self.device, self.classifiers, self.accum_steps = device, classifiers, accum_steps
+        self.names, self.sums, self.updates = (), None, 0
         self.source = None  # the file that the sums so far were read from
-        # since the epoch began or was resumed: images of all ranks, seconds, and the seconds of waiting for data
-        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.clock = Stopwatch()
 
     @property
     def steps(self) -> int:
@@ -33,12 +57,15 @@ class MetricLogger:
 
     def without_values(self) -> "MetricLogger":
         """One without values, for the next epoch."""
-        return MetricLogger(self.device, self.accum_steps)
+        return MetricLogger(self.device, self.classifiers, self.accum_steps)
 
-    def update(self, losses: dict[str, torch.Tensor], logits: dict[str, torch.Tensor], labels):
-        """Adds an update: losses, and the accuracies of each classifier's logits (N, C): top1_<name>, top5_<name>."""
-        values = dict(losses)
-        for name, scores in logits.items():
+    def update(self, figures: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], labels):
+        """Adds an update: figures by name, scalars such as losses, and the accuracies of each classifier's logits.
+
+        logits: (N, C) each, in the order of the classifiers, whose accuracies are top1_<name> and top5_<name>.
+        """
+        values = dict(figures)
+        for name, scores in zip(self.classifiers, logits, strict=False):  # stage III without a teacher has one
             _, top1, top5 = topk_hits(scores.detach(), labels)
             values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
         if self.updates and tuple(values) != self.names:
@@ -50,6 +77,11 @@ class MetricLogger:
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
         self.updates += 1
+
+    def not_finite(self) -> list[str]:
+        """The names of the figures that were not finite in any update."""
+        finite = [] if self.sums is None else self.sums.isfinite().tolist()
+        return [name for name, good in zip(self.names, finite, strict=True) if not good]
 
     def means(self) -> dict[str, float]:
         """Means of this process."""
@@ -85,23 +117,16 @@ class MetricLogger:
         self.sums = torch.tensor(own, dtype=torch.float64, device=self.device) if self.steps else None
 
     @staticmethod
-    def is_state_dict(value) -> bool:
-        """Whether a value read from a file is a state_dict: names of text, finite sums per process, whole steps."""
-        if not isinstance(value, dict) or set(value) != {"names", "sums", "steps"}:
-            return False
-        names, sums, steps = value["names"], value["sums"], value["steps"]
-        if type(steps) is not int or not 0 <= steps < 2**31:
-            return False
-        if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
-            return False
-        if not isinstance(sums, list) or not sums or (steps > 0) != bool(names):
-            return False
-        return all(
-            isinstance(row, list)
-            and len(row) == len(names)
-            and all(isinstance(number, float) and math.isfinite(number) for number in row)
-            for row in sums
+    def check_state_dict(state):
+        """Raises an exception if a value from a file is no state_dict: names, finite sums per process, whole steps."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        named = all(isinstance(name, str) and name.isidentifier() for name in state["names"])
+        counted = type(state["steps"]) is int and 0 <= state["steps"] < 2**31
+        fits = (
+            len(sums) > 0 and sums.shape[1:] == (len(state["names"]),) and (state["steps"] > 0) == bool(state["names"])
         )
+        if not (named and counted and fits and sums.isfinite().all()):
+            raise ValueError("not the averages of an epoch")
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,3 +208,29 @@ def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
     total = sum(Fraction(c, n) for n, c in sums.items() if n)
     classes = int((images > 0).sum())
     return float(total / classes) if classes else None
+
+
+@torch.no_grad()
+def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
+    """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
+
+    model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of its classifiers;
+    loader: this rank's (views, labels, indices); train_counts: int (C,), training images per class. All ranks take rank
+    0's BatchNorm statistics. Raises Stopped if a stop was asked for.
+    """
+    defer_stop()
+    broadcast_buffers(model)
+    model.eval()
+    counts = {name: ShotAccuracy(train_counts, state.device, model.classes) for name in model.classifiers}
+    with state.progress(loader.name, len(loader)) as progress:
+        for (images,), labels, _ in loader:
+            if stop_requested():
+                break
+            with state.autocast():
+                logits = model(images)
+            for count, scores in zip(counts.values(), logits if isinstance(logits, tuple) else (logits,), strict=False):
+                count.update(scores, labels)
+            progress.step()
+            heartbeat()
+    state.stop_if_asked()
+    return {name: count.results() for name, count in counts.items()}

@@ -11,7 +11,7 @@ from models.backbones import CIFAR, infer_arch
 from models.loading import read_checkpoint
 from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
 
-from .command_line import non_empty, run_only
+from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 
@@ -21,29 +21,29 @@ TORCHVISION = "torchvision"  # the value that means torchvision's default weight
 def add_pretrained_flag(group):
     """Adds --pretrained to a group of flags."""
     # fmt: off
-    run_only(group.add_argument("--pretrained", nargs="?", const=TORCHVISION, type=non_empty, metavar="PATH",
+    add_flag(group, "--pretrained", RUN_ONLY, IDENTITY, nargs="?", const=TORCHVISION, type=non_empty, metavar="PATH",
         help="start the backbone from PATH, a torchvision state dict or a checkpoint of any stage, or, without PATH, "
         "from torchvision's default weights for --arch, which are downloaded; a folder after --pretrained is taken "
-        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)"))
-    run_only(group.add_argument("--no-pretrained", action="store_const", const=None, dest="pretrained",
-        help="start from random weights, after a recipe with --pretrained"))
+        f"for DIR, and '--pretrained {TORCHVISION}' always means the download (default: off)")
+    add_flag(group, "--no-pretrained", RUN_ONLY, IDENTITY, action="store_const", const=None, dest="pretrained",
+        help="start from random weights, after a recipe with --pretrained")
     # fmt: on
 
 
-def load_backbone(args) -> dict | None:
+def load_backbone(pretrained: str | None, arch: str, image_size: int) -> dict | None:
     """The state dict of the backbone that --pretrained names, without a classifier; None without the flag.
 
     On every node the first process downloads torchvision's weights, if they are not in its cache yet. Raises UserError,
-    on all ranks, if they cannot be obtained or do not fit args.arch.
+    on all ranks, if they cannot be obtained or do not fit the arch.
     """
-    if args.pretrained is None:
+    if pretrained is None:
         return None
-    file = args.pretrained
+    file = pretrained
     with raise_on_all_ranks():
-        if args.pretrained == TORCHVISION:
-            file = download(args.arch, wanted=get_dist_info().local_rank == 0)
+        if pretrained == TORCHVISION:
+            file = download(arch, wanted=get_dist_info().local_rank == 0)
     with raise_on_all_ranks():
-        state_dict = read_backbone(file, args.arch)
+        state_dict = read_backbone(file, arch, image_size)
         print_main(f"the backbone starts from {file}")
         return state_dict
 
@@ -76,7 +76,7 @@ def download(arch: str, wanted: bool = True) -> str:
     return file
 
 
-def read_backbone(file, arch: str) -> dict:
+def read_backbone(file, arch: str, image_size: int = 224) -> dict:
     """The weights of a backbone in a file: a torchvision state dict, or a checkpoint of any stage.
 
     Raises UserError, in one line, if the file cannot be read or its weights are not those of arch.
@@ -92,11 +92,11 @@ def read_backbone(file, arch: str) -> dict:
     if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
         raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
     entries, prefix = backbone_entries(state_dict)
-    found = infer_arch(entries)
+    found = infer_arch(entries, image_size)
     if found not in (arch, None):
         raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
     with torch.device("meta"):
-        backbone = models.build_backbone(arch)
+        backbone = models.build_backbone(arch, image_size)
     for name, buffer in backbone.named_buffers():  # files from before PyTorch 0.4.1 have no counters
         if name.endswith("num_batches_tracked"):
             entries.setdefault(name, torch.zeros(buffer.shape, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Tables of results: accuracies by group of classes, in per cent.
+"""Tables of results: accuracies by group of classes, in percent.
 
 python -m utils.report RUN [RUN ...]                    one table of several runs' results.json
 python -m utils.report RUNS --mean                      mean and standard deviation over the seeds
@@ -16,18 +16,9 @@ from pathlib import Path
 
 from .command_line import ArgumentParser, non_empty, run_command
 from .errors import UserError, printable
-from .results import page, plots
+from .results import page, plots, tables
 from .results.records import Run, read_runs
-from .results.seeds import group_by_seed, mean_rows
-from .results.tables import (
-    CLASS_COLUMNS,
-    class_cells,
-    class_rows,
-    few_note,
-    markdown,
-    summary_cells,
-    summary_rows,
-)
+from .results.seeds import Group, group_by_seed
 
 
 def to_csv(rows: list[dict]) -> str:
@@ -80,26 +71,26 @@ def report(args):
             plots.write_plots(run, folder)
     if args.html:
         page.write_page(args.html, runs, groups)
-    write_tables(args, runs, groups)
+    print_tables(args, runs, groups)
 
 
-def write_tables(args, runs: list[Run], groups):
+def print_tables(args, runs: list[Run], groups: list[Group] | None):
     """Prints the table, or the tables of classes, in the requested format."""
     if args.per_class:
-        tables = [class_rows(run, record) for run in runs for record in run.records]
+        found = [tables.class_rows(run, record) for run in runs for record in run.records]
     else:
-        tables = [mean_rows(groups) if args.mean else summary_rows(runs)]
+        found = [tables.summary_rows(runs) if groups is None else tables.mean_rows(groups)]
     if args.csv:
-        sys.stdout.write(to_csv([row for rows in tables for row in rows]))
+        sys.stdout.write(to_csv([row for rows in found for row in rows]))
     elif args.json:
-        print(json.dumps([row for rows in tables for row in rows], indent=1))
+        print(json.dumps([row for rows in found for row in rows], indent=1))
     elif args.per_class:
-        for rows in tables:
+        for rows in found:
             print(f"{rows[0]['run']}, {rows[0]['classifier']} classifier\n")
-            print(markdown(CLASS_COLUMNS, class_cells(rows), texts=(0, 4)) + "\n")
+            print(tables.markdown(tables.CLASS_COLUMNS, tables.class_cells(rows), texts=(0, 4)) + "\n")
     else:
         records = [record for run in runs for record in run.records]
-        print("\n".join([markdown(*summary_cells(tables[0])), *few_note(records)]))
+        print("\n".join([tables.markdown(*tables.summary_cells(found[0])), *tables.few_note(records)]))
 
 
 def main(argv=None) -> int:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from . import checkpoint, log
 from .arguments import resolved
+from .command_line import IDENTITY, STARTS_FROM
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .results import plots
 from .results.records import read_args, read_runs, saved_checksums
-from .results.seeds import CHECKPOINTS
 from .results.tables import table
-from .summary import next_commands, run_summary
 
 
 class RunFolder:
@@ -88,7 +87,7 @@ class RunFolder:
 
         It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
         """
-        print_main(run_summary(state, data))
+        print_main(log.run_summary(state, data))
         with raise_on_all_ranks():
             if self.args.evaluate or not is_main_process():
                 return
@@ -109,8 +108,8 @@ class RunFolder:
 
     def _warn_of_another_list(self, data):
         """Names a checkpoint that the run starts from, if the args.json next to it tells of another training list."""
-        for name in ("resume", *CHECKPOINTS):
-            path = getattr(self.args, name, None)
+        for name in ("resume", *self.args.marked[STARTS_FROM]):
+            path = getattr(self.args, name)
             checksum = path and saved_checksums(Path(path).parent).get("train")
             if checksum and checksum != data.checksums["train"]:
                 print_main(
@@ -121,7 +120,7 @@ class RunFolder:
     def _write_args(self, state, data):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
         file = self.path / "args.json"
-        values = resolved(self.args)
+        values, starts_from = resolved(self.args), list(self.args.marked[STARTS_FROM])
         if self._continues() and file.exists():
             if state.epoch >= self.args.epochs:
                 return
@@ -129,7 +128,8 @@ class RunFolder:
                 earlier = read_args(self.path)
             except UserError:  # damaged: it is written anew
                 earlier = {}
-            values |= {name: earlier.get(name) for name in CHECKPOINTS if name in values and not values[name]}
+            values |= {name: earlier.get(name) for name in starts_from if not values[name]}
+        values |= {"num_classes": data.num_classes, "identity": self.args.marked[IDENTITY], "starts_from": starts_from}
         log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})
 
     def write_epoch(self, record: dict):
@@ -138,17 +138,12 @@ class RunFolder:
         if self.summary_writer is not None:
             log.add_scalars(self.summary_writer, record)
 
-    def finish(self, state, results: dict[str, dict], source=None):
-        """Writes the results, and prints where the run's files are and what comes next.
-
-        source: the LoadedCheckpoint of another stage that the run started from, if there was one.
-        """
+    def finish(self, results: dict[str, dict], *commands: str):
+        """Writes the results, and prints where the run's files are and the commands that may come next."""
         self.write_results(results)
         files = [checkpoint.LAST, checkpoint.BEST, "log.txt", "results.json", "args.json"]
         files = [name for name in files if (self.path / name).exists()]
-        if not self.args.evaluate:
-            commands = next_commands(state, source.found["stage"] if source else None)
-            print_main("\n".join([f"\nin {self.path}: {', '.join(files)}", "next:", *(f"  {c}" for c in commands)]))
+        print_main("\n".join([f"\nin {self.path}: {', '.join(files)}", "next:", *(f"  {c}" for c in commands)]))
 
     def write_results(self, results: dict[str, dict]):
         """Prints the table of the test list, writes results.json, and draws the plots with --plots.

@@ -1,14 +1,17 @@
-"""The state of a training and the parts that all stages share: batches, precision, gradients, epochs."""
+"""The state of a run and the parts of a training step that all stages share: micro-batches, precision, gradients."""
 
-import contextlib
 import math
-import time
+import os
+import random
 
+import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
 from .distributed import (
+    Progress,
+    all_reduce,
+    duration,
     gather_objects,
     get_rank,
     get_world_size,
@@ -18,17 +21,41 @@ from .distributed import (
 )
 from .errors import UserError
 from .groups import percent
-from .log import Progress, duration
-from .metrics import MetricLogger
-from .numerics import AUTOCAST, StepFlags, seed_everything, set_numerics
+from .memory import check_memory
+from .metrics import MetricLogger, Stopwatch
 from .signals import defer_stop, heartbeat, stop_requested
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
-def prepare_model(model, device, args):
-    """Brings a model to the device, with the layout, precision, BatchNorm and compilation that the flags ask for."""
-    set_numerics(args)
+def set_numerics(tf32: bool, deterministic: bool):
+    """Allows TF32 if asked for, and uses deterministic algorithms, else those that cuDNN finds fastest."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor: a kernel each
+
+
+def seed_everything(*entropy: int):
+    """Seeds torch, numpy and random with a function of these numbers, such as (seed, epoch, step, rank)."""
+    words = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
+    torch.manual_seed(words[0])
+    np.random.seed(words[1])
+    random.seed(words[2])
+
+
+def prepare_model(model, device, args, batch_size: int | None = None):
+    """Brings a model to the device, with the layout, precision, BatchNorm and compilation that the flags ask for.
+
+    batch_size: images per micro-batch. Raises UserError, the same on all ranks, if training on them cannot fit into
+    memory.
+    """
+    set_numerics(args.tf32, args.deterministic)
     if args.sync_bn:
         convert_sync_batchnorm(model, device)
     model.to(device=device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
@@ -36,6 +63,9 @@ def prepare_model(model, device, args):
         for name, module in model.named_children():
             if name.startswith("encoder"):
                 module.compile()  # unlike torch.compile(module), it keeps the names of the state dict
+    if batch_size and args.memory_check and not args.evaluate:
+        options = {"momentum": args.momentum > 0, "dtype": AUTOCAST.get(args.amp), "compiled": args.compile}
+        check_memory(model, batch_size, args.image_size, accum_steps=args.accum_steps, device=device, **options)
     return model
 
 
@@ -90,145 +120,155 @@ def init_momentum(optimizer):
 
 
 class TrainState:
-    """The progress of a training: epoch, step in it, best class mean, gradient scaler, the epoch's metrics.
+    """What a run needs to go on: epoch, steps and images in it, best class mean, gradient scaler, the epoch's metrics.
 
     A step is an optimizer step. It has --accum-steps micro-batches, whose gradients add up to those of their mean loss.
-
-    stage: "i", "ii" or "iii"; model: without DistributedDataParallel; folder: the RunFolder that epochs are logged to;
-    classes: the classes' names, or None.
+    model: without DistributedDataParallel.
     """
 
-    def __init__(self, stage: str, model, optimizer, folder, device, args, classes: list[str] | None = None):
-        self.stage, self.model, self.optimizer, self.folder, self.args = stage, model, optimizer, folder, args
-        self.classes = classes
-        self.epoch, self.step, self.best = args.start_epoch, 0, 0.0
-        self.micro_batch = 0  # in the current step, from 0
+    def __init__(self, model, optimizer, device, args):
+        self.model, self.optimizer, self.args = model, optimizer, args
+        self.epoch, self.step, self.images, self.best = args.start_epoch, 0, 0, 0.0  # images: of all ranks
+        self.metrics = MetricLogger(device, model.classifiers, args.accum_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if self.scaler.is_enabled():
             init_momentum(optimizer)
-        self.metrics = MetricLogger(device, args.accum_steps)
-        self.images = 0  # of all ranks, seen in this epoch
-        self.flags = None  # what the ranks agree on in the current step
-        self.loader = None  # where the images of the current step come from
+        self.loader = None  # of the current epoch
+        self.not_finite = []  # one flag per micro-batch of the current step: is its loss not finite?
+        self.stopping = False  # whether any rank was asked to stop, as of the latest step
 
     @property
     def device(self):
         """The device of the model and the batches."""
         return self.metrics.device
 
-    @property
-    def step_begins(self) -> bool:
-        """Whether the current micro-batch is the first of its step."""
-        return self.micro_batch == 0
+    def micro_batches(self, loader):
+        """Yields (views, labels, first, last), on the device, for the micro-batches of the epoch's remaining steps.
 
-    @property
-    def step_ends(self) -> bool:
-        """Whether the current micro-batch is the last of its step."""
-        return self.micro_batch == self.args.accum_steps - 1
-
-    def batches(self, loader):
-        """(views, labels) of the micro-batches in the epoch's remaining steps, on the device.
-
-        Each has its own random numbers, which depend on seed, epoch, step, micro-batch and rank alone: a resumed epoch
-        continues as if it had not stopped.
+        first, last: whether it begins or ends its step. Each has its own random numbers, which depend on seed, epoch,
+        step, micro-batch and rank alone: a resumed epoch continues as if it had not stopped.
         """
-        args, images_before = self.args, self.images
-        started = waiting = time.perf_counter()
+        args = self.args
         defer_stop()
         self.loader = loader
         loader.start_at(self.epoch, -(-self.images // get_world_size()))
-        title, total = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader) // args.accum_steps
-        with Progress(title, total, args.print_freq, self.step) as progress:
+        title, steps = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader) // args.accum_steps
+        with self.progress(title, steps, self.step) as progress:
+            self.metrics.clock = clock = Stopwatch()
             for number, (views, labels, _) in enumerate(loader):
-                self.micro_batch = number % args.accum_steps
+                clock.data_arrived()
+                part = number % args.accum_steps
                 entropy = args.seed, self.epoch, self.step, get_rank()
-                seed_everything(*entropy if self.step_begins else (*entropy, self.micro_batch))
-                if self.step_begins:
-                    self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, to lower the peak memory
-                self.metrics.data_seconds += time.perf_counter() - waiting
-                yield views, labels
-                if self.step_ends:
-                    self.metrics.seconds = time.perf_counter() - started
-                    self.metrics.images = self.images - images_before
+                seed_everything(*entropy, part) if part else seed_everything(*entropy)
+                last = part == args.accum_steps - 1
+                yield views, labels, part == 0, last
+                clock.trained(loader.images_per_step * get_world_size() if last else 0)
+                if last:
                     progress.step(self._bar_text, self._line_text)
                 heartbeat()
-                waiting = time.perf_counter()
+
+    def progress(self, title: str, total: int, initial: int = 0) -> Progress:
+        """What shows the progress of an epoch or an evaluation on the screen, every --print-freq steps."""
+        return Progress(title, total, self.args.print_freq, initial)
 
     def _bar_text(self) -> str:
-        """The text of the bar: loss, rate, speed, time left of the whole run, best validation so far."""
-        metrics, lr = self.metrics, self.optimizer.param_groups[0]["lr"]
-        speed = metrics.images / metrics.seconds
+        """The text of the bar: the first figure (the loss), rate, speed, time left of the whole run, best so far."""
+        lr, speed = self.optimizer.param_groups[0]["lr"], self.metrics.clock.images_per_second
+        name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
         left = ((self.args.epochs - self.epoch) * per_epoch - self.images) / speed
-        best = f", best {percent(self.best)} %" if self.best else ""
-        return f"loss {metrics.means()['loss']:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
+        best = f", best {100 * self.best:.1f} %" if self.best else ""
+        return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
 
     def _line_text(self) -> str:
-        """The text of a line: means of the epoch so far, accuracies in per cent, speed, wait for data per step."""
-        metrics = self.metrics
+        """The text of a line: means of the epoch so far, accuracies in percent, speed, wait for data per step."""
+        clock = self.metrics.clock
         means = [
-            f"{name} {percent(mean)} %" if name.startswith("top") else f"{name} {mean:.4g}"
-            for name, mean in metrics.means().items()
+            f"{name} {100 * mean:.1f} %" if name.startswith(("top1_", "top5_")) else f"{name} {mean:.4g}"
+            for name, mean in self.metrics.means().items()
         ]
-        steps = metrics.images / (self.loader.images_per_step * get_world_size())
-        speed = f"{metrics.images / metrics.seconds:.0f} images/s"
-        waits = f"data {metrics.data_seconds / steps:.3f} of {metrics.seconds / steps:.3f} s per step"
-        return ", ".join([*means, speed, waits])
-
-    def accumulate(self, model):
-        """The context of a forward pass: ranks average their gradients only in a step's last backward pass."""
-        if self.step_ends or not isinstance(model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return model.no_sync()
+        steps = clock.images / (self.loader.images_per_step * get_world_size())
+        waits = f"data {clock.data_seconds / steps:.3f} of {clock.seconds / steps:.3f} s per step"
+        return ", ".join([*means, f"{clock.images_per_second:.0f} images/s", waits])
 
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""
-        return torch.autocast(self.device.type, AUTOCAST.get(self.args.amp), enabled=self.args.amp != "none")
+        dtype = AUTOCAST.get(self.args.amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def backward(self, loss):
-        """Adds the gradients of a micro-batch's share of the step's mean loss.
+        """Adds the gradients of a loss, a micro-batch's share of the step's mean loss."""
+        self.not_finite.append(~loss.detach().isfinite())
+        self.scaler.scale(loss).backward()
 
-        Raises UserError on all ranks, before any weight moves, if a loss is not finite.
+    def optimizer_step(self, optimizer):
+        """Updates the weights and counts the step.
+
+        Raises UserError on all ranks, before any weight moves, if a loss or gradient is not finite on any of them.
+        Gradients of fp16 are the scaler's: it skips a step whose gradients overflow, and lowers its scale.
         """
-        self.flags = StepFlags(loss, stop_requested())
-        self.scaler.scale(loss / self.args.accum_steps).backward()
-        if not self.flags.loss_is_finite():
-            own = None if loss.isfinite() else self.loader.locate()
-            where = next(text for text in gather_objects(own) if text)
-            raise UserError(
-                f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:g}; weights and checkpoints stay as they were; lower --lr, or "
-                f"look at the batch of {where}",
-                on_all_ranks=True,
-            )
-
-    def optimizer_step(self):
-        """Updates the weights and counts the step, once its last micro-batch has its gradients."""
-        if not self.step_ends:
-            return
-        self.scaler.step(self.optimizer)
+        self.check_finite(optimizer)
+        self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
         self.images += self.loader.images_per_step * get_world_size()
 
-    def end_epoch(self, results: dict[str, dict], best: str):
-        """Logs the epoch and saves it, also as best if the classifier named `best` has its best class mean.
+    def check_finite(self, optimizer):
+        """What the ranks agree on in a step, in one exchange: losses and gradients are finite; is a stop asked for?"""
+        bad_loss = torch.stack(self.not_finite).any()
+        self.not_finite = []
+        bad_gradient = torch.zeros_like(bad_loss)
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            bad_gradient = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        flags = torch.stack([bad_loss, bad_gradient, torch.full_like(bad_loss, stop_requested())]).to(torch.int32)
+        bad_loss, bad_gradient, self.stopping = map(bool, all_reduce(flags, torch.distributed.ReduceOp.MAX).tolist())
+        if not bad_loss and not bad_gradient:
+            return
+        terms = self.metrics.not_finite()
+        found = gather_objects((terms, self.loader.locate()) if terms else None)
+        terms, where = next((one for one in found if one), ([], self.loader.locate()))
+        what = f"the loss is not finite ({', '.join(terms)})" if bad_loss else "gradients are not finite, the loss is"
+        raise UserError(
+            f"{what} at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:g}; this step changed no weight and no checkpoint; lower --lr, or "
+            f"look at the batch of {where}; torch.autograd.set_detect_anomaly(True) finds the operation",
+            on_all_ranks=True,
+        )
 
-        results: classifier -> its record of the validation list, empty without a validation. Raises Stopped if a stop
-        was asked for.
+    def save_if_due(self):
+        """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
+        if self.stopping:
+            checkpoint.save(self)
+            raise checkpoint.stopped(self)
+        if self.args.save_every_steps and self.step % self.args.save_every_steps == 0:
+            checkpoint.save(self)
+
+    def stop_if_asked(self):
+        """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
+        if any(gather_objects(stop_requested())):
+            if self.step and not self.args.evaluate:
+                checkpoint.save(self)
+            raise checkpoint.stopped(self)
+
+    def end_epoch(self, folder, results: dict[str, dict]):
+        """Logs the epoch and saves it, also as best if the last classifier has its best class mean.
+
+        folder: the RunFolder; results: classifier -> its record of the validation list, empty without a validation.
+        Raises Stopped if a stop was asked for.
         """
-        means, speed = self.metrics.global_means(), self.metrics
+        means, clock = self.metrics.global_means(), self.metrics.clock
         record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
         record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
-        record |= {"images_per_second": speed.images / max(speed.seconds, 1e-9), "seconds": speed.seconds}
-        is_best = bool(results) and results[best]["class_mean"] > self.best
-        if is_best:
-            self.best = results[best]["class_mean"]
+        record |= {"images_per_second": clock.images_per_second, "seconds": clock.seconds}
+        class_mean = results[self.model.classifiers[-1]]["class_mean"] if results else 0.0
+        is_best = class_mean > self.best
+        self.best = max(class_mean, self.best)
         self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.without_values()
         with raise_on_all_ranks():
             if is_main_process():
-                self.folder.write_epoch(record)
-        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
+                folder.write_epoch(record)
+        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith(("top1_", "top5_"))]
         accuracies = [
             f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"
             for name, result in results.items()
@@ -236,4 +276,4 @@ class TrainState:
         summary = ", ".join(losses + accuracies)
         print_main(f"epoch {self.epoch}/{self.args.epochs}: {summary}; {record['seconds']:.0f} s")
         checkpoint.save(self, is_best)
-        checkpoint.stop_if_asked(self)
+        self.stop_if_asked()

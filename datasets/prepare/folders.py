@@ -12,7 +12,8 @@ from utils.images import is_image_file
 
 from ..layout import as_listed, missing_entries
 from ..splits import SPLITS, Split, class_folders, visible_classes
-from .list_writer import list_content, write_files
+from .list_writer import list_files, read_entries, write_files
+from .trees import require_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
 COARSE, SHOWN = 10, 10  # test images below which a class is named; classes named at most
@@ -39,7 +40,7 @@ def split_class(count: int, val: float, test: float) -> tuple[int, int]:
     return held[0], held[1]
 
 
-def class_images(root: Path):
+def class_paths(root: Path):
     """({class: paths below root}, notes) of root/<class>/<image>, images in deeper folders included.
 
     Classes are in sorted order; hidden folders and files, and folders without images, are left out. notes: one line for
@@ -50,32 +51,45 @@ def class_images(root: Path):
         folders = visible_classes(root)
     except FileNotFoundError:
         folders = []
-    if not folders:
-        raise UserError(f"{root}: has no class folders; DIR is the folder that contains one folder of images per class")
-    images, irregular = {name: [] for name in folders}, []
     numbers = {name: i for i, name in enumerate(folders)}
-    for file, number in make_dataset(root, numbers, is_valid_file=is_image_file, allow_empty=True):
-        found = images[folders[number]] if os.path.isfile(file) else irregular
-        found.append(os.path.relpath(file, root).replace(os.sep, "/"))
-    notes = [f"left out: {path} is not a regular file" for path in irregular]
-    notes += [f"{name}: no images in it, left out" for name in folders if not images[name]]
-    notes += other_files(root, folders)
-    images = {name: found for name, found in images.items() if found}
-    if len(images) < 2:
-        raise UserError(f"{root}: images of fewer than two classes ({folders[0]}, ...); give the folder above")
-    return images, notes
+    files = make_dataset(root, numbers, is_valid_file=lambda file: True, allow_empty=True) if folders else []
+    paths, notes, endings = {name: [] for name in folders}, [], Counter()
+    for file, number in files:
+        path = os.path.relpath(file, root).replace(os.sep, "/")
+        if os.path.basename(file).startswith("."):
+            continue
+        if not os.path.isfile(file):
+            notes.append(f"left out: {path} is not a regular file")
+        elif is_image_file(file):
+            paths[folders[number]].append(path)
+        else:
+            endings[os.path.splitext(file)[1].lower() or "none"] += 1
+    notes += [f"{name}: no images in it, left out" for name in folders if not paths[name]]
+    kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
+    for ending, number in sorted(endings.items()):
+        notes.append(f"left out: {number} files with the ending {ending}; convert them to one of {kinds}")
+    paths = {name: found for name, found in paths.items() if found}
+    if len(paths) < 2:
+        hint = "DIR is the folder that contains one folder of images per class"
+        raise UserError(f"{root}: has fewer than two class folders with images; {hint}")
+    return paths, notes
+
+
+def join_names(names, most: int) -> str:
+    """The first names, separated by commas."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def split_folder(root: Path, val: float, test: float, seed: int):
     """(classes, {split: entries}, notes): the images of every class drawn for train, val and test.
 
-    notes: those of class_images, and one line for each split that lacks classes. Raises UserError as class_images does.
+    notes: those of class_paths, and one line for each split that lacks classes. Raises UserError as class_paths does.
     """
-    images, notes = class_images(root)
+    paths, notes = class_paths(root)
     random = np.random.RandomState(seed)
     entries = {split: [] for split in SPLITS}
-    lacking = {"val": [], "test": []}
-    for label, (name, found) in enumerate(images.items()):
+    lacking = {split: [] for split in SPLITS}
+    for label, (name, found) in enumerate(paths.items()):
         order = random.permutation(len(found))
         held_val, held_test = split_class(len(found), val, test)
         parts = np.split(order, [held_test, held_test + held_val])
@@ -83,16 +97,14 @@ def split_folder(root: Path, val: float, test: float, seed: int):
             entries[split] += [(found[i], label) for i in sorted(chosen.tolist())]
             if not len(chosen):
                 lacking[split].append(name)
-    kept = {"val": val, "test": test}
-    for split, needed in (("val", 3 if test else 2), ("test", 2)):
-        if (names := lacking[split]) and kept[split]:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{split}: no image of {len(names)} classes that have fewer than {needed} images: {shown}")
-    for split, other in (("val", "test"), ("test", "val")):
-        if not kept[split]:
+    for split, share, other, needed in (("val", val, "test", 3 if test else 2), ("test", test, "val", 2)):
+        if not share:
             entries[split] = entries[other]
             notes.append(f"{split}: no images of its own (--{split} 0), so the {other} images are used")
-    return list(images), entries, notes
+        elif names := lacking[split]:
+            which = f"{len(names)} classes that have fewer than {needed} images: {join_names(names, 5)}"
+            notes.append(f"{split}: no image of {which}")
+    return list(paths), entries, notes
 
 
 def coarse_note(classes: list[str], tested) -> list[str]:
@@ -101,21 +113,9 @@ def coarse_note(classes: list[str], tested) -> list[str]:
     coarse = sorted((count, name) for count, name in zip(counts, classes, strict=True) if count < COARSE)
     if not coarse:
         return []
-    shown = ", ".join(f"{name} {count}" for count, name in coarse[:SHOWN]) + (", ..." if len(coarse) > SHOWN else "")
-    number = f"{len(coarse)} of {len(classes)} classes have" if len(coarse) > 1 else f"1 of {len(classes)} classes has"
+    number = f"{len(coarse)} of {len(classes)} classes {'have' if len(coarse) > 1 else 'has'}"
+    shown = join_names([f"{name} {count}" for count, name in coarse], SHOWN)
     return [f"test: {number} fewer than {COARSE} images, so that their accuracies are coarse: {shown}"]
-
-
-def other_files(root: Path, folders) -> list[str]:
-    """One line per file name ending that torchvision does not read as an image, such as .heic; skips hidden files."""
-    files = [file for name in folders for file in (root / name).rglob("*") if file.is_file()]
-    endings = Counter(f.suffix.lower() or "none" for f in files if not f.name.startswith("."))
-    kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
-    others = sorted(endings.keys() - set(IMG_EXTENSIONS))
-    return [
-        f"left out: {endings[ending]} files with the ending {ending}; convert them to one of {kinds}"
-        for ending in others
-    ]
 
 
 def own_splits(root: Path):
@@ -123,9 +123,10 @@ def own_splits(root: Path):
     there = [split for split in SPLITS if (root / split).is_dir()]
     entries, classes = {}, None
     for split in there:  # train comes first: it numbers the classes
-        images, classes = class_folders(root, split, classes)
-        Split(split, str(root), images, missing=tuple(missing_entries(images, root, as_listed, split))).require()
-        entries[split] = [(images.path(i), int(images.labels[i])) for i in range(len(images))]
+        image_list, classes = class_folders(root, split, classes)
+        missing = missing_entries(image_list, root, as_listed, split)
+        require_files(Split(split, str(root), image_list, missing=tuple(missing)))
+        entries[split] = read_entries(image_list)
     notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: these splits are kept"]
     for split, other in (("val", "test"), ("test", "val")):
         if split not in entries:
@@ -135,18 +136,12 @@ def own_splits(root: Path):
 
 
 def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int, overwrite: bool):
-    """Writes out/{train,val,test}.txt and classes.txt for the images below root; returns ({split: entries}, notes)."""
+    """Writes out/{train,val,test}.txt and classes.txt; returns (classes, {split: entries}, notes)."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     split_already = (root / "train").is_dir() and any((root / split).is_dir() for split in ("val", "test"))
     classes, entries, notes = own_splits(root) if split_already else split_folder(root, val, test, seed)
-    notes += coarse_note(classes, entries["test"])
     if not entries["val"] or not entries["test"]:
-        raise UserError(
-            f"{root}: no class has enough images: there is nothing to validate on, or to test on; add images"
-        )
-    files = {f"{split}.txt": list_content(entries[split]) for split in SPLITS}
-    files["classes.txt"] = "".join(f"{name}\n" for name in classes).encode(errors="surrogateescape")
-    out.mkdir(parents=True, exist_ok=True)
-    write_files(out, files, overwrite)
-    return entries, notes
+        raise UserError(f"{root}: has too few images of each class to validate on, or to test on; add images")
+    write_files(out, list_files(entries, classes), overwrite)
+    return classes, entries, notes + coarse_note(classes, entries["test"])

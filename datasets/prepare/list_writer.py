@@ -6,7 +6,14 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import atomic_write
 
-from ..lists import parse_line
+from ..lists import ImageList, parse_line
+from ..splits import CLASSES_FILE
+
+
+def read_entries(image_list: ImageList, numbers=None) -> list[tuple[str, int]]:
+    """(path, label) of the entries with these numbers, by default of all."""
+    numbers = range(len(image_list)) if numbers is None else numbers
+    return [(image_list.path(i), int(image_list.labels[i])) for i in numbers]
 
 
 def list_content(entries) -> bytes:
@@ -23,6 +30,12 @@ def list_content(entries) -> bytes:
     return b"".join(lines)
 
 
+def list_files(lists: dict[str, list], classes: list[str]) -> dict[str, bytes]:
+    """{name: content} of <split>.txt for every split's entries, and of classes.txt."""
+    files = {f"{split}.txt": list_content(entries) for split, entries in lists.items()}
+    return files | {CLASSES_FILE: os.fsencode("".join(f"{name}\n" for name in classes))}
+
+
 def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool):
     """Raises UserError if one of the files exists with another content and may not be overwritten."""
     for name, content in files.items():
@@ -31,18 +44,12 @@ def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool)
             raise UserError(f"{file}: exists with other content; keep it, or replace it with --overwrite")
 
 
-def write_files(folder: Path, files: dict[str, bytes], overwrite: bool = False) -> list[str]:
-    """Writes {name: content} into the folder and returns the names of those that were not there already.
-
-    Before anything is written, raises UserError as refuse_other_content does.
-    """
+def write_files(folder: Path, files: dict[str, bytes], overwrite: bool):
+    """Writes {name: content} into the folder, apart from what is there; first, refuse_other_content."""
     refuse_other_content(folder, files, overwrite)
-    written = []
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         file = folder / name
-        if file.is_file() and file.read_bytes() == content:
-            continue
-        with atomic_write(file) as target:
-            target.write(content)
-        written.append(name)
-    return written
+        if not file.is_file() or file.read_bytes() != content:
+            with atomic_write(file) as target:
+                target.write(content)

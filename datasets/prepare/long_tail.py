@@ -4,9 +4,9 @@ import os
 import re
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,13 @@ from utils.errors import UserError, one_line
 from utils.files import atomic_write
 from utils.images import is_image_file
 
-from ..splits import CLASSES_FILE, class_folders
-from .list_writer import list_content, refuse_other_content, write_files
+from ..splits import SPLITS, class_folders
+from .list_writer import list_files, read_entries, refuse_other_content, write_files
 from .published import download_errors
+from .trees import make_link
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from the package dataset-fashion-mnist
+IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 CIFAR = {10: CIFAR10, 100: CIFAR100}
 WRITTEN = re.compile(r"\w+/\d+_[^/]+/\d{5}\.png")  # the images that write_long_tail writes
 
@@ -43,18 +45,17 @@ def long_tail_counts(largest: int, imbalance, num_classes: int) -> list[int]:
     return counts
 
 
-@dataclass
-class SmallImages:
-    """A data set in memory: images uint8 (N, H, W) or (N, H, W, 3), labels int (N,)."""
+class SmallImages(NamedTuple):
+    """A data set in memory: pixels uint8 (N, H, W) or (N, H, W, 3), labels int (N,)."""
 
     classes: list[str]
-    train_images: np.ndarray
+    train_pixels: np.ndarray
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_pixels: np.ndarray
     test_labels: np.ndarray
 
 
-def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
+def read_fashion_mnist(source: Path | None, download_to: Path, url=None) -> SmallImages:
     """Fashion-MNIST from the idx files, plain or gzipped, in source; by default Debian's, else downloaded.
 
     url: a mirror for the download. Raises UserError if the files are missing or damaged.
@@ -68,38 +69,28 @@ def read_fashion_mnist(source, download_to: Path, url=None) -> SmallImages:
         with download_errors("Fashion-MNIST", hint):
             download(str(download_to), download=True)
         source = download_to / "FashionMNIST" / "raw"
-
-    def read(reader, name):
-        with tempfile.TemporaryDirectory() as unpacked:
-            file = Path(source) / name
-            archive = file.with_name(f"{name}.gz")
-            try:
-                if not file.is_file():
-                    if not archive.is_file():
-                        raise UserError(f"--source {source}: neither {name} nor {name}.gz is in it")
-                    file = Path(extract_archive(str(archive), unpacked))
-                return reader(str(file)).numpy()
-            except UserError:
-                raise
-            except Exception as error:  # the reader raises nearly anything on a damaged file
-                raise UserError(f"{file}: damaged, or not an idx file ({one_line(error)})") from None
-
-    data = SmallImages(
-        FashionMNIST.classes,
-        read(read_image_file, "train-images-idx3-ubyte"),
-        read(read_label_file, "train-labels-idx1-ubyte"),
-        read(read_image_file, "t10k-images-idx3-ubyte"),
-        read(read_label_file, "t10k-labels-idx1-ubyte"),
-    )
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-        if len(images) != len(labels):
-            raise UserError(f"{source}: {len(images)} images but {len(labels)} labels; get the files again")
-        if labels.max() >= len(data.classes):
-            raise UserError(f"{source}: a label of {labels.max()}, of {len(data.classes)} classes; get the files again")
+    data = SmallImages(FashionMNIST.classes, *(read_idx(source, name) for name in IDX_FILES))
+    for pixels, labels in ((data.train_pixels, data.train_labels), (data.test_pixels, data.test_labels)):
+        if len(pixels) != len(labels) or labels.max() >= len(data.classes):
+            found = f"{len(pixels)} images, {len(labels)} labels, the largest {labels.max()}"
+            raise UserError(f"{source}: {found}, of {len(data.classes)} classes; get the files again")
     return data
 
 
-def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallImages:
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The array in an idx file of the folder, or in its gzipped form. Raises UserError."""
+    file, archive = folder / name, folder / f"{name}.gz"
+    if not file.is_file() and not archive.is_file():
+        raise UserError(f"--source {folder}: neither {name} nor {name}.gz is in it")
+    reader = read_image_file if "images" in name else read_label_file
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            return reader(str(file) if file.is_file() else extract_archive(str(archive), unpacked)).numpy()
+        except Exception as error:  # the reader raises nearly anything on a damaged file
+            raise UserError(f"{folder / name}: damaged, or not an idx file ({one_line(error)})") from None
+
+
+def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=None) -> SmallImages:
     """CIFAR-10 or CIFAR-100, whose checksums torchvision verifies, from source or downloaded.
 
     source: the published tar.gz, its unpacked folder, or a folder that holds either. url: a mirror's folder.
@@ -111,30 +102,23 @@ def read_cifar(num_classes: int, source, download_to: Path, url=None) -> SmallIm
         hint = f"or fetch {original.url} by hand and give it with --source"
         with download_errors(f"CIFAR-{num_classes}", hint):
             download(str(download_to), download=True)
-        return load_cifar(original, download_to)
-    source = Path(source)
-    if source.name == original.base_folder and source.is_dir():
-        return load_cifar(original, source.parent)
-    if (source / original.base_folder).is_dir():
-        return load_cifar(original, source)
+        source = download_to
+    folder = source.parent if source.name == original.base_folder else source
     archive = source if source.is_file() else source / original.filename
-    if not archive.is_file():
-        raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
     with tempfile.TemporaryDirectory() as unpacked:
+        if not (folder / original.base_folder).is_dir():
+            if not archive.is_file():
+                raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
+            try:
+                with tarfile.open(archive) as tar:
+                    tar.extractall(unpacked, filter="data")  # refuses members that would be written outside
+            except Exception as error:  # truncated, not an archive, disk full
+                raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
+            folder = unpacked
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")  # refuses members that would be written outside
-        except Exception as error:  # truncated, not an archive, disk full
-            raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
-        return load_cifar(original, Path(unpacked), named=archive)
-
-
-def load_cifar(original, root: Path, named=None) -> SmallImages:
-    """Reads the unpacked files below root; named: their name in messages."""
-    try:
-        train, test = original(str(root), train=True), original(str(root), train=False)
-    except RuntimeError as error:
-        raise UserError(f"{named or root / original.base_folder}: incomplete or damaged ({one_line(error)})") from None
+            train, test = (original(str(folder), train=part) for part in (True, False))
+        except RuntimeError as error:
+            raise UserError(f"{source}: incomplete or damaged ({one_line(error)})") from None
     return SmallImages(train.classes, train.data, np.array(train.targets), test.data, np.array(test.targets))
 
 
@@ -154,124 +138,98 @@ def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
     return train, rest
 
 
-def choose(labels: np.ndarray, classes: list[str], largest, imbalance, held_out: int, seed: int):
-    """(training images per class, training image numbers, held-out image numbers) of a long-tailed selection.
+class Selection(NamedTuple):
+    """What determines a long-tailed selection.
 
-    labels: class of every image; largest: images of the first class, by default the smallest class's without the
-    held-out ones; held_out: images of each class that are kept for validation. Raises UserError if a class has too few.
+    largest: training images of the first class, None for as many as the smallest class has beside the held-out ones;
+    imbalance: largest class over smallest; held_out: images of each class that are kept for validation.
     """
-    available = np.bincount(labels, minlength=len(classes)).tolist()
-    largest = min(available) - held_out if largest is None else largest
-    if largest < 1:
-        name = classes[available.index(min(available))]
-        if not held_out:
-            raise UserError(f"class {name} has no training images; remove its folder, or give --max-per-class")
-        raise UserError(f"--held-out {held_out}: class {name} has {min(available)} images, none is left; lower it")
-    counts = long_tail_counts(largest, imbalance, len(classes))
-    for name, count, number in zip(classes, counts, available, strict=True):
-        if count + held_out > number:
-            kept, hint = (f" next to {held_out} held out", ", or --held-out") if held_out else ("", "")
-            raise UserError(
-                f"--max-per-class {largest}: class {name} has {number} images, at most {number - held_out} to train on"
-                f"{kept}, not {count}; lower it{hint}"
-            )
-    if Fraction(imbalance) > largest:
-        raise UserError(f"--imbalance {imbalance}: leaves the last class without images; at most {largest} here")
-    return counts, *pick(labels, counts, held_out, seed)
+
+    largest: int | None
+    imbalance: str | float
+    held_out: int
+    seed: int
+
+    def choose(self, labels: np.ndarray, classes: list[str]):
+        """(training images per class, training image numbers, held-out image numbers); labels: class of every image.
+
+        Raises UserError if a class has too few images.
+        """
+        held_out = self.held_out
+        available = np.bincount(labels, minlength=len(classes)).tolist()
+        fewest, name = min(zip(available, classes, strict=True))
+        largest = fewest - held_out if self.largest is None else self.largest
+        if largest < 1:
+            what = f"--held-out {held_out} keeps none of its {fewest} images to train on"
+            raise UserError(f"class {name}: {what}; lower it, or remove the class")
+        counts = long_tail_counts(largest, self.imbalance, len(classes))
+        for name, count, number in zip(classes, counts, available, strict=True):
+            if count + held_out > number:
+                what = f"class {name} has {number} images, too few for {count} and --held-out {held_out}"
+                raise UserError(f"--max-per-class {largest}: {what}; give at most {number - held_out}")
+        if counts[-1] == 0:
+            raise UserError(f"--imbalance {self.imbalance}: the last class would get no image; at most {largest}")
+        return counts, *pick(labels, counts, held_out, self.seed)
 
 
-def write_long_tail(data: SmallImages, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
-    """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt; returns the training counts.
+def write_long_tail(data: SmallImages, out: Path, selection: Selection, overwrite: bool):
+    """Writes out/{train,val,test}/<class>/<number>.png, the three lists and classes.txt.
 
-    The arguments are those of choose; held_out 0: the test images are used for validation too. Files that exist are
-    kept. Raises UserError as choose does, if out holds a different selection and overwrite is not set, and if images of
-    someone else are in the folders of out, or behind links there.
+    Returns ({split: entries}, training counts); without held-out images val's entries are test's, the same object.
+    Files that exist are kept. Raises UserError as Selection.choose does, if out holds a different selection and
+    overwrite is not set, and if images of someone else are in the folders of out, or behind links there.
     """
-    counts, train, held = choose(data.train_labels, data.classes, largest, imbalance, held_out, seed)
+    counts, chosen, held = selection.choose(data.train_labels, data.classes)
     digits = len(str(len(data.classes) - 1))
     folders = [f"{c:0{digits}}_{name.lower().replace('/', '_')}" for c, name in enumerate(data.classes)]
-
-    def entries(split, numbers, labels):
-        return [(f"{split}/{folders[labels[i]]}/{i:05}.png", int(labels[i])) for i in numbers]
-
-    lists = {
-        "train": entries("train", train, data.train_labels),
-        "val": entries("val", held, data.train_labels),
-        "test": entries("test", range(len(data.test_labels)), data.test_labels),
+    sources = {
+        "train": (chosen, data.train_pixels, data.train_labels),
+        "val": (held, data.train_pixels, data.train_labels),
+        "test": (range(len(data.test_labels)), data.test_pixels, data.test_labels),
     }
-    images = {path: data.train_images[i] for (path, _), i in zip(lists["train"], train, strict=True)}
-    images |= {path: data.train_images[i] for (path, _), i in zip(lists["val"], held, strict=True)}
-    images |= {path: image for (path, _), image in zip(lists["test"], data.test_images, strict=True)}
-    if not held_out:
+    lists, images = {}, {}
+    for split, (numbers, pixels, labels) in sources.items():
+        lists[split] = [(f"{split}/{folders[labels[i]]}/{i:05}.png", int(labels[i])) for i in numbers]
+        images |= {path: pixels[i] for (path, _), i in zip(lists[split], numbers, strict=True)}
+    if not held:
         lists["val"] = lists["test"]
     files = list_files(lists, data.classes)
-
     refuse_other_content(out, files, overwrite)
     remove_other_images(out, images, overwrite)
     write_images(out, images)
     write_files(out, files, overwrite)
-    return counts
+    return lists, counts
 
 
-def list_files(lists: dict[str, list], classes: list[str]) -> dict[str, bytes]:
-    """{name: content} of the list files and classes.txt; lists: split -> entries."""
-    files = {CLASSES_FILE: "".join(f"{name}\n" for name in classes).encode()}
-    return files | {f"{split}.txt": list_content(entries) for split, entries in lists.items()}
+def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: bool):
+    """Writes the lists of a long-tailed selection from class folders, with links to them in out: no image is copied.
 
-
-def link_long_tail(source: Path, out: Path, largest, imbalance, held_out: int, seed: int, overwrite: bool):
-    """Writes the lists of a long-tailed selection from class folders; returns ({split: number of images}, counts).
-
-    Test images are those of test/, else of val/; validation images the held-out ones of train/, else those of val/,
-    else the test images: their number is then 0.
-
-    source: has train/<class>/<image>, and test/ or val/ with the same classes; out gets links to these folders, so that
-    no image is copied; overwrite: replace lists and links of another selection. The other arguments are those of
-    choose. Raises UserError as choose does, and if source or out cannot be used.
+    source: has train/<class>/<image>, and test/ or val/ with the same classes. Test images are those of test/, else of
+    val/; validation images the held-out ones of train/, else those of val/, else the test images. Returns what
+    write_long_tail does. overwrite: replace lists and links of another selection. Raises UserError as Selection.choose
+    does, and if source or out cannot be used.
     """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; name the one that contains train/ and test/")
-    held_splits = [split for split in ("test", "val") if (source / split).is_dir()]
-    if not (source / "train").is_dir() or not held_splits:
-        raise UserError(
-            f"{source}: must have train/<class>/<image>, and test/ or val/ with the same class folders"
-            " (prepare folder takes plain class folders)"
-        )
+    others = [split for split in ("test", "val") if (source / split).is_dir()]
+    if not (source / "train").is_dir() or not others:
+        what = "must have train/<class>/<image>, and test/ or val/ with the same class folders"
+        raise UserError(f"{source}: {what} (prepare folder takes plain class folders)")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the source itself; choose another folder for the lists")
     train, classes = class_folders(source, "train")
     if len(classes) < 2:
         raise UserError(f"{source / 'train'}: has one class folder; a long tail needs two classes")
-
-    def entries(images, numbers=None):
-        numbers = range(len(images)) if numbers is None else numbers
-        return [(images.path(i), int(images.labels[i])) for i in numbers]
-
-    counts, chosen, held = choose(train.labels.numpy(), classes, largest, imbalance, held_out, seed)
-    lists = {split: entries(class_folders(source, split, classes)[0]) for split in held_splits}
-    lists = {"train": entries(train, chosen), "val": lists[held_splits[-1]], "test": lists[held_splits[0]]}
-    if held_out:
-        lists["val"] = entries(train, held)
+    counts, chosen, held = selection.choose(train.labels.numpy(), classes)
+    entries = {split: read_entries(class_folders(source, split, classes)[0]) for split in others}
+    lists = {"train": read_entries(train, chosen), "val": entries[others[-1]], "test": entries[others[0]]}
+    if held:
+        lists["val"] = read_entries(train, held)
     files = list_files(lists, classes)
     refuse_other_content(out, files, overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    for split in ("train", *held_splits):
-        link_folder(out / split, source / split, overwrite)
+    for split in ("train", *others):
+        make_link(out / split, os.path.abspath(source / split), overwrite, "--out")
     write_files(out, files, overwrite)
-    sizes = {split: len(found) for split, found in lists.items()}
-    return sizes | ({"val": 0} if lists["val"] is lists["test"] else {}), counts
-
-
-def link_folder(link: Path, folder: Path, overwrite: bool):
-    """Makes a symbolic link to a folder. Raises UserError if something else is there, a link only without overwrite."""
-    target = os.path.abspath(folder)
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    if link.is_symlink() and overwrite:
-        link.unlink()
-    if os.path.lexists(link):
-        raise UserError(f"{link}: exists and is not a link to {target}; choose another --out")
-    link.symlink_to(target)
+    return lists, counts
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):
@@ -281,7 +239,7 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
     not write. Files that are not images (.DS_Store, Thumbs.db) stay.
     """
     others = []
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         for path in sorted([out / split, *out.glob(f"{split}/*"), *out.glob(f"{split}/*/*")]):
             name = path.relative_to(out).as_posix()
             if path.is_symlink():

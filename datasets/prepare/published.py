@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import shutil
 import socket
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlretrieve
-
-from tqdm import tqdm
+from urllib.request import urlopen
 
 from utils.errors import UserError, one_line
-from utils.files import atomic_write
 
 from ..lists import ImageList
+from .list_writer import write_files
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data" / "manifest.json"
 TIMEOUT = 60  # seconds without a byte
@@ -30,29 +27,21 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def check_list(content: bytes, source: str, facts: dict, num_classes: int) -> ImageList:
-    """The list's images. Raises UserError, naming source and what is wrong, if it is not the one that facts describe.
+def check_list(content: bytes, source: str, facts: dict) -> ImageList:
+    """The list in content. Raises UserError, naming source and what is wrong, if it is not the one of the manifest.
 
     facts: a split of the manifest.
     """
+    found, name, wanted = git_blob_id(content), facts["file"], facts["git_blobs"]
+    if found in wanted:
+        return ImageList.from_bytes(name, content)
     if content.lstrip()[:1] == b"<":
         raise UserError(f"{source}: an HTML page, not a list (an error or login page?); fetch it by hand, use --from")
     lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if lines != facts["lines"]:
-        raise UserError(f"{source}: {lines} lines, {facts['file']} has {facts['lines']}: cut short, or another list")
-    images = ImageList.from_bytes(source, content)
-    if images.num_classes != num_classes:
-        raise UserError(f"{source}: {images.num_classes} classes, {facts['file']} has {num_classes}: another list")
-    counts = images.counts(num_classes)
-    for bound, count in (("max_per_class", int(counts.max())), ("min_per_class", int(counts.min()))):
-        if facts.get(bound, count) != count:
-            raise UserError(f"{source}: {bound} is {count}, in {facts['file']} it is {facts[bound]}: another list")
-    if git_blob_id(content) not in facts["git_blobs"]:
-        raise UserError(
-            f"{source}: git blob id {git_blob_id(content)}, that of {facts['file']} is {facts['git_blobs'][0]}: "
-            "an altered list, or one with other line endings"
-        )
-    return images
+        raise UserError(f"{source}: {lines} lines, {name} has {facts['lines']}: cut short, or another list")
+    changed = "an altered list, or one with other line endings"
+    raise UserError(f"{source}: git blob id {found}, that of {name} is {wanted[0]}: {changed}")
 
 
 @contextmanager
@@ -68,27 +57,32 @@ def download_errors(what: str, hint: str):
         socket.setdefaulttimeout(before)
 
 
-def download(url: str, file: str):
-    """Downloads url into file with a progress bar on a terminal. Raises UserError."""
-    with (
-        download_errors(url, "or fetch the list by hand and give it with --from"),
-        tqdm(desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True, disable=None) as bar,
-    ):
-
-        def report(blocks, block_size, total):
-            bar.total = max(total, 0) or None
-            bar.update(blocks * block_size - bar.n)
-
-        urlretrieve(url, file, report)
+def download(url: str) -> bytes:
+    """The content of a small file. Raises UserError."""
+    print(f"downloading {url}", flush=True)
+    with download_errors(url, "or fetch the list by hand and give it with --from"), urlopen(url) as response:
+        return response.read()
 
 
-def find_on_disk(given: Path, facts: dict, name: str) -> Path | None:
-    """The list in given: the file itself if its name or id matches, else a file in a usual place below it."""
-    if given.is_file():
-        known = given.name == facts["file"] or git_blob_id(given.read_bytes()) in facts["git_blobs"]
-        return given if known else None
-    folders = (given, given / "data", given / name, given / "data" / name)
-    return next((folder / facts["file"] for folder in folders if (folder / facts["file"]).is_file()), None)
+def find_on_disk(given: Path, name: str, wanted: dict[str, dict]) -> dict[str, Path]:
+    """{split: list} of the wanted lists in given: a list with the right file name or content, or a folder.
+
+    name: the data set's, which folders of lists have. Raises UserError if there is none.
+    """
+    if not given.exists():
+        raise UserError(f"--from {given}: no such file or folder")
+    found = {}
+    for split, facts in wanted.items():
+        if given.is_file():
+            if given.name == facts["file"] or git_blob_id(given.read_bytes()) in facts["git_blobs"]:
+                found[split] = given
+            continue
+        for folder in (given / "data" / name, given / name, given / "data", given):  # the last one counts
+            if (folder / facts["file"]).is_file():
+                found[split] = folder / facts["file"]
+    if not found:
+        raise UserError(f"--from {given}: holds none of {', '.join(facts['file'] for facts in wanted.values())}")
+    return found
 
 
 def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, overwrite=False) -> dict[str, ImageList]:
@@ -100,34 +94,25 @@ def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, o
     """
     about = manifest(dataset)
     wanted = {split: facts for split, facts in about["splits"].items() if "lines" in facts}
-    if given is not None:
-        if not given.exists():
-            raise UserError(f"--from {given}: no such file or folder")
-        on_disk = {split: find_on_disk(given, facts, about["name"]) for split, facts in wanted.items()}
-        if not any(on_disk.values()):
-            names = ", ".join(facts["file"] for facts in wanted.values())
-            raise UserError(f"--from {given}: holds none of {names}")
+    on_disk = {} if given is None else find_on_disk(given, about["name"], wanted)
     lists = {}
     for split, facts in wanted.items():
         file = out / facts["file"]
         if file.is_file():
             try:
-                lists[split] = check_list(file.read_bytes(), str(file), facts, about["classes"])
+                lists[split] = check_list(file.read_bytes(), str(file), facts)
                 continue
             except UserError as error:
                 if not overwrite:
                     raise UserError(f"{error}; remove it, or replace it with --overwrite") from None
-        if given is not None and on_disk[split] is None:
+        if given is None:
+            source = f"{(url or about['source']).rstrip('/')}/{facts['file']}"
+            content = download(source)
+        elif split in on_disk:
+            source = str(on_disk[split])
+            content = on_disk[split].read_bytes()
+        else:
             continue
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as target:
-            if given is not None:
-                source = str(on_disk[split])
-                shutil.copyfile(source, target.name)
-            else:
-                source = f"{(url or about['source']).rstrip('/')}/{facts['file']}"
-                download(source, target.name)
-            images = check_list(Path(target.name).read_bytes(), source, facts, about["classes"])
-            images.name = str(file)
-            lists[split] = images
+        lists[split] = check_list(content, source, facts)
+        write_files(out, {facts["file"]: content}, overwrite)
     return lists

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -10,7 +11,7 @@ from utils.errors import UserError
 from ..layout import by_split, missing_entries
 from ..splits import Split, find_splits
 
-SORTING = "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"
+SUFFIXES = (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp")
 
 
 def flat(path: str, split: str) -> str:
@@ -24,86 +25,125 @@ def bar(what: str):
     return lambda spans: tqdm(spans, desc=what, unit="k files", disable=None)
 
 
-def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> dict[str, Split]:
-    """The splits of the lists, after a check that all their files are below root.
+class Missing(NamedTuple):
+    """What CAUSES are recognized by: some of a split's missing files, and their folders that are not there."""
 
-    sort_flat: accept test images without class folders. Raises UserError if files are missing: one line with the first
-    ones, their number and the likely cause.
-    """
-    splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
-    for name, split in splits.items():
-        if sort_flat and split.missing and name == "test":
-            missing = tuple(missing_entries(split.images, root, flat, name, bar("unsorted images")))
-            if len(missing) < len(split.missing):
-                splits[name] = split = split._replace(layout=flat, missing=missing)
-        if split.missing:
-            raise UserError(f"{split.missing_message()}; it looks like {diagnose(split)}")
-    return splits
+    split: Split
+    root: Path
+    paths: list[str]  # as listed
+    files: list[str]  # below root, in the split's layout
+    absent: list[str]
+
+
+def irregular_files(missing: Missing):
+    return (file for file in missing.files if os.path.lexists(missing.root / file))
+
+
+def unsorted_files(missing: Missing):
+    paths = [] if missing.split.layout is flat else [flat(path, missing.split.name) for path in missing.paths]
+    return (path for path in paths if (missing.root / path).is_file())
+
+
+def other_roots(missing: Missing):
+    if len(missing.split.missing) < len(missing.split.images):
+        return ()
+    usual = [missing.root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
+    below = sorted(child for child in missing.root.iterdir() if child.is_dir())[:1000]
+    roots = (missing.root.resolve().parent, *usual, *below)
+    paths = missing.paths[:20] + [by_split(path, missing.split.name) for path in missing.paths[:20]]
+    return (root for root in roots if any((root / path).is_file() for path in paths))
+
+
+def class_archives(missing: Missing):
+    return (f"{folder}.tar" for folder in missing.absent if (missing.root / f"{folder}.tar").is_file())
+
+
+def other_suffixes(missing: Missing):
+    others = (PurePosixPath(file).with_suffix(suffix) for file in missing.files for suffix in SUFFIXES)
+    return (other for other in others if (missing.root / other).is_file())
+
+
+CAUSES = (  # cause, with {} for what was found; how to find it; remedy. The first that finds something is named
+    ("something that is not a regular file, such as a FIFO or a broken link ({})", irregular_files,
+     "replace it with the image"),
+    ("an unsorted validation folder, images without class folders ({})", unsorted_files,
+     "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"),
+    ("the wrong root: these files lie below {}", other_roots, "give that folder"),
+    ("class archives that are not unpacked yet ({})", class_archives, "unpack each into a folder of its name"),
+    ("another release or a converted copy ({} is there)", other_suffixes, "get the release that the lists are of"),
+    ("an incomplete copy, or the wrong root: folders such as {} are not there", lambda missing: missing.absent,
+     "copy them, or give the folder that contains them"),
+    ("the wrong release for these lists (ImageNet-LT's are of ILSVRC2012), or files that were lost or removed",
+     lambda missing: missing.files, "get them again"),
+)  # fmt: skip
 
 
 def diagnose(split: Split) -> str:
-    """The likely cause of a split's missing files."""
-    images, root = split.images, Path(split.root)
-    step = max(1, len(split.missing) // 200)
-    paths = [split.images.path(i) for i in split.missing[::step]]
+    """The likely cause of a split's missing files, and its remedy."""
+    root = Path(split.root)
+    paths = [split.images.path(i) for i in split.missing[:: max(1, len(split.missing) // 200)]]
     files = [split.layout(path, split.name) for path in paths]
+    absent = [folder for folder in sorted({os.path.dirname(file) for file in files}) if not (root / folder).is_dir()]
+    missing = Missing(split, root, paths, files, absent)
+    for cause, find, remedy in CAUSES:
+        for found in find(missing):
+            return f"it looks like {cause.format(found)}; {remedy}"
 
-    def any_in(folder, paths):
-        return any((folder / path).is_file() for path in paths)
 
-    if any((root / file).exists() for file in files):
-        return "something that is not a regular file, such as a FIFO, with an image's name; replace it with the image"
-    if split.layout is not flat and any_in(root, [flat(path, split.name) for path in paths]):
-        return f"an unsorted validation folder, images without class folders; {SORTING}"
-    if len(split.missing) == len(images):
-        usual = [root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
-        below = sorted(child for child in root.iterdir() if child.is_dir())[:1000]
-        for base in (root.resolve().parent, *usual, *below):
-            for relative in (paths[:20], [by_split(path, split.name) for path in paths[:20]]):
-                if any_in(base, relative):
-                    return f"the wrong root; these files lie below {base}"
-    folders = {str(PurePosixPath(file).parent) for file in files}
-    absent = {folder for folder in folders if not (root / folder).is_dir()}
-    if any((root / f"{folder}.tar").is_file() for folder in absent):
-        return f"class archives that are not unpacked yet ({next(iter(sorted(absent)))}.tar)"
-    if len(absent) == len(folders) and len(split.missing) == len(images):
-        return "the wrong root, or images that are not unpacked: none of the listed folders is there"
-    for file in files:
-        for suffix in (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp"):
-            other = PurePosixPath(file).with_suffix(suffix)
-            if str(other) != file and (root / other).is_file():
-                return f"another release or a converted copy: {other} is there instead of {PurePosixPath(file).name}"
-    if len(absent) == len(folders):
-        return f"an incomplete copy: class folders such as {min(absent)} are not there"
-    return "the wrong release for these lists (ImageNet-LT's are of ILSVRC2012), or files that were lost or removed"
+def require_files(split: Split):
+    """Raises UserError if files of the split are missing: the first ones, their number and the likely cause."""
+    if split.missing:
+        raise UserError(f"{split.missing_message()}; {diagnose(split)}")
+
+
+def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> dict[str, Split]:
+    """The splits of the lists, all of whose files are below root. Raises UserError as require_files does.
+
+    sort_flat: accept test images without class folders.
+    """
+    splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
+    test = splits["test"]
+    if sort_flat and test.missing:
+        missing = tuple(missing_entries(test.images, root, flat, "test", bar("unsorted images")))
+        if len(missing) < len(test.missing):
+            splits["test"] = test._replace(layout=flat, missing=missing)
+    for split in splits.values():
+        require_files(split)
+    return splits
 
 
 def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     """Makes symbolic links below out to the images of the splits, and returns how many were not there yet.
 
-    layout: where the link of an entry lies below out, a function of datasets.layout. When run again, it makes the links
-    that are missing, and corrects those of a tree that has moved. Raises UserError if two images would have the same
-    link, or if something else exists in a link's place.
+    layout: where the link of an entry lies below out. When run again, it makes the links that are missing, and corrects
+    those of a tree that has moved. Raises UserError if two images would have the same link, or if something else exists
+    in a link's place.
     """
-    links = {}
+    targets = {}
     for name, split in splits.items():
         for i in range(len(split.images)):
             path = split.images.path(i)
             image = os.path.abspath(os.path.join(split.root, split.layout(path, name)))
             link = layout(path, name)
-            if links.setdefault(link, image) != image:
-                raise UserError(f"--link {out}: {image} and {links[link]} would both be {link}; use the tree as it is")
-    for folder in sorted({os.path.dirname(link) for link in links}):
+            if targets.setdefault(link, image) != image:
+                both = f"{image} and {targets[link]}"
+                raise UserError(f"--link {out}: {both} would both be {link}; use the tree as it is")
+    for folder in {os.path.dirname(link) for link in targets}:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    made = 0
-    for link, image in tqdm(links.items(), desc="links", unit="link", disable=None):
-        link = out / link
-        if link.is_symlink():
-            if os.readlink(link) == image:
-                continue
-            link.unlink()
-        elif link.exists():
-            raise UserError(f"{link}: exists and is not a link; use another folder for --link")
-        link.symlink_to(image)
-        made += 1
-    return made
+    progress = tqdm(targets.items(), desc="links", unit="link", disable=None)
+    return sum(make_link(out / link, image, True, "--link") for link, image in progress)
+
+
+def make_link(link: Path, target: str, replace: bool, flag: str) -> bool:
+    """Makes a symbolic link; returns whether it was not there yet. replace: also in the place of another link.
+
+    Raises UserError, which names the flag of the link's folder, if something else is there.
+    """
+    if link.is_symlink() and os.readlink(link) == target:
+        return False
+    if link.is_symlink() and replace:
+        link.unlink()
+    if os.path.lexists(link):
+        raise UserError(f"{link}: exists and is not a link to {target}; use another folder for {flag}")
+    link.symlink_to(target)
+    return True

@@ -11,12 +11,11 @@ Exit status: 0; 1 if an image is missing or unreadable, or if two splits share i
 import filecmp
 import os
 import posixpath
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
 
@@ -37,110 +36,83 @@ MAX_SHOWN = 20
 MAX_PARALLEL_PIXELS = 2**25  # larger images are decoded one at a time, to limit memory
 LARGE_IMAGE = Lock()  # held while a large image is decoded
 FORMAT_OF_SUFFIX = Image.registered_extensions()
-LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganised", flat: "flat"}
+LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganized", flat: "flat"}
+FAULTS = ("missing", "unreadable")  # the findings that are problems of an image
 
 
-@dataclass
-class Findings:
-    """What examine found: entry numbers, some with a reason or a format, and the number of images of each mode."""
+def examine(split: Split, decode: bool) -> dict[str, list[tuple[int, str]]]:
+    """{kind of finding: [(entry, detail)]} of a split's images.
 
-    unreadable: list[tuple[int, str]] = field(default_factory=list)
-    renamed: list[tuple[int, str]] = field(default_factory=list)
-    outside: list[int] = field(default_factory=list)
-    modes: Counter = field(default_factory=Counter)
-
-    def add(self, other: "Findings"):
-        self.unreadable += other.unreadable
-        self.renamed += other.renamed
-        self.outside += other.outside
-        self.modes += other.modes
-
-
-def read_image(file: str) -> tuple[str | None, str | None]:
-    """(format, mode) of an image after decoding all of it. Raises as load_rgb does, and UserError if it is empty."""
-    if os.path.getsize(file) == 0:
-        raise UserError(f"{file}: an empty file, 0 bytes")
-    try:
-        with Image.open(file) as image:
-            found, mode, pixels = image.format, image.mode, image.width * image.height
-    except Exception:  # load_rgb says what is wrong
-        found, mode, pixels = None, None, 0
-    with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
-        load_rgb(file)
-    return found, mode
-
-
-def decode_entry(i: int, file: str, findings: Findings):
-    """Decodes the image of entry i, and notes what is wrong with it or good to know."""
-    try:
-        found, mode = read_image(file)
-    except (UserError, OSError) as error:
-        findings.unreadable.append((i, str(error).removeprefix(f"{file}: ")))
-        return
-    except MemoryError:
-        findings.unreadable.append((i, "not enough memory to decode it"))
-        return
-    named = FORMAT_OF_SUFFIX.get(os.path.splitext(file)[1].lower(), found)
-    if named != found and {named, found} != {"JPEG", "MPO"}:  # MPO: a JPEG followed by further pictures
-        findings.renamed.append((i, found))
-    findings.modes[mode] += 1
-
-
-def examine(split: Split, decode: bool) -> Findings:
-    """Finds the images of the split whose links lead out of the root and, if decode, those that cannot be read."""
+    missing: why; outside (a link leads out of the root): the file; and, if decode, unreadable: why; renamed (another
+    format than the name says): the format; converted (not RGB): the mode.
+    """
     root = os.path.realpath(split.root)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
     missing = set(split.missing)
 
-    def look(chunk):
-        found = Findings()
-        for i in chunk:
-            if i in missing:
-                continue
-            file = os.path.join(split.root, split.layout(split.images.path(i), split.name))
-            folder, name = os.path.split(file)
-            real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
-            if os.path.commonpath((root, real)) != root:
-                found.outside.append(i)
-            if decode:
-                decode_entry(i, file, found)
+    def look(i):
+        file = os.path.join(split.root, split.layout(split.images.path(i), split.name))
+        if i in missing:
+            return [("missing", "not a regular file" if os.path.exists(file) else "no such file")]
+        found = decode_image(file) if decode else []
+        folder, name = os.path.split(file)
+        real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
+        if os.path.commonpath((root, real)) != root:
+            found.append(("outside", real))
         return found
 
-    size = 64 if decode else 1024
-    chunks = [range(start, min(start + size, len(split.images))) for start in range(0, len(split.images), size)]
-    findings = Findings()
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(desc=f"{split.name}: reading", total=len(split.images), unit="image", disable=None) as progress,
-    ):
-        for chunk, found in zip(chunks, pool.map(look, chunks), strict=True):
-            findings.add(found)
-            progress.update(len(chunk))
+    number = len(split.images)
+    findings = defaultdict(list)
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        looked = pool.imap(look, range(number), chunksize=64)
+        for i, found in enumerate(tqdm(looked, f"{split.name}: reading", number, unit="image", disable=None)):
+            for kind, detail in found:
+                findings[kind].append((i, detail))
     return findings
 
 
-def table(splits: dict[str, Split], findings: dict[str, Findings], decoded: bool) -> list[str]:
-    """The table's lines, one row per split; its many, medium and few follow from the training list's counts."""
+def decode_image(file: str) -> list[tuple[str, str]]:
+    """(kind of finding, detail) of a file after decoding all of it."""
+    try:
+        with Image.open(file) as image:
+            kind, mode, pixels = image.format, image.mode, image.width * image.height
+    except Exception:  # load_rgb says what is wrong
+        kind, mode, pixels = None, None, 0
+    try:
+        if os.path.getsize(file) == 0:
+            return [("unreadable", "an empty file, 0 bytes")]
+        with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
+            load_rgb(file)
+    except MemoryError:
+        return [("unreadable", "not enough memory to decode it")]
+    except (UserError, OSError) as error:
+        return [("unreadable", str(error).removeprefix(f"{file}: "))]
+    found = [] if mode == "RGB" else [("converted", mode)]
+    named = FORMAT_OF_SUFFIX.get(os.path.splitext(file)[1].lower(), kind)
+    if named != kind and {named, kind} != {"JPEG", "MPO"}:  # MPO: a JPEG followed by further pictures
+        found.append(("renamed", kind))
+    return found
+
+
+def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bool):
+    """Prints one row per split; its many, medium and few follow from the training list's counts."""
+    row = "{:>5}  {:>6}  {:>7}  {:>4}  {:>6}  {:>4}  {:>9}  {:>7}  {:>10}  {}".format
+    columns = "split images classes many medium few imbalance missing unreadable layout"
+    print(row(*columns.split()))
     groups = shot_groups(splits["train"].images.counts(0)) if "train" in splits else None
-    rows = [("split", "images", "classes", "many", "medium", "few", "imbalance", "missing", "unreadable", "layout")]
     for name, split in splits.items():
         counts = split.images.counts(0)
         present = counts.nonzero().flatten()
-        shots = ["-"] * 3
+        shots = "---"
         if groups is not None:
-            of_training = groups[present[present < len(groups)]]
-            shots = [str(int((of_training == group).sum())) for group in range(3)]
-        unreadable = str(len(findings[name].unreadable)) if decoded else "-"
-        factor = f"{int(counts.max()) / int(counts[present].min()):.1f}"
-        layout = LAYOUT_NAMES[split.layout]
-        row = (name, len(split.images), len(present), *shots, factor, len(split.missing), unreadable, layout)
-        rows.append(tuple(map(str, row)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            shots = groups[present[present < len(groups)]].bincount(minlength=3).tolist()
+        imbalance = f"{int(counts.max()) / int(counts[present].min()):.1f}"
+        faults = len(split.missing), len(findings[name]["unreadable"]) if decoded else "-"
+        print(row(name, len(split.images), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
 
 
-def shared_images(splits: dict[str, Split]):
-    """(problems, information): lines about entries that are in several splits, or several times in one."""
+def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
+    """(problems, information): lines about images of several splits, repeated entries, and classes without images."""
     problems, information, paths = [], [], {}
     for name, split in splits.items():
         paths[name] = {posixpath.normpath(split.images.path(i)) for i in range(len(split.images))}
@@ -152,6 +124,13 @@ def shared_images(splits: dict[str, Split]):
             information.append(f"{one} and {other} are the same images")
         elif both:
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
+    labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
+    if "train" in splits:
+        if empty := set(range(max(labels["train"]))) - labels["train"]:
+            information.append(f"train: {len(empty)} classes have no image, such as {min(empty)}")
+        for name in splits:
+            if untrained := labels[name] - labels["train"]:
+                information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
     return problems, information
 
 
@@ -164,53 +143,41 @@ def is_same_image(path: str, one: Split, other: Split) -> bool:
         return True
 
 
-def entry(split: Split, i: int) -> str:
-    """An entry for messages: its file below the root, and its line in the list."""
-    return split.images.with_line(split.layout(split.images.path(i), split.name), i)
-
-
-def show(lines: list[str]):
-    """Prints the first lines and the number of the others."""
-    for line in lines[:MAX_SHOWN]:
-        print(f"  {line}")
-    if len(lines) > MAX_SHOWN:
-        print(f"  and {len(lines) - MAX_SHOWN} more")
-
-
-def describe(split: Split, found: Findings):
+def describe(split: Split, findings: dict[str, list]):
     """Prints what is wrong with a split, then what is good to know."""
-    images, name = split.images, split.name
-    if split.missing:
-        print(f"{name}: {len(split.missing)} of {len(images)} images are missing; it looks like {diagnose(split)}")
-        show([entry(split, i) for i in split.missing[:MAX_SHOWN]])
-        if len(split.missing) > MAX_SHOWN:
-            print(f"  and {len(split.missing) - MAX_SHOWN} more")
-    if found.unreadable:
-        print(f"{name}: {len(found.unreadable)} images cannot be read")
-        show([f"{entry(split, i)}: {reason}" for i, reason in found.unreadable])
-    if found.outside:
-        first = entry(split, found.outside[0])
-        print(f"{name}: information: {len(found.outside)} links lead out of {split.root}; the first: {first}")
-    if found.renamed:
-        number = len(found.renamed)
-        print(f"{name}: information: {number} images have another format than their name says; training reads them all")
-        show([f"{entry(split, i)}: {kind}" for i, kind in found.renamed])
-    converted = {mode: number for mode, number in found.modes.items() if mode != "RGB"}
-    if converted:
-        modes = ", ".join(f"{number} {mode}" for mode, number in sorted(converted.items()))
-        print(f"{name}: information: images of modes that training converts to RGB: {modes}")
+
+    def show(found, title):
+        if found:
+            print(f"{split.name}: {title}")
+        for i, detail in found[:MAX_SHOWN]:
+            print(f"  {name_entry(i)}: {detail}")
+        if len(found) > MAX_SHOWN:
+            print(f"  and {len(found) - MAX_SHOWN} more")
+
+    def name_entry(i):
+        return split.images.with_line(split.layout(split.images.path(i), split.name), i)
+
+    missing, unreadable, outside, renamed = (findings[kind] for kind in (*FAULTS, "outside", "renamed"))
+    if missing:
+        show(missing, f"{len(missing)} of {len(split.images)} images are missing; {diagnose(split)}")
+    show(unreadable, f"{len(unreadable)} images cannot be read")
+    if outside:
+        where = f"links lead out of {split.root}; the first: {name_entry(outside[0][0])}"
+        print(f"{split.name}: information: {len(outside)} {where}")
+    what = "images have another format than their name says; training reads them all"
+    show(renamed, f"information: {len(renamed)} {what}")
+    if modes := sorted(Counter(mode for _, mode in findings["converted"]).items()):
+        numbers = ", ".join(f"{number} {mode}" for mode, number in modes)
+        print(f"{split.name}: information: images of modes that training converts to RGB: {numbers}")
 
 
-def write_report(file: Path, splits: dict[str, Split], findings: dict[str, Findings]):
+def write_report(file: Path, splits: dict[str, Split], findings: dict[str, dict]):
     """Writes one line per missing or unreadable image: what, split, path in the list, reason, separated by tabs."""
     with file.open("w", encoding="utf-8", errors="surrogateescape") as report:
         for name, split in splits.items():
-            for i in split.missing:
-                image = os.path.join(split.root, split.layout(split.images.path(i), name))
-                reason = "not a regular file" if os.path.exists(image) else "no such file"
-                report.write(f"missing\t{name}\t{split.images.path(i)}\t{reason}\n")
-            for i, reason in findings[name].unreadable:
-                report.write(f"unreadable\t{name}\t{split.images.path(i)}\t{reason}\n")
+            for fault in FAULTS:
+                for i, reason in findings[name][fault]:
+                    report.write(f"{fault}\t{name}\t{split.images.path(i)}\t{reason}\n")
 
 
 def plot(figure_class, file: Path, splits: dict[str, Split]):
@@ -221,7 +188,7 @@ def plot(figure_class, file: Path, splits: dict[str, Split]):
         counts = split.images.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
     for bound in (FEW_BELOW, MANY_ABOVE):
-        axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(bound, color="gray", linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
     axes.legend()
     save_figure(figure, file, "--plot")
@@ -249,30 +216,20 @@ def verify(args) -> int:
     for split in splits.values():
         split.images.check_num_classes()
     findings = {name: examine(split, args.decode) for name, split in splits.items()}
-    problems, information = shared_images(splits)
-
-    print("\n".join(table(splits, findings, args.decode)))
+    problems, information = compare(splits)
+    print_table(splits, findings, args.decode)
     for name, split in splits.items():
         describe(split, findings[name])
-    if "train" in splits:
-        trained = set(splits["train"].images.labels.unique().tolist())
-        if empty := sorted(set(range(max(trained))) - trained):
-            information.append(f"train: {len(empty)} classes have no image, such as {empty[0]}")
-        for name, split in splits.items():
-            if untrained := set(split.images.labels.unique().tolist()) - trained:
-                information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
-    for line in problems:
+    for line in [*problems, *(f"information: {line}" for line in information)]:
         print(line)
-    for line in information:
-        print(f"information: {line}")
     if args.report:
         write_report(args.report, splits, findings)
     if args.plot:
         plot(figure_class, args.plot, splits)
-    wrong = bool(problems) or any(split.missing or findings[name].unreadable for name, split in splits.items())
-    if not wrong:
-        print("all images are there" + (" and can be read" if args.decode else ""))
-    return int(wrong)
+    if problems or any(found[fault] for found in findings.values() for fault in FAULTS):
+        return 1
+    print("all images are there" + (" and can be read" if args.decode else ""))
+    return 0
 
 
 def build_parser() -> ArgumentParser:

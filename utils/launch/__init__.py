@@ -11,7 +11,7 @@ import sys
 import torch.distributed as dist
 
 from ..command_line import escape_unprintable
-from ..log import close_progress
+from ..distributed import close_progress
 from ..signals import handle_stop_signals
 from .failures import describe_failure, exit_now, tell_torchrun
 from .rendezvous import detect_launcher, process_group

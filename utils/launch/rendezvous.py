@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..command_line import with_hyphens
+from ..command_line import ALIKE, with_hyphens
 from ..distributed import DistInfo, find_difference, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
@@ -128,8 +128,8 @@ def check_equal_starts(args, info: DistInfo):
     That is the script, the number of processes per node, or a flag that the training depends on.
     """
     own = {"script": args.program, "processes per node": info.local_world_size}
-    names = (*args.saved, "evaluate", "start_epoch", "save_every_steps", "num_classes")
-    own |= {with_hyphens(f"--{name}"): getattr(args, name) for name in names} | {"--resume": bool(args.resume)}
+    own |= {with_hyphens(f"--{name}"): getattr(args, name) for name in args.marked[ALIKE]}
+    own |= {"--resume": bool(args.resume)}
     if difference := find_difference(own):
         name, rank, first, other = difference
         message = f"{name}: {first} on rank 0 and {other} on rank {rank}; start all processes alike"

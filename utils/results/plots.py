@@ -1,48 +1,37 @@
-"""A run's plots: losses and accuracies by epoch, accuracy against class frequency, confusion, class counts.
+"""A run's plots: losses and accuracies by epoch, accuracy against class frequency, confusion, class counts."""
 
-matplotlib is optional, and imported only when something is drawn.
-"""
-
-import io
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+
+import numpy as np
+import torch
 
 from ..errors import UserError, one_line
-from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE
-from .records import Run, is_accuracy, mean, read_log
+from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE, percent, shot_groups
+from .records import Run, read_log
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito, for all color vision
 SHADES = {"many": "#dcebf7", "medium": "#e3f2e1", "few": "#fdebd8"}
-NO_LOSSES = ("epoch", "lr", "images_per_second", "seconds")  # numbers of log.txt that are not losses
-SIZE = (5.4, 3.6)  # inches
-DPI = 150
-
-
-class Plot(NamedTuple):
-    """A figure of matplotlib, the name of its file without an ending, and a sentence that says what it shows."""
-
-    name: str
-    caption: str
-    figure: object
+BOOKKEEPING = ("epoch", "lr", "images_per_second", "seconds")  # numbers in log.txt that are not losses
 
 
 def require_matplotlib(flag: str):
-    """matplotlib's Figure. Raises UserError naming the flag if it is not installed."""
+    """matplotlib's Figure; matplotlib is optional. Raises UserError naming the flag if it is missing or broken."""
     try:
+        from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"{flag}: needs matplotlib; pip install matplotlib") from None
+    except Exception as error:
+        raise UserError(f"{flag}: matplotlib cannot be imported ({one_line(error)}); pip install matplotlib") from None
     return Figure
 
 
-def write_plots(run: Run, folder):
+def write_plots(run: Run, folder: Path):
     """Draws a run's plots into a folder, as PNG and PDF. Raises UserError if they cannot be written."""
-    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for plot in draw(run):
-            plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
-            plot.figure.savefig(folder / f"{plot.name}.pdf")
+        for name, _, figure in draw(run):
+            figure.savefig(folder / f"{name}.png")
+            figure.savefig(folder / f"{name}.pdf")
     except OSError as error:
         raise UserError(f"--plots {folder}: cannot be written ({one_line(error)})") from None
 
@@ -55,107 +44,66 @@ def save_figure(figure, file, flag: str):
         raise UserError(f"{flag} {file}: {one_line(error)}") from None
 
 
-def to_png(plot: Plot) -> bytes:
-    """The plot as a PNG file."""
-    file = io.BytesIO()
-    plot.figure.savefig(file, format="png", dpi=DPI)
-    return file.getvalue()
-
-
 def draw(run: Run):
-    """Yields a run's plots, as far as its files contain the numbers for them."""
-    log = read_log(run.folder)
-    losses = loss_curves(log)
+    """Yields (name, caption, figure) of a run's plots; those of its epochs only if log.txt has numbers for them."""
+    losses, accuracies = read_curves(run.folder)
     if losses:
-        yield Plot("losses", "Losses by epoch", draw_curves(losses, "loss"))
-    accuracies = accuracy_curves(log)
+        yield "losses", "Losses by epoch", draw_curves(losses, "loss")
     if accuracies:
-        figure = draw_curves(accuracies, "accuracy (%)")
-        yield Plot("accuracies", "Accuracies by epoch: training, augmented images; validation", figure)
-    counts = run.records[0]["train_counts"]
-    if counts:
-        yield Plot("class_counts", "Training images per class, largest class first", draw_class_counts(counts))
+        yield "accuracies", "Accuracies by epoch, training and validation", draw_curves(accuracies, "accuracy (%)")
+    yield "class_counts", "Training images per class, largest first", draw_class_counts(run.records[0]["train_counts"])
     for record in run.records:
-        if record["per_class"] and record["train_counts"]:
-            caption = f"Accuracy of every class against its training images, {record['classifier']} classifier"
-            yield Plot(f"per_class_{record['classifier']}", caption, draw_per_class(record))
-    for record in run.records:
-        if record["confusion_groups"]:
-            caption = f"Test images of each group predicted as classes of each group, {record['classifier']} classifier"
-            yield Plot(f"confusion_{record['classifier']}", caption, draw_confusion(record))
+        name = record["classifier"]
+        caption = f"Accuracy of every class against its training images, {name} classifier"
+        yield f"per_class_{name}", caption, draw_per_class(record)
+        caption = f"Test images of each group predicted as classes of each group, {name} classifier"
+        yield f"confusion_{name}", caption, draw_confusion(record["confusion_groups"])
 
 
-def loss_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
-    """Name -> epochs from 1 and values, of each loss in log.txt."""
-    curves = {}
-    for record in log:
-        for name, value in record.items():
-            if name not in NO_LOSSES and not name.startswith("top") and is_number(value):
-                add_point(curves, name.replace("_", " "), record["epoch"], value)
-    return curves
+def read_curves(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Losses, and accuracies in percent, from log.txt: name -> {epoch: value}.
 
-
-def accuracy_curves(log: list[dict]) -> dict[str, tuple[list, list]]:
-    """Name -> epochs from 1 and per cent: top-1 in training, and the mean over classes in validation.
-
-    Logs of earlier versions have no class mean: their overall accuracy is used.
+    A loss is every number of an epoch that is neither bookkeeping nor an accuracy (top1_*, top5_*). Accuracies are
+    top-1 in training, and the mean over classes in validation.
     """
-    curves = {}
-    for record in log:
+    losses, accuracies = {}, {}
+    for record in read_log(folder):
+        epoch = record["epoch"]
         for name, value in record.items():
-            if name.startswith("top1_") and is_accuracy(value) and value is not None:
-                add_point(curves, f"training, {name.removeprefix('top1_')}", record["epoch"], 100 * value)
-        validation = record["val"] if isinstance(record.get("val"), dict) else {}
-        for classifier, result in validation.items():
-            result = result if isinstance(result, dict) else {}
-            key = "class_mean" if "class_mean" in result else "overall"
-            value = result.get(key)
-            if value is not None and is_accuracy(value):
-                name = f"validation {key.replace('_', ' ')}, {classifier}"
-                add_point(curves, name, record["epoch"], 100 * value)
-    return curves
-
-
-def is_number(value) -> bool:
-    """Whether a value of log.txt can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e30
-
-
-def add_point(curves: dict, name: str, epoch: int, value: float):
-    """Adds a point to the named curve; epochs count from 0 in log.txt, from 1 on screen."""
-    epochs, values = curves.setdefault(name, ([], []))
-    epochs.append(epoch + 1)
-    values.append(value)
+            if name in BOOKKEEPING or type(value) not in (int, float) or not abs(value) < 1e30:  # NaN too
+                continue
+            if name.startswith("top1_"):
+                accuracies.setdefault(f"training, {name.removeprefix('top1_')}", {})[epoch] = 100 * value
+            elif not name.startswith("top5_"):
+                losses.setdefault(name.replace("_", " "), {})[epoch] = value
+        for name, result in record.get("val", {}).items():
+            if result["class_mean"] is not None:
+                accuracies.setdefault(f"validation class mean, {name}", {})[epoch] = 100 * result["class_mean"]
+    return losses, accuracies
 
 
 def new_axes(**labels):
     """(figure, axes) without the upper and the right border."""
-    figure = require_matplotlib("--plots")(figsize=SIZE, layout="constrained")
+    figure = require_matplotlib("--plots")(figsize=(5.4, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def draw_curves(curves: dict[str, tuple[list, list]], label: str):
+def draw_curves(curves: dict[str, dict], label: str):
     """One line per name over the epochs; training accuracies are dashed."""
     figure, axes = new_axes(xlabel="epoch", ylabel=label)
     colors = {}
-    for name, (epochs, values) in curves.items():
-        of_training = name.startswith("training, ")
+    for name, points in curves.items():
         color = COLORS[colors.setdefault(name.rpartition(", ")[2], len(colors)) % len(COLORS)]
-        marker = "o" if len(epochs) < 10 else None
-        style = {"linestyle": "--", "linewidth": 1.2} if of_training else {"linewidth": 2}
-        axes.plot(epochs, values, label=literal(name), color=color, marker=marker, markersize=4, **style)
+        style = {"linestyle": "--", "linewidth": 1.2} if name.startswith("training, ") else {"linewidth": 2}
+        style |= {"marker": "o" if len(points) < 10 else None, "markersize": 4}
+        axes.plot(list(points), list(points.values()), label=name.replace("$", r"\$"), color=color, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
-
-
-def literal(text: str) -> str:
-    """Text that matplotlib draws unchanged, without reading formulas in it."""
-    return text.replace("$", r"\$")
 
 
 def running_mean(counts: list[int], accuracies: list[float]) -> tuple[list[int], list[float]]:
@@ -168,62 +116,45 @@ def running_mean(counts: list[int], accuracies: list[float]) -> tuple[list[int],
     half = max(3, len(pairs) // 10) // 2
     means = {}
     for i, (count, _) in enumerate(pairs):
-        means.setdefault(count, []).append(mean([a for _, a in pairs[max(0, i - half) : i + half + 1]]))
-    return list(means), [mean(values) for values in means.values()]
+        means.setdefault(count, []).append(fmean(a for _, a in pairs[max(0, i - half) : i + half + 1]))
+    return list(means), [fmean(values) for values in means.values()]
 
 
-def group_of(count: int) -> str:
-    """The shot group of a class with count training images."""
-    return GROUPS[(count <= MANY_ABOVE) + (count < FEW_BELOW)]
+def shade(axes, group: str, low: float, high: float, middle: float, text: str):
+    """Shades a group's part of the x axis, with a text above it."""
+    axes.axvspan(low, high, color=SHADES[group], linewidth=0, zorder=0)
+    above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": "small"}
+    axes.text(middle, 1.01, text, **above)
 
 
 def draw_per_class(record: dict):
     """Accuracy of each class against its training images, with the running mean; shaded by shot group."""
-    points = [(n, 100 * a) for n, a in zip(record["train_counts"], record["per_class"], strict=True) if a is not None]
-    counts, accuracies = [n for n, _ in points], [a for _, a in points]
+    tested = [label for label, accuracy in enumerate(record["per_class"]) if accuracy is not None]
+    counts = [record["train_counts"][label] for label in tested]
+    accuracies = [100 * record["per_class"][label] for label in tested]
     figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)", ylim=(-3, 103))
-    largest = max([*counts, 1])
+    limits = min(counts, default=1) / 1.25 - 0.1, max([*counts, 1]) * 1.25
     axes.set_xscale("symlog", linthresh=1)
-    limits = (min([*counts, largest]) / 1.25 - 0.1, largest * 1.25)
     axes.set_xlim(limits)
-    edges = {
-        "few": (-1, FEW_BELOW - 0.5),
-        "medium": (FEW_BELOW - 0.5, MANY_ABOVE + 0.5),
-        "many": (MANY_ABOVE + 0.5, 2**60),
-    }
-    for group, (low, high) in edges.items():
-        low, high = max(low, limits[0]), min(high, limits[1])
+    edges = np.clip([limits[1], MANY_ABOVE + 0.5, FEW_BELOW - 0.5, limits[0]], *limits)
+    for group, high, low in zip(GROUPS, edges, edges[1:], strict=False):
         if low < high:
-            axes.axvspan(low, high, color=SHADES[group], linewidth=0, zorder=0)
-        if any(group_of(count) == group for count in counts):
-            middle = (max(low, 0.3) * high) ** 0.5
-            text = f"{group} {100 * record[group]:.1f}" if record[group] is not None else group
-            axes.text(
-                middle, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small"
-            )
-    size = 26 if len(counts) <= 100 else 10
-    axes.scatter(counts, accuracies, s=size, color=COLORS[0], alpha=0.55, linewidths=0, label="classes")
+            shade(axes, group, low, high, (max(low, 0.3) * high) ** 0.5, f"{group} {percent(record[group])}")
+    axes.scatter(counts, accuracies, s=20, color=COLORS[0], alpha=0.55, linewidths=0, label="classes")
     axes.plot(*running_mean(counts, accuracies), color=COLORS[1], linewidth=2, label="running mean")
-    plain_numbers(axes.xaxis)
+    axes.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
-def plain_numbers(axis):
-    """Labels a logarithmic axis with plain numbers: 1, 10, 100."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def draw_confusion(record: dict):
-    """One cell per pair of groups: the share of a group's test images predicted as each group, in per cent."""
+def draw_confusion(rows: list[list[int]]):
+    """One cell per pair of groups: the share of a group's test images predicted as each group, in percent."""
     figure, axes = new_axes(xlabel="predicted as a class of", ylabel="test images of")
-    rows = record["confusion_groups"]
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for i, row in enumerate(rows):
-        for j, count in enumerate(row):
-            text = f"{shares[i][j]:.0f} %\n({count})" if sum(row) else "-"
-            axes.text(j, i, text, ha="center", va="center", color="white" if shares[i][j] > 55 else "black")
+    for i, j in np.ndindex(3, 3):
+        text = f"{shares[i][j]:.0f} %\n({rows[i][j]})" if sum(rows[i]) else "-"
+        axes.text(j, i, text, ha="center", va="center", color="white" if shares[i][j] > 55 else "black")
     axes.set_xticks(range(3), GROUPS)
     axes.set_yticks(range(3), GROUPS)
     return figure
@@ -233,21 +164,16 @@ def draw_class_counts(train_counts: list[int]):
     """Training images per class, largest class first; shaded by shot group."""
     figure, axes = new_axes(xlabel="class, by its number of training images", ylabel="training images")
     counts = sorted(train_counts, reverse=True)
-    axes.set_yscale("symlog", linthresh=1)
+    sizes = torch.bincount(shot_groups(torch.tensor(counts)), minlength=len(GROUPS)).tolist()
     first = 0.5
-    for group in GROUPS:
-        size = sum(group_of(count) == group for count in counts)
+    for group, size in zip(GROUPS, sizes, strict=True):
         if size:
-            axes.axvspan(first, first + size, color=SHADES[group], linewidth=0, zorder=0)
-            text = f"{group} {size}"
-            middle = first + size / 2
-            axes.text(
-                middle, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small"
-            )
+            shade(axes, group, first, first + size, first + size / 2, f"{group} {size}")
         first += size
-    axes.plot(range(1, len(counts) + 1), counts, color=COLORS[0], linewidth=2, marker="o" if len(counts) < 50 else None)
+    axes.plot(range(1, len(counts) + 1), counts, color=COLORS[0], linewidth=2, marker="." if len(counts) < 50 else None)
+    axes.set_yscale("symlog", linthresh=1)
     axes.set_xlim(0.5, len(counts) + 0.5)
     axes.set_ylim(counts[-1] / 1.5, max(counts[0], 1) * 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    plain_numbers(axes.yaxis)
+    axes.yaxis.set_major_formatter("{x:g}")
     return figure

@@ -1,8 +1,9 @@
 """Tables of results: accuracies by group of classes, and by class, in percent."""
 
-from ..errors import UserError
+from statistics import fmean, stdev
+
 from ..groups import FEW_BELOW, percent
-from .records import ACCURACIES, Run, class_mean
+from .records import ACCURACIES, Group, Run
 
 COLUMNS = {
     "many": "Many",
@@ -12,12 +13,12 @@ COLUMNS = {
     "overall": "Overall",
     "top5": "Top-5",
 }
+CLASS_COLUMNS = ["Class", "Training images", "Test images", "Accuracy", "Most common mistake"]
 FEW_TEST_IMAGES = 50  # test images of few-shot classes; with fewer, a table says how many there are
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table in per cent, with few_note; results: row name -> a record of results.json."""
-    results = {name: result | {"class_mean": class_mean(result)} for name, result in results.items()}
+    """A Markdown table in percent, with few_note; results: row name -> a record of results.json."""
     rows = [[name, *(percent(result[key]) for key in COLUMNS)] for name, result in results.items()]
     return "\n".join([markdown(["", *COLUMNS.values()], rows), *few_note(list(results.values()))])
 
@@ -26,7 +27,7 @@ def few_note(records: list[dict]) -> list[str]:
     """The lines below a table if its few-shot accuracies come from a handful of test images, else none."""
     numbers = set()
     for record in records:
-        classes = zip(record.get("train_counts") or (), record.get("test_counts") or (), strict=False)
+        classes = zip(record["train_counts"], record["test_counts"], strict=True)
         numbers.add(sum(tested for trained, tested in classes if trained < FEW_BELOW))
     few = sorted(number for number in numbers if 0 < number < FEW_TEST_IMAGES)
     if not few:
@@ -41,10 +42,7 @@ def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.ljust if i in texts else str.rjust for i in range(len(widths))]
     lines = [" | ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)) for row in rows]
-    rule = "|".join(
-        ":" + "-" * (width + 1) if pad is str.ljust else "-" * (width + 1) + ":"
-        for pad, width in zip(pads, widths, strict=True)
-    )
+    rule = "|".join(f":{'-' * (n + 1)}" if i in texts else f"{'-' * (n + 1)}:" for i, n in enumerate(widths))
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
@@ -57,9 +55,27 @@ def summary_rows(runs: list[Run]) -> list[dict]:
     ]
 
 
+def mean_rows(groups: list[Group]) -> list[dict]:
+    """One row per group and classifier: run, classifier, seeds, each accuracy's mean, its deviation as NAME_std.
+
+    It is the sample standard deviation (n - 1), None for a single seed.
+    """
+    rows = []
+    for group in groups:
+        for record in group.runs[0].records:
+            same = [r for run in group.runs for r in run.records if r["classifier"] == record["classifier"]]
+            row = {"run": group.name, "classifier": record["classifier"], "seeds": len(group.runs)}
+            for name in ACCURACIES:
+                values = [r[name] for r in same if r[name] is not None]
+                row[name] = fmean(values) if values else None
+                row[f"{name}_std"] = stdev(values) if len(values) > 1 else None
+            rows.append(row)
+    return rows
+
+
 def summary_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of summary_rows or of seeds.mean_rows, in per cent."""
-    seeds = ["Seeds"] if any("seeds" in row for row in rows) else []
+    """Header and cells of summary_rows or of mean_rows, in percent."""
+    seeds = ["Seeds"] if "seeds" in rows[0] else []
     cells = []
     for row in rows:
         name = f"{row['run']}, {row['classifier']} classifier"
@@ -68,7 +84,7 @@ def summary_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def format_accuracy(row: dict, key: str) -> str:
-    """An accuracy in per cent, with its standard deviation if the row has one."""
+    """An accuracy of a row in percent, with its deviation if the row has one."""
     deviation = row.get(f"{key}_std")
     return percent(row[key]) + ("" if deviation is None else f" ± {percent(deviation)}")
 
@@ -76,15 +92,12 @@ def format_accuracy(row: dict, key: str) -> str:
 def class_rows(run: Run, record: dict) -> list[dict]:
     """One row per class of a classifier, the worst first: class, images, accuracy, and the most common mistake.
 
-    mistake is the class that most images of this class were wrongly predicted as, mistake_images their number. Classes
-    with the same accuracy are sorted by training images; those without test images come last. Raises UserError if
-    results.json has no accuracies per class.
+    mistake is the class that most images of this class were wrongly predicted as, mistake_images their number; None
+    without a confusion matrix or a mistake. Classes with the same accuracy are sorted by training images; those
+    without test images come last.
     """
-    accuracies, names = record["per_class"], record["classes"]
-    if not accuracies:
-        raise UserError(f"{run.folder / 'results.json'}: has no accuracies per class; evaluate the run again")
-    rows = []
-    for label, accuracy in enumerate(accuracies):
+    names, rows = record["classes"], []
+    for label, accuracy in enumerate(record["per_class"]):
         taken_for = record["confusion"][label] if record["confusion"] else []
         wrong = [0 if i == label else count for i, count in enumerate(taken_for)]
         most = max(wrong, default=0)
@@ -92,23 +105,20 @@ def class_rows(run: Run, record: dict) -> list[dict]:
             "run": run.name,
             "classifier": record["classifier"],
             "class": names[label],
-            "train_images": record["train_counts"][label] if record["train_counts"] else None,
-            "test_images": record["test_counts"][label] if record["test_counts"] else None,
+            "train_images": record["train_counts"][label],
+            "test_images": record["test_counts"][label],
             "accuracy": accuracy,
             "mistake": names[wrong.index(most)] if most else None,
             "mistake_images": most or None,
         })  # fmt: skip
-    return sorted(rows, key=lambda row: (row["accuracy"] is None, row["accuracy"], row["train_images"] or 0))
-
-
-CLASS_COLUMNS = ["Class", "Training images", "Test images", "Accuracy", "Most common mistake"]
+    return sorted(rows, key=lambda row: (row["accuracy"] is None, row["accuracy"], row["train_images"]))
 
 
 def class_cells(rows: list[dict]) -> list[list[str]]:
-    """Cells of class_rows under CLASS_COLUMNS, accuracies in per cent."""
+    """Cells of class_rows under CLASS_COLUMNS, accuracies in percent."""
     cells = []
     for row in rows:
-        images = ["-" if row[name] is None else str(row[name]) for name in ("train_images", "test_images")]
         mistake = "-" if row["mistake"] is None else f"{row['mistake']} ({row['mistake_images']})"
+        images = [str(row["train_images"]), str(row["test_images"])]
         cells.append([row["class"], *images, percent(row["accuracy"]), mistake])
     return cells
