@@ -18,7 +18,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from datasets.splits import SPLITS, find_splits
 from utils.checkpoint import as_saved
-from utils.command_line import ArgumentParser, option_words, run_command
+from utils.command_line import KEPT, ArgumentParser, option_words, run_command
 from utils.errors import UserError
 from utils.results.records import read_args
 
@@ -40,7 +40,7 @@ def check_command(parser: ArgumentParser, recipe: Path, data: str, flags: list[s
 def check_finished(parser: ArgumentParser, args, run: Path):
     """Raises UserError if a finished stage was trained with other flags or lists."""
     saved, remedy = read_args(run), "name another OUT, or remove it and the later stages"
-    for dest, action in parser.saved_actions().items():
+    for dest, action in parser.marked(KEPT).items():
         value = as_saved(getattr(args, dest))
         if dest in args.given and saved.get(dest, value) != value:
             was, now = option_words(action, saved[dest]), option_words(action, value)
