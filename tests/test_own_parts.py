@@ -195,7 +195,7 @@ def test_a_backbone_that_depends_on_the_image_size_trains_hands_on_and_loads(pat
     for run, folder in train_all(plain_tree, tmp_path, "--image-size", size, "--epochs", 1).items():
         stage, seen = "ii" if run == "tuned" else run, []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation.ShotAccuracy, "update", lambda self, logits, _: seen.append(logits))  # noqa: B023
+            patch.setattr(metrics.ShotAccuracy, "update", lambda self, logits, _: seen.append(logits))  # noqa: B023
             words = ["--resume", folder / LAST, "--evaluate", "--eval-batch-size", len(files)]
             assert run_stage(stage, plain_tree, tmp_path / "e", "--overwrite", *words).status == 0
         network = models.load(folder / LAST)
