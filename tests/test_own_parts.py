@@ -29,6 +29,7 @@ from tests.helpers import (
     train_all,
     train_ranks,
 )
+from utils import metrics
 from utils.images import load_rgb
 
 # ---- a loss that is finite, and has no finite gradient
