@@ -23,10 +23,9 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from benchmarks import common
-from datasets.dataset import ListFileDataset
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.splits import class_folders
+from datasets.splits import Split, class_folders
 from datasets.transforms import GaussianBlur, Views
 from models.preprocess import MEAN, SMALL, STD
 from utils.command_line import whole_number
@@ -96,7 +95,7 @@ def versions(folder: Path, names, args) -> dict:
     device = torch.device(args.device)
 
     def ours(augment):
-        dataset = ListFileDataset(images, folder.parent, Views(names, args.size, 0, augment))
+        dataset = Split("train", str(folder.parent), images).dataset(Views(names, args.size, 0, augment))
         batch_sampler = BatchSampler(ShuffledSampler(images.labels, 0), args.batch)
         return (
             dataset,

@@ -1,9 +1,9 @@
 """Signals that ask a run to stop, and how a process obeys them.
 
-Until defer_stop() there is nothing to save: the process leaves at once with status 75, even if it is waiting for
-others. From then on a signal is noted for stop_requested(), so that the run leaves after its checkpoint. If there
-is then no heartbeat() for STUCK_AFTER seconds, it is stuck, for instance in a system call, and the process leaves at
-once. A second SIGINT raises KeyboardInterrupt.
+Until defer_stop() there is nothing to save: the process exits at once with status 75, even if it is waiting for others.
+From then on a signal is noted for stop_requested(), so that the run exits after its checkpoint. If there is then no
+heartbeat() for STUCK_AFTER seconds, it is stuck, for instance in a system call, and the process exits at once. A second
+SIGINT raises KeyboardInterrupt.
 """
 
 import contextlib
@@ -37,7 +37,10 @@ class _State:
     """What this process knows about requests to stop."""
 
     def __init__(self):
-        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+        self.requested = False
+        self.deferred = False  # a request waits for the checkpoint
+        self.heartbeat = 0.0
+        self.ended = threading.Event()
         self.interactive = False  # whether stderr is a terminal
 
 
@@ -73,7 +76,7 @@ def block_signals():
 def handle_stop_signals(program: str = "", report=None):
     """Installs the handlers; does nothing outside the main thread, where Python does not allow it.
 
-    report(message) is called when the process leaves at once; without it the message goes to stderr.
+    report(message) is called when the process exits at once; without it the message goes to stderr.
     """
     global _state
     state = _state = _State()
@@ -108,7 +111,7 @@ def _note(number, frame):
         raise KeyboardInterrupt
     _state.requested = True
     if number == signal.SIGINT and _state.deferred and _state.interactive:
-        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+        os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
 
 
 def _watch(receive: int, state: _State, report):

@@ -20,7 +20,7 @@ from pathlib import Path
 from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 
-from ..layout import as_listed, by_split
+from ..splits import as_listed, by_split
 from . import long_tail
 from .folders import write_folder_lists
 from .list_writer import write_files

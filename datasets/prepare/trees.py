@@ -7,8 +7,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-from ..layout import by_split, missing_entries
-from ..splits import Split, find_splits
+from ..splits import Split, by_split, find_splits, missing_entries
 
 SORTING = "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"
 
@@ -81,7 +80,7 @@ def diagnose(split: Split) -> str:
 def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     """Makes symbolic links below out to the images of the splits, and returns how many were not there yet.
 
-    layout: where the link of an entry lies below out, a function of datasets.layout. When run again, it makes the links
+    layout: where the link of an entry lies below out, such as by_split. When run again, it makes the links
     that are missing, and corrects those of a tree that has moved. Raises UserError if two images would have the same
     link, or if something else exists in a link's place.
     """
