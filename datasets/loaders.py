@@ -170,5 +170,7 @@ def report_killed_workers(iterator):
         yield
     except (EOFError, OSError) as error:
         workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        if not workers or "in DataLoader worker process" in str(error):  # of a transform
+            raise
         killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
         raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None
