@@ -109,7 +109,7 @@ def test_batches_are_full_and_carry_the_epoch():
     draw, index = sampler.epoch(5)
     expected = [(5, int(d), int(i)) for d, i in zip(draw, index, strict=True)]
     assert [item for batch in given for item in batch] == expected[:88]
-    assert list(batches)[0][0][0] == 6  # the next pass is the next epoch
+    assert next(iter(batches))[0][0] == 6  # the next pass is the next epoch
     batches.start_at(5)
     assert list(batches) == given
 
