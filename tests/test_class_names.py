@@ -54,8 +54,9 @@ def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_t
     assert names_in(tmp_path / "run") == NAMES
     assert same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(trained[stage])["state_dict"])
     if stage != "iii":
-        nxt, flag = {"i": ("ii", "--last_stage_ckpt"), "ii": ("iii", "--teacher_ckpt")}[stage]
-        assert names_in(train(nxt, named_tree, tmp_path / nxt, "--epochs", 1, flag, tmp_path / "old.tar")) == NAMES
+        following, flag = {"i": ("ii", "--last_stage_ckpt"), "ii": ("iii", "--teacher_ckpt")}[stage]
+        flags = ["--epochs", 1, flag, tmp_path / "old.tar"]
+        assert names_in(train(following, named_tree, tmp_path / following, *flags)) == NAMES
 
 
 def test_class_names_in_another_order_give_one_warning(named_tree, plain_tree, tmp_path):

@@ -1,7 +1,6 @@
 """--augment device: the parameters that workers draw, the images that the device computes, and training."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -10,14 +9,12 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-import ssd_stage_i
-import ssd_stage_ii
-import ssd_stage_iii
 from datasets import device_augment
 from datasets.device_augment import BLUR, FACTORS, GRAYSCALE, NEUTRAL, ORDER, apply_color, to_float
 from datasets.loaders import collate
 from datasets.transforms import Views, key_view, query_view
 from models.preprocess import SMALL, normalize
+from tests.helpers import assert_same_run, checkpoint, same, train
 
 DRAWS = 2000
 
@@ -174,13 +171,9 @@ def test_collate_stacks_images_and_parameters():
     assert labels.tolist() == indices == [0, 1, 2]
 
 
-def test_the_evaluation_view_has_no_parameters():
+def test_the_evaluation_view_has_no_parameters_and_is_normalized():
     (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
     assert seen.shape == (3, 96, 96)
-
-
-def test_evaluation_images_are_normalized():
-    (seen,) = Views(("eval",), 96)(photograph(), (0, 0, 0))
     expected = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(seen / 255)
     torch.testing.assert_close(normalize(seen[None])[0], expected)
 
@@ -203,48 +196,18 @@ def test_cuda_equals_cpu_without_synchronizing():
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """train/, val/, test/ of three classes, 8 small images each."""
-    root = tmp_path_factory.mktemp("tree")
-    for number, (split, name) in enumerate(itertools.product(("train", "val", "test"), "abc")):
-        folder = root / split / name
-        folder.mkdir(parents=True)
-        for i in range(8):
-            photograph(40, 36, 100 * number + i).save(folder / f"{i}.png")
-    return root
+def whole(plain_tree, tmp_path_factory):
+    """A run of stage I with --augment device."""
+    return train("i", plain_tree, tmp_path_factory.mktemp("whole") / "i", "--augment", "device")
 
 
-def train(stage, tree, output, *flags):
-    common = ["--arch", "resnet8", "--image-size", "32", "-b", "8", "--epochs", "2", "-j", "0", "--seed", "1"]
-    common += ["--device", "cpu", "--augment", "device", "--lr", "0.02", "--output_dir", str(output), str(tree)]
-    assert stage.main([*common, *flags]) == 0
-    return torch.load(output / "last_checkpoint.pth.tar", weights_only=True)
+def test_the_same_seed_gives_the_same_result_with_any_number_of_workers(whole, plain_tree, tmp_path):
+    assert_same_run(train("i", plain_tree, tmp_path / "workers", "--augment", "device", "-j", 2), whole)
+    in_workers = train("i", plain_tree, tmp_path / "pil")
+    assert not same(*(checkpoint(folder)["state_dict"] for folder in (in_workers, whole)))
 
 
-def same(first, second) -> bool:
-    return all(torch.equal(first["state_dict"][name], second["state_dict"][name]) for name in first["state_dict"])
-
-
-STAGE_I = ("--moco-k", "16", "--moco-dim", "8")
-
-
-def test_all_stages_train_with_augment_device(tree, tmp_path):
-    train(ssd_stage_i, tree, tmp_path / "i", *STAGE_I)
-    train(ssd_stage_ii, tree, tmp_path / "ii", "--last_stage_ckpt", str(tmp_path / "i" / "last_checkpoint.pth.tar"))
-    train(ssd_stage_iii, tree, tmp_path / "iii", "--teacher_ckpt", str(tmp_path / "ii" / "last_checkpoint.pth.tar"))
-    for stage in ("i", "ii", "iii"):
-        lines = [json.loads(line) for line in (tmp_path / stage / "log.txt").read_text().splitlines()]
-        assert len(lines) == 2 and all(np.isfinite(line["loss"]) for line in lines)
-
-
-def test_the_same_seed_gives_the_same_result_with_any_number_of_workers(tree, tmp_path):
-    alone = train(ssd_stage_i, tree, tmp_path / "alone", *STAGE_I)
-    assert same(alone, train(ssd_stage_i, tree, tmp_path / "workers", *STAGE_I, "-j", "2"))
-    in_workers = train(ssd_stage_i, tree, tmp_path / "pil", *STAGE_I, "--augment", "pil")
-    assert not same(alone, in_workers)
-
-
-def test_a_resumed_run_equals_one_that_never_stopped(tree, tmp_path):
-    whole = train(ssd_stage_i, tree, tmp_path / "whole", *STAGE_I)
-    train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--epochs", "1")
-    assert same(whole, train(ssd_stage_i, tree, tmp_path / "parts", *STAGE_I, "--resume", "auto"))
+def test_a_resumed_run_equals_one_that_never_stopped(whole, plain_tree, tmp_path):
+    train("i", plain_tree, tmp_path / "parts", "--augment", "device", "--epochs", 1)
+    train("i", plain_tree, tmp_path / "parts", "--epochs", 2, "--resume", "auto")
+    assert_same_run(tmp_path / "parts", whole)

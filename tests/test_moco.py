@@ -168,7 +168,7 @@ def test_the_key_view_trains_nothing():
     assert model.encoder_k.bn1.num_batches_tracked == 1  # it runs in train mode nevertheless
 
 
-def test_the_key_encoder_starts_as_a_copy_and_follows():
+def test_the_key_encoder_starts_as_a_copy_and_follows_in_calls_that_update():
     model, (im_q, im_k, labels) = ssfl(momentum=0.75), views()
     for query, key in ((model.encoder_q, model.encoder_k), (model.q_fc, model.k_fc)):
         for a, b in zip(query.state_dict().values(), key.state_dict().values(), strict=True):
@@ -176,6 +176,8 @@ def test_the_key_encoder_starts_as_a_copy_and_follows():
     with torch.no_grad():
         model.encoder_q.conv1.weight.add_(1)
     start = model.encoder_k.conv1.weight.clone()
+    model(im_q, im_k, labels, update=False)
+    assert torch.equal(model.encoder_k.conv1.weight, start)
     model(im_q, im_k, labels)
     torch.testing.assert_close(model.encoder_k.conv1.weight, start + 0.25)
 
@@ -230,17 +232,6 @@ def test_keys_wait_until_they_may_enter_the_queue():
     assert model.queue_ptr == 2  # nothing enters twice
 
 
-def test_without_update_the_key_encoder_does_not_move():
-    model, (im_q, im_k, labels) = ssfl().train(), views()
-    with torch.no_grad():
-        model.encoder_q.conv1.weight.add_(1)
-    start = model.encoder_k.conv1.weight.clone()
-    model(im_q, im_k, labels, update=False)
-    assert torch.equal(model.encoder_k.conv1.weight, start)
-    model(im_q, im_k, labels)
-    assert not torch.equal(model.encoder_k.conv1.weight, start)
-
-
 class Forbidden(nn.Module):
     """A module that must not run."""
 
@@ -248,21 +239,17 @@ class Forbidden(nn.Module):
         raise AssertionError("this must not run")
 
 
-def test_without_contrast_no_key_encoder_runs():
-    model, (im_q, _, labels) = ssfl(contrast=False), views()
-    model.encoder_k = model.k_fc = model.q_fc = Forbidden()
-    before = model.queue.clone()
-    logits, loss = model(im_q, None, labels)
-    (F.cross_entropy(logits, labels) + loss).backward()
-    assert loss == 0 and torch.equal(model.queue, before) and model.queue_ptr == 0
-
-
-def test_without_distillation_no_teacher_runs():
-    model, (im_q, _, labels) = models.SDL("resnet8", CLASSES, distill=False), views()
-    model.encoder_t = model.classifier_t = Forbidden()
-    hard, _, distillation = model(im_q)
-    (F.cross_entropy(hard, labels) + distillation).backward()
-    assert distillation == 0 and model.classifier_kd.weight.grad is None
+def test_parts_that_are_switched_off_do_not_run():
+    im_q, _, labels = views()
+    one, three = ssfl(contrast=False), models.SDL("resnet8", CLASSES, distill=False)
+    one.encoder_k = one.k_fc = one.q_fc = three.encoder_t = three.classifier_t = Forbidden()
+    before = one.queue.clone()
+    logits, contrastive = one(im_q, None, labels)
+    hard, _, distillation = three(im_q)
+    for scores, loss in ((logits, contrastive), (hard, distillation)):
+        (F.cross_entropy(scores, labels) + loss).backward()
+        assert loss == 0
+    assert torch.equal(one.queue, before) and one.queue_ptr == 0 and three.classifier_kd.weight.grad is None
 
 
 @pytest.mark.parametrize("mode", [False, True])
@@ -341,27 +328,6 @@ def test_stage_two_takes_the_named_classifier():
         assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
     with pytest.raises(ValueError, match="classifier_kd"):
         models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
-
-
-def test_the_teacher_is_the_network_of_stage_two():
-    two, three = models.SLG("resnet8", CLASSES), models.SDL("resnet8", CLASSES)
-    with torch.no_grad():
-        two.classifier.scales.uniform_()
-    three.load_teacher({f"module.{name}": value for name, value in two.state_dict().items()})
-    images = views()[0]
-    teacher = three.eval().classifier_t(three.encoder_t(images))
-    assert torch.equal(teacher, two.eval()(images))
-
-
-@pytest.mark.parametrize("stage", ["i", "ii", "iii"])
-def test_stage_and_arch_are_inferred_from_a_state_dict(stage):
-    model = {"i": ssfl, "ii": lambda: models.SLG("resnet20", 7), "iii": lambda: models.SDL("resnet18", 3)}[stage]()
-    found = models.infer_stage_and_arch({f"module.{name}": value for name, value in model.state_dict().items()})
-    arch, classes = {"i": ("resnet8", CLASSES), "ii": ("resnet20", 7), "iii": ("resnet18", 3)}[stage]
-    assert (found["stage"], found["arch"], found["num_classes"]) == (stage, arch, classes)
-    again = models.from_state_dict(model.state_dict())
-    assert type(again) is type(model) and not again.training
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def shuffled_means(rank):

@@ -193,12 +193,13 @@ def patches(monkeypatch):
 def test_a_backbone_that_depends_on_the_image_size_trains_hands_on_and_loads(patches, plain_tree, tmp_path, size):
     """models.load gives the logits of the evaluation to the last bit, with buffers that are kept or are not."""
     files = [plain_tree / line.split()[0] for line in (plain_tree / "test.txt").read_text().splitlines()]
-    for run, folder in train_all(plain_tree, tmp_path, "--image-size", size, "--epochs", 1).items():
+    flags = ["--image-size", size, "--epochs", 1]
+    for run, folder in train_all(plain_tree, tmp_path, *flags).items():
         stage, seen = "ii" if run == "tuned" else run, []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics.ShotAccuracy, "update", lambda self, logits, _: seen.append(logits))  # noqa: B023
-            words = ["--resume", folder / LAST, "--evaluate", "--eval-batch-size", len(files)]
-            assert run_stage(stage, plain_tree, tmp_path / "e", "--overwrite", *words).status == 0
+            words = [*flags, "--resume", folder / LAST, "--evaluate", "--eval-batch-size", len(files)]
+            assert run_stage(stage, plain_tree, tmp_path / "evaluation", *words).status == 0
         network = models.load(folder / LAST)
         with torch.no_grad():
             logits = network(torch.stack([network.transform(load_rgb(file)) for file in files]))
