@@ -29,7 +29,7 @@ FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, torchrun, srun, sbat
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
     "--wait", "--variants",
-    "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment",
+    "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment", "--student-ckpt",
     "--no-memory", "--repeats",
 }  # fmt: skip
 
@@ -40,7 +40,8 @@ def commands() -> list[tuple[str, str]]:
     """(document, command) for every line of a code block, with lines that end in a backslash joined."""
     found = []
     for name, text in TEXTS.items():
-        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, flags=re.M | re.S)
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+        blocks = [block for language, block in fenced if language in ("", "bash", "sh")]
         blocks += re.findall(r"`([^`\n]*python [^`\n]*)`", text) + re.findall(r"^    (.*)$", text, flags=re.M)
         for block in blocks:
             found += [(name, line.strip()) for line in block.replace("\\\n", " ").splitlines()]
