@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import models
+from tests.helpers_networks import with_module
 from weights import download
 
 RELEASE = {"stage": "iii", "arch": "resnet8", "num_classes": 6}
@@ -18,8 +19,7 @@ HTML = b"\n<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></ht
 
 
 def checkpoint_of(model) -> dict:
-    state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
-    return {"epoch": 135, "state_dict": state_dict, "optimizer": {}, "best_acc1": 0.554}
+    return {"epoch": 135, "state_dict": with_module(model.state_dict()), "optimizer": {}, "best_acc1": 0.554}
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import torch
 import torchvision
 
 import models
-from tests.helpers import LAST, STAGES, assert_command_mistake
-from tests.test_load import BUILD
-from tests.test_published_checkpoints import PublishedRun
+from tests.helpers import LAST, STAGES, assert_mistake
+from tests.helpers_networks import BUILD, PublishedRun, with_module
 from utils import export
 
 SIZE = 32
@@ -46,8 +45,7 @@ def network(stage, arch):
 def write(stage, arch, file, **entries):
     """A checkpoint of such a network; returns the network."""
     model = network(stage, arch)
-    state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state_dict, "args": {"image_size": SIZE}, **entries}, file)
+    torch.save({"state_dict": with_module(model.state_dict()), "args": {"image_size": SIZE}, **entries}, file)
     return model
 
 
@@ -136,11 +134,11 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):
     write("ii", "resnet18", checkpoint)
     before = checkpoint.read_bytes()
     out.write_bytes(b"precious")
-    assert_command_mistake(run(checkpoint, out), out, "--overwrite")
+    assert_mistake(run(checkpoint, out), out, "--overwrite")
     assert out.read_bytes() == b"precious"
     assert run(checkpoint, out, "--overwrite")[0] == 0
     assert "fc.weight" in torch.load(out, weights_only=True)
-    assert_command_mistake(run(checkpoint, checkpoint, "--overwrite"), "the checkpoint itself")
+    assert_mistake(run(checkpoint, checkpoint, "--overwrite"), "the checkpoint itself")
     assert checkpoint.read_bytes() == before
 
 
@@ -152,7 +150,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_command_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
+    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -161,13 +159,13 @@ def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
     torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, bare)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     onnx, published, soft = ("--format", "onnx"), ("--format", "published"), ("--classifier", "soft")
-    assert_command_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
-    assert_command_mistake(run(of_i, out, *onnx), "--format onnx", "pip install")
-    assert_command_mistake(run(of_i, out, *onnx, *soft), "--classifier soft", "stage I")
-    assert_command_mistake(run(trained["iii"] / LAST, out, *published, *soft), "--classifier")
-    assert_command_mistake(run(of_i, tmp_path / "a.onnx", *published), "a.onnx", "add --format onnx")
-    assert_command_mistake(run(of_i, tmp_path / "no" / "out", *published), "no folder")
-    assert_command_mistake(run(of_i, tmp_path, *published), "is a folder")
-    assert_command_mistake(run(bare, out, *published), bare, "no optimizer")
-    assert_command_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
+    assert_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
+    assert_mistake(run(of_i, out, *onnx), "--format onnx", "pip install")
+    assert_mistake(run(of_i, out, *onnx, *soft), "--classifier soft", "stage I")
+    assert_mistake(run(trained["iii"] / LAST, out, *published, *soft), "--classifier")
+    assert_mistake(run(of_i, tmp_path / "a.onnx", *published), "a.onnx", "add --format onnx")
+    assert_mistake(run(of_i, tmp_path / "no" / "out", *published), "no folder")
+    assert_mistake(run(of_i, tmp_path, *published), "is a folder")
+    assert_mistake(run(bare, out, *published), bare, "no optimizer")
+    assert_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
     assert not out.exists()

@@ -13,7 +13,7 @@ from PIL import Image
 
 import models
 from models.preprocess import MEAN, STD, EvalTransform
-from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_command_mistake, results_of
+from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_mistake, results_of
 from utils import predict
 from utils.images import load_rgb
 
@@ -195,17 +195,17 @@ def test_mistakes_end_in_one_line(trained, rewritten, plain_tree, tmp_path, run)
     of_i, none, text = trained["i"] / LAST, tmp_path / "none", tmp_path / "text"
     (tmp_path / "empty").mkdir()
     text.write_text("no checkpoint")
-    assert_command_mistake(run(none, image), none, "cannot be opened")
-    assert_command_mistake(run(text, image), text, "damaged")
-    assert_command_mistake(run(of_i, none), none, "no such file")
-    assert_command_mistake(run(of_i, tmp_path / "empty"), tmp_path / "empty", "no images")
-    assert_command_mistake(run(of_i, image, "--classifier", "soft"), "--classifier soft", "stage I")
-    assert_command_mistake(run(rewritten(args={"kd_weight": 0.0}), image, "--classifier", "soft"), "--kd-weight 0")
+    assert_mistake(run(none, image), none, "cannot be opened")
+    assert_mistake(run(text, image), text, "damaged")
+    assert_mistake(run(of_i, none), none, "no such file")
+    assert_mistake(run(of_i, tmp_path / "empty"), tmp_path / "empty", "no images")
+    assert_mistake(run(of_i, image, "--classifier", "soft"), "--classifier soft", "stage I")
+    assert_mistake(run(rewritten(args={"kd_weight": 0.0}), image, "--classifier", "soft"), "--kd-weight 0")
     if not torch.cuda.is_available():
-        assert_command_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
+        assert_mistake(run(of_i, image, "--device", "cuda"), "--device cuda")
     for words in (("--topk", 0), ("--batch-size", 0), ("--workers", 0)):
-        assert_command_mistake(run(of_i, image, *words), " ".join(map(str, words)))
-    assert_command_mistake(run(of_i), "IMAGE_OR_DIR")
+        assert_mistake(run(of_i, image, *words), " ".join(map(str, words)))
+    assert_mistake(run(of_i), "IMAGE_OR_DIR")
 
 
 def test_a_closed_pipe_ends_the_command_quietly(trained, plain_tree):

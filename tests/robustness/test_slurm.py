@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers import LAST, QUEUE, ROOT, SMALL, results_of, train_ranks
+from tests.helpers import LAST, QUEUE, ROOT, SMALL, assert_same_run, train_all, train_ranks
 from tests.helpers_processes import PATIENCE
 
 NAMES = ("stage_i", "stage_ii", "stage_iii", "stage_iii_tuned")
@@ -100,7 +100,7 @@ def test_a_mistake_ends_the_job_before_a_step(tmp_path, plain_tree):
 
 
 @pytest.mark.full
-def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_processes, plain_tree, tmp_path):
+def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(plain_tree, tmp_path):
     """Each has the result of the same command without SLURM."""
     (tmp_path / "recipes").mkdir()
     for name in NAMES:
@@ -108,8 +108,6 @@ def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_proces
     time_limit = tmp_path / "out" / "stage_i" / LAST
     assert run_job(tmp_path, plain_tree, "--save-every-steps", "1", TASK="gated", TIME_LIMIT=time_limit) == 0
     assert started(tmp_path) == [f"ssd_stage_{stage}.py" for stage in ("i", "i", "ii", "iii", "ii")]
-    ii = train_ranks("ii", plain_tree, tmp_path / "ii", "--cos", "--last_stage_ckpt", run_of_two_processes / LAST)
-    iii = train_ranks("iii", plain_tree, tmp_path / "iii", "--cos", "--teacher_ckpt", ii / LAST)
-    tuned = train_ranks("ii", plain_tree, tmp_path / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
-    for name, run in zip(NAMES, (run_of_two_processes, ii, iii, tuned), strict=True):
-        assert results_of(tmp_path / "out" / name) == results_of(run)
+    references = train_all(plain_tree, tmp_path / "whole", "--cos", run=train_ranks)
+    for name, reference in zip(NAMES, references.values(), strict=True):
+        assert_same_run(tmp_path / "out" / name, reference)
