@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import models
+from tests.helpers_networks import with_module
 from weights import download
 
 RELEASE = {"stage": "iii", "arch": "resnet8", "num_classes": 6}
@@ -18,8 +19,7 @@ HTML = b"\n<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></ht
 
 
 def checkpoint_of(model) -> dict:
-    state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
-    return {"epoch": 135, "state_dict": state_dict, "optimizer": {}, "best_acc1": 0.554}
+    return {"epoch": 135, "state_dict": with_module(model.state_dict()), "optimizer": {}, "best_acc1": 0.554}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ BAD = {
     "classes": "it holds stage III, resnet8, 7 classes, not",
     "arch": "it holds stage III, resnet20, 6 classes, not",
     "other": "it has no state_dict of tensors",
-    "key": "it does not fit stage III at classifier_t.scales",
+    "key": "it does not fit stage III: classifier_t.scales is missing",
 }
 
 
@@ -97,96 +97,92 @@ def drive(files, monkeypatch):
     server.server_close()
 
 
-def refused(capsys, out, *argv) -> str:
-    """Runs a command that must fail; returns its last line. Neither out nor anything next to it may exist."""
-    assert download.main(["stage_iii", "--out", str(out), *map(str, argv)]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and "Traceback" not in line
-    assert not out.parent.exists() or not any(out.parent.iterdir())
-    return line
+@pytest.fixture
+def run(capsys):
+    """run(out, word, ...) -> (status, stdout, last line of stderr) of the command with --out."""
+
+    def call(out, *words):
+        status = download.main(["stage_iii", "--out", str(out), *map(str, words)])
+        printed, said = capsys.readouterr()
+        return status, printed, said.splitlines()[-1] if said else ""
+
+    return call
 
 
-def check_accepted(capsys, source, out, *argv):
-    assert download.main(["stage_iii", "--out", str(out), *map(str, argv)]) == 0
-    said = capsys.readouterr().out
-    assert hashlib.sha256(source.read_bytes()).hexdigest() in said
-    assert f"python ssd_stage_iii.py --resume {out} --evaluate DIR" in said
+def assert_accepted(outcome, source, out):
+    status, printed, _ = outcome
+    assert status == 0 and hashlib.sha256(source.read_bytes()).hexdigest() in printed
+    assert f"python ssd_stage_iii.py --resume {out} --evaluate DIR" in printed
     assert out.read_bytes() == source.read_bytes()
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     assert out.stat().st_mode & 0o777 == source.stat().st_mode & 0o777
 
 
-@pytest.mark.parametrize("kind", ["good", "legacy"])
-def test_the_release_downloads(kind, drive, files, tmp_path, capsys):
-    drive(kind)
-    check_accepted(capsys, files / kind, tmp_path / "new" / "release")
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_anything_else_is_refused_after_the_download(kind, drive, tmp_path, capsys):
-    drive(kind)
-    line = refused(capsys, tmp_path / "release")
-    assert line.startswith("error: stage_iii: ") and BAD[kind] in line
-    assert "https://drive.google.com/file/d/" in line and "--from FILE" in line and str(tmp_path / "release") in line
-
-
-@pytest.mark.parametrize("path", ["broken/good", "absent"])
-def test_a_broken_download_is_refused(path, drive, tmp_path, capsys):
-    drive(path)
-    line = refused(capsys, tmp_path / "release")
-    assert "the download failed (" in line and "--from FILE" in line
-
-
-def test_missing_gdown_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    line = refused(capsys, tmp_path / "release")
-    assert "gdown is missing" in line and "pip install gdown" in line and "--from FILE" in line
+def assert_refused(outcome, out, *words):
+    """In one line, and neither out nor anything next to it exists."""
+    status, printed, line = outcome
+    assert (status, printed) == (2, "") and line.startswith("error: ") and "Traceback" not in line
+    for word in map(str, words):
+        assert word in line
+    assert not out.parent.exists() or not any(out.parent.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["good", "legacy"])
-def test_from_accepts_the_release(kind, files, tmp_path, capsys):
-    check_accepted(capsys, files / kind, tmp_path / "release", "--from", files / kind)
+def test_the_release_is_accepted_from_a_download_and_from_a_file(kind, drive, files, tmp_path, run):
+    drive(kind)
+    out = tmp_path / "new" / "release"
+    assert_accepted(run(out), files / kind, out)
+    out = tmp_path / "other" / "release"
+    assert_accepted(run(out, "--from", files / kind), files / kind, out)
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_from_refuses_anything_else(kind, files, tmp_path, capsys):
-    line = refused(capsys, tmp_path / "release", "--from", files / kind)
-    assert line.startswith(f"error: {files / kind}: ") and BAD[kind] in line
-
-
-def test_from_names_a_missing_file(tmp_path, capsys):
-    line = refused(capsys, tmp_path / "release", "--from", tmp_path / "nothing")
-    assert f"--from {tmp_path / 'nothing'}: no such file" in line
-
-
-def test_an_existing_file_is_verified_and_kept(files, tmp_path, capsys):
+def test_any_other_file_is_refused(kind, files, tmp_path, run):
     out = tmp_path / "release"
-    argv = ["stage_iii", "--out", str(out)]
+    assert_refused(run(out, "--from", files / kind), out, f"error: {files / kind}: ", BAD[kind])
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("html", BAD["html"]), ("broken/good", "the download failed ("), ("absent", "the download failed (")],
+)
+def test_a_download_of_anything_else_is_refused(path, reason, drive, tmp_path, run):
+    drive(path)
+    out = tmp_path / "release"
+    link = "https://drive.google.com/file/d/"
+    assert_refused(run(out), out, "error: stage_iii: ", reason, link, "--from FILE", out)
+
+
+def test_missing_gdown_is_named(monkeypatch, tmp_path, run):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    out = tmp_path / "release"
+    assert_refused(run(out), out, "gdown is missing", "pip install gdown", "--from FILE")
+
+
+def test_an_existing_file_is_verified_and_kept(files, tmp_path, run):
+    out = tmp_path / "release"
     out.write_bytes((files / "good").read_bytes())
-    check_accepted(capsys, files / "good", out)  # nothing is downloaded
-    check_accepted(capsys, files / "good", out, "--from", files / "good")
-    check_accepted(capsys, files / "good", out, "--from", out)
-    assert download.main([*argv, "--from", str(files / "legacy")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    for words in ([], ["--from", files / "good"], ["--from", out]):
+        assert_accepted(run(out, *words), files / "good", out)  # nothing is downloaded
+    assert "exists already" in run(out, "--from", files / "legacy")[2]
     out.write_bytes((files / "stage_ii").read_bytes())
-    for more in ([], ["--from", str(files / "good")]):
-        assert download.main(argv + more) == 2
-        assert f"error: {out}: exists already" in capsys.readouterr().err
+    for words in ([], ["--from", files / "good"]):
+        status, _, line = run(out, *words)
+        assert status == 2 and f"error: {out}: exists already" in line
     assert out.read_bytes() == (files / "stage_ii").read_bytes()
 
 
-def test_only_regular_files_are_opened(files, tmp_path, capsys):
+def test_paths_that_are_no_files_are_named(files, tmp_path, run):
     os.mkfifo(tmp_path / "fifo")
-    assert download.main(["stage_iii", "--out", str(tmp_path / "fifo")]) == 2
-    assert "fifo: exists already, and is not a regular file" in capsys.readouterr().err
-    assert download.main(["stage_iii", "--out", str(tmp_path / "new"), "--from", str(tmp_path / "fifo")]) == 2
-    assert "no such file" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_made_is_named(files, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert download.main(["stage_iii", "--out", str(tmp_path / "file" / "x"), "--from", str(files / "good")]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    for out, words, reason in (
+        ("fifo", [], "fifo: exists already: it is not a regular file"),
+        ("new", ["--from", tmp_path / "fifo"], f"--from {tmp_path / 'fifo'}: no such file"),
+        ("new", ["--from", tmp_path / "nothing"], f"--from {tmp_path / 'nothing'}: no such file"),
+        ("file/x", ["--from", files / "good"], tmp_path / "file"),  # whose folder cannot be made
+    ):
+        status, _, line = run(tmp_path / out, *words)
+        assert status == 2 and str(reason) in line
 
 
 def test_an_unknown_release_is_refused(capsys):

@@ -9,9 +9,8 @@ import torch
 import torchvision
 
 import models
-from tests.helpers import LAST, STAGES, assert_command_mistake
-from tests.test_load import BUILD
-from tests.test_published_checkpoints import PublishedRun
+from tests.helpers import LAST, STAGES, assert_mistake
+from tests.helpers_networks import BUILD, PublishedRun, with_module
 from utils import export
 
 SIZE = 32
@@ -46,8 +45,7 @@ def network(stage, arch):
 def write(stage, arch, file, **entries):
     """A checkpoint of such a network; returns the network."""
     model = network(stage, arch)
-    state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state_dict, "args": {"image_size": SIZE}, **entries}, file)
+    torch.save({"state_dict": with_module(model.state_dict()), "args": {"image_size": SIZE}, **entries}, file)
     return model
 
 
@@ -115,18 +113,13 @@ def test_the_published_scripts_resume_the_published_format(trained, tmp_path, ru
     theirs.step()
     again = models.load(file)  # this code reads it, too
     assert all(torch.equal(v, ours[f"module.{k}"]) for k, v in again.state_dict().items())
+    assert_needs_nothing_newer_than_pytorch_1_4(file)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_published_format_needs_nothing_newer_than_pytorch_1_4(trained, tmp_path, run, stage):
+def assert_needs_nothing_newer_than_pytorch_1_4(file):
     """It is not a zip file, and refers only to what that version has."""
-    file = tmp_path / "published.pth.tar"
-    assert run(trained[stage] / LAST, file, "--format", "published")[0] == 0
-    known = {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long")),
-    }
+    known = {f"torch {kind}Storage" for kind in ("Float", "Double", "Long")}
+    known |= {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
     with file.open("rb") as opened:
         assert opened.read(2) == b"\x80\x02"  # a pickle of protocol 2
         opened.seek(0)
@@ -137,18 +130,16 @@ def test_the_published_format_needs_nothing_newer_than_pytorch_1_4(trained, tmp_
 
 
 def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):
-    write("ii", "resnet18", tmp_path / "checkpoint")
-    out = tmp_path / "out.pth"
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out.pth"
+    write("ii", "resnet18", checkpoint)
+    before = checkpoint.read_bytes()
     out.write_bytes(b"precious")
-    assert_command_mistake(run(tmp_path / "checkpoint", out), out, "--overwrite")
+    assert_mistake(run(checkpoint, out), out, "--overwrite")
     assert out.read_bytes() == b"precious"
-    assert run(tmp_path / "checkpoint", out, "--overwrite")[0] == 0
+    assert run(checkpoint, out, "--overwrite")[0] == 0
     assert "fc.weight" in torch.load(out, weights_only=True)
-    before = (tmp_path / "checkpoint").read_bytes()
-    assert_command_mistake(
-        run(tmp_path / "checkpoint", tmp_path / "checkpoint", "--overwrite"), "the checkpoint itself"
-    )
-    assert (tmp_path / "checkpoint").read_bytes() == before
+    assert_mistake(run(checkpoint, checkpoint, "--overwrite"), "the checkpoint itself")
+    assert checkpoint.read_bytes() == before
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
@@ -159,23 +150,22 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_command_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
+    assert_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
-    of_i, out = trained["i"] / LAST, tmp_path / "out"
-    torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, tmp_path / "bare")
-    assert_command_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
-    assert_command_mistake(run(of_i, tmp_path / "a.onnx", "--format", "published"), "a.onnx", "add --format onnx")
-    assert_command_mistake(run(of_i, out, "--classifier", "soft", "--format", "onnx"), "--classifier soft", "stage I")
-    assert_command_mistake(
-        run(trained["iii"] / LAST, out, "--classifier", "soft", "--format", "published"), "--classifier"
-    )
-    assert_command_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
-    assert_command_mistake(run(of_i, tmp_path / "no" / "out", "--format", "published"), "no folder")
-    assert_command_mistake(run(of_i, tmp_path, "--format", "published"), "is a folder")
-    assert_command_mistake(run(tmp_path / "bare", out, "--format", "published"), tmp_path / "bare", "no optimizer")
+    of_i, out, bare = trained["i"] / LAST, tmp_path / "out", tmp_path / "bare"
+    torch.save({"state_dict": torch.load(of_i, weights_only=True)["state_dict"]}, bare)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert_command_mistake(run(of_i, out, "--format", "onnx"), "--format onnx", "pip install")
+    onnx, published, soft = ("--format", "onnx"), ("--format", "published"), ("--classifier", "soft")
+    assert_mistake(run(of_i, out), "--format torchvision", "resnet8", "--format onnx")
+    assert_mistake(run(of_i, out, *onnx), "--format onnx", "pip install")
+    assert_mistake(run(of_i, out, *onnx, *soft), "--classifier soft", "stage I")
+    assert_mistake(run(trained["iii"] / LAST, out, *published, *soft), "--classifier")
+    assert_mistake(run(of_i, tmp_path / "a.onnx", *published), "a.onnx", "add --format onnx")
+    assert_mistake(run(of_i, tmp_path / "no" / "out", *published), "no folder")
+    assert_mistake(run(of_i, tmp_path, *published), "is a folder")
+    assert_mistake(run(bare, out, *published), bare, "no optimizer")
+    assert_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
     assert not out.exists()

@@ -21,16 +21,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import SLG, build_backbone
 from models.backbones import TORCHVISION
 from models.heads import LWS
-from models.state_dicts import strip_module
 
-from .checkpoint import system_error
+from .checkpoint import LoadedCheckpoint, system_error
 from .command_line import ArgumentParser, run_command
 from .errors import UserError
 from .files import atomic_write
-from .networks import load_network
+from .predict import load_network
 
 
 def get_parser():
@@ -47,20 +45,18 @@ def get_parser():
     return parser
 
 
-def plain_network(model, arch: str, classifier: str = "hard") -> nn.Module:
+def plain_network(model, arch: str, classifier: str) -> nn.Module:
     """Backbone and linear classifier `fc` of a network of any stage, one module from images to logits, in eval mode.
 
-    For torchvision's archs it is torchvision's network. The scales s of stage II are folded in:
-    (W h + b) * s = (s W) h + s b.
+    It takes the network's own modules. For torchvision's archs it is torchvision's network. The scales s of stage II
+    are folded in: (W h + b) * s = (s W) h + s b.
     """
-    head = model.classifier_kd if classifier == "soft" else model.classifier
-    linear, scales = (head.fc, head.scales) if isinstance(head, LWS) else (head, torch.ones_like(head.bias))
-    fc = nn.Linear(linear.in_features, linear.out_features)
-    with torch.no_grad():
-        fc.weight.copy_(linear.weight * scales[:, None])
-        fc.bias.copy_(linear.bias * scales)
-    backbone = build_backbone(arch)
-    backbone.load_state_dict((model.encoder if isinstance(model, SLG) else model.encoder_q).state_dict())
+    backbone = model.get_submodule(model.backbone.rstrip("."))
+    fc = model.classifier_kd if classifier == "soft" else model.get_submodule(model.linear.rstrip("."))
+    if isinstance(model.classifier, LWS):
+        with torch.no_grad():
+            fc.weight *= model.classifier.scales[:, None]
+            fc.bias *= model.classifier.scales
     if arch in TORCHVISION:
         network = backbone
         network.fc = fc
@@ -94,28 +90,33 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
     return proto.SerializeToString()
 
 
-def published_content(path, content: dict, arch: str) -> dict:
+def published_content(loaded: LoadedCheckpoint) -> dict:
     """What the published scripts read from a checkpoint; their label queue is float32.
 
-    path: of the checkpoint, for messages. Raises UserError if the checkpoint has no optimizer.
+    Raises UserError if the checkpoint has no optimizer.
     """
+    content = loaded.content
     if not isinstance(content.get("optimizer"), dict):
-        raise UserError(f"{path}: has no optimizer, which --format published needs; use another checkpoint")
-    state_dict = {f"module.{name}": value for name, value in strip_module(content["state_dict"]).items()}
+        raise UserError(f"{loaded.path}: has no optimizer, which --format published needs; use another checkpoint")
+    state_dict = {f"module.{name}": value for name, value in loaded.state_dict.items()}
     if "module.label_queue" in state_dict:
         state_dict["module.label_queue"] = state_dict["module.label_queue"].float()
     return {
-        "epoch": int(content.get("epoch", 0)),
-        "arch": arch,
+        "epoch": content.get("epoch", 0),
+        "arch": loaded.found["arch"],
         "state_dict": state_dict,
-        "best_acc1": torch.tensor(float(content.get("best_acc1", 0.0))),
+        "best_acc1": torch.tensor(content.get("best_acc1", 0.0)),
         "optimizer": content["optimizer"],
     }
 
 
-def check_out(args):
-    """Raises UserError if OUT cannot be written, or exists and may not be replaced."""
-    out = args.out
+def check_out(args, arch: str):
+    """Raises UserError if OUT cannot be written, exists and may not be replaced, or is not of the format."""
+    out, file_format = args.out, args.format
+    if file_format == "torchvision" and arch not in TORCHVISION:
+        raise UserError(f"--format torchvision: {arch} is not one of torchvision's ResNets; use --format onnx")
+    if file_format != "onnx" and out.suffix == ".onnx":
+        raise UserError(f"{out}: --format {file_format} writes no ONNX; add --format onnx, or name another file")
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UserError(f"{out}: {problem}; name a file in a folder that exists")
@@ -125,14 +126,11 @@ def check_out(args):
         raise UserError(f"{out}: is the checkpoint itself; name another file")
 
 
-def write(out, content, **options):
-    """Writes bytes, or an object with torch.save and its options. Raises UserError if that fails."""
+def write(out, save):
+    """Writes a file by save(file). Raises UserError if that fails."""
     try:
         with atomic_write(out) as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                torch.save(content, file, **options)
+            save(file)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         raise UserError(f"{out}: cannot be written ({system_error(error)}); nothing was changed") from None
 
@@ -141,20 +139,18 @@ def run(args):
     """Writes the file, and prints what its network takes."""
     if args.format == "published" and "classifier" in args.given:
         raise UserError("--classifier: --format published keeps the whole network; leave it out")
-    model, found, content = load_network(args.checkpoint, args.classifier)
-    arch = found["arch"]
-    if args.format == "torchvision" and arch not in TORCHVISION:
-        raise UserError(f"--format torchvision: {arch} is not one of torchvision's ResNets; use --format onnx")
-    if args.format != "onnx" and args.out.suffix == ".onnx":
-        raise UserError(f"{args.out}: --format {args.format} writes no ONNX; add --format onnx, or name another file")
-    check_out(args)
+    model, loaded = load_network(args.checkpoint, args.classifier)
+    arch, classes, view = loaded.found["arch"], loaded.found["num_classes"], model.transform
+    check_out(args, arch)
     if args.format == "published":
-        write(args.out, published_content(args.checkpoint, content, arch), _use_new_zipfile_serialization=False)
+        content = published_content(loaded)
+        write(args.out, lambda file: torch.save(content, file, _use_new_zipfile_serialization=False))
+    elif args.format == "onnx":
+        content = onnx_model(plain_network(model, arch, args.classifier), view, model.classes)
+        write(args.out, lambda file: file.write(content))
     else:
-        network = plain_network(model, arch, args.classifier)
-        onnx = args.format == "onnx"
-        write(args.out, onnx_model(network, model.transform, model.classes) if onnx else dict(network.state_dict()))
-    view, classes = model.transform, found["num_classes"]
+        content = dict(plain_network(model, arch, args.classifier).state_dict())
+        write(args.out, lambda file: torch.save(content, file))
     head = f", {args.classifier} classifier" if len(model.classifiers) > 1 and args.format != "published" else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":

@@ -9,23 +9,27 @@ stderr and skipped; the exit status is then 1.
 """
 
 import csv
+import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from models import STAGES
+from models.loading import network_of
 from models.preprocess import normalize
 
+from . import checkpoint
 from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, printable
 from .files import walk
 from .images import is_image_file, load_rgb
-from .networks import load_network, logits_of
 
 
 def get_parser():
@@ -49,6 +53,25 @@ def get_parser():
     return parser
 
 
+def load_network(path, classifier: str) -> tuple[nn.Module, checkpoint.LoadedCheckpoint]:
+    """The network in a checkpoint of any stage, on the CPU, in eval mode, and the checkpoint; for export too.
+
+    classifier: "hard" or "soft". Raises UserError if the network does not have it, or cannot be read.
+    """
+    loaded = checkpoint.read_stage(path, "CKPT", list(STAGES))
+    try:
+        model = network_of(path, loaded.content)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if classifier == "soft":
+        if classifier not in model.classifiers:
+            raise UserError(
+                f"--classifier soft: {path} is of stage {model.number}, which has one classifier; leave it out"
+            )
+        checkpoint.check_trained(path, loaded.content)
+    return model, loaded
+
+
 def find_images(paths) -> list[str]:
     """The files among the paths, and the image files in and below the folders among the paths.
 
@@ -70,16 +93,16 @@ def find_images(paths) -> list[str]:
 
 
 def read_batches(files: list[str], view, batch_size: int, workers: int):
-    """Yields, batch by batch, (file, uint8 image (3, S, S), or a UserError if it cannot be read) of each file.
+    """Yields lists of uint8 images (3, S, S), each a UserError instead if it cannot be read, in the order of the files.
 
     view: a transform of the PIL image. The next batch is read while the current one is used.
     """
 
     def read(file):
         try:
-            return file, TF.pil_to_tensor(view(load_rgb(file)))
+            return TF.pil_to_tensor(view(load_rgb(file)))
         except UserError as error:
-            return file, error
+            return error
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -93,53 +116,27 @@ def read_batches(files: list[str], view, batch_size: int, workers: int):
 
 
 @torch.no_grad()
-def predict(model, images, classifier: str, topk: int, device) -> list[tuple[list[int], list[float]]]:
-    """(labels, probabilities) of each image's topk most probable classes; images: uint8 (N, 3, S, S)."""
-    images = normalize(images.to(device), model.transform.mean, model.transform.std)
-    probabilities = logits_of(model, images, classifier).softmax(dim=1)
-    values, labels = probabilities.topk(topk, dim=1)
-    return list(zip(labels.tolist(), values.tolist(), strict=True))
+def predict(model, images, classifier: str, topk: int, device) -> list[list[tuple[int, float]]]:
+    """(label, probability) of each image's topk most probable classes; images: uint8 (N, 3, S, S)."""
+    logits = model(normalize(images.to(device), model.transform.mean, model.transform.std))
+    if len(model.classifiers) > 1:
+        logits = logits[model.classifiers.index(classifier)]
+    probabilities, labels = logits.softmax(dim=1).topk(topk, dim=1)
+    return [list(zip(*row, strict=True)) for row in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
 
 def predictions(model, files: list[str], args, topk: int, device):
-    """Yields (file, (labels, probabilities), or a UserError if it cannot be read) of each file, in order."""
+    """Yields what predict finds in each file, or a UserError if it cannot be read."""
     try:
         for batch in read_batches(files, model.transform.view, args.batch_size, args.workers):
-            images = [image for _, image in batch if not isinstance(image, UserError)]
+            images = [image for image in batch if not isinstance(image, UserError)]
             found = iter(predict(model, torch.stack(images), args.classifier, topk, device) if images else [])
-            for file, image in batch:
-                yield file, image if isinstance(image, UserError) else next(found)
+            for image in batch:
+                yield image if isinstance(image, UserError) else next(found)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"--batch-size {args.batch_size}: out of memory; lower it, or --workers") from None
         raise
-
-
-class TextWriter:
-    """Prints one line per image for people to read: `path: name probability %, ...`."""
-
-    def __init__(self, classes: list[str] | None, topk: int):
-        self.classes = classes
-
-    def write(self, file: str, labels, probabilities):
-        names = [self.classes[label] if self.classes else str(label) for label in labels]
-        ranked = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(names, probabilities, strict=True))
-        print(printable(f"{file}: {ranked}"))
-
-
-class CsvWriter:
-    """Prints comma-separated values: path, then label, name (if there are names) and probability of each class."""
-
-    def __init__(self, classes: list[str] | None, topk: int):
-        self.classes, self.writer = classes, csv.writer(sys.stdout, lineterminator="\n")
-        columns = ("label", "name", "probability")
-        self.writer.writerow(["path", *(f"{column}_{k}" for k in range(1, topk + 1) for column in columns)])
-
-    def write(self, file: str, labels, probabilities):
-        row = [printable(file)]
-        for label, p in zip(labels, probabilities, strict=True):
-            row += [label, printable(self.classes[label]) if self.classes else "", f"{p:.6f}"]
-        self.writer.writerow(row)
 
 
 def run(args) -> int:
@@ -148,18 +145,26 @@ def run(args) -> int:
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # as in evaluation
-    model, found, _ = load_network(args.checkpoint, args.classifier)
-    files, topk, unreadable = find_images(args.images), min(args.topk, found["num_classes"]), 0
+    model, loaded = load_network(args.checkpoint, args.classifier)
     model.to(device)
-    writer = (CsvWriter if args.csv else TextWriter)(model.classes, topk)
+    files, unreadable = find_images(args.images), 0
+    num_classes = loaded.found["num_classes"]
+    topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if args.csv:
+        table.writerow(["path", *(f"{of}_{k}" for k in range(1, topk + 1) for of in ("label", "name", "probability"))])
     with tqdm(total=len(files), desc="predicting", unit="img", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for file, result in predictions(model, files, args, topk, device):
+        for file, found in zip(files, predictions(model, files, args, topk, device), strict=True):
             with bar.external_write_mode(sys.stdout):  # hides the bar while a line is printed
-                if isinstance(result, UserError):
-                    print(f"skipped {result}", file=sys.stderr)
+                if isinstance(found, UserError):
+                    print(f"skipped {found}", file=sys.stderr)
                     unreadable += 1
+                elif args.csv:
+                    classes = [(label, names[label], f"{probability:.6f}") for label, probability in found]
+                    table.writerow([printable(file), *itertools.chain.from_iterable(classes)])
                 else:
-                    writer.write(file, *result)
+                    classes = [f"{names[label] or label} {100 * probability:.1f} %" for label, probability in found]
+                    print(f"{printable(file)}: {', '.join(classes)}")
             bar.update()
     if unreadable:
         print(f"{unreadable} of {len(files)} images could not be read", file=sys.stderr)

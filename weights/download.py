@@ -31,15 +31,7 @@ RELEASES = json.loads((PROJECT / "data" / "manifest.json").read_text())["checkpo
 EXPECTED = {"stage_iii": {"stage": "iii", "arch": "resnext50_32x4d", "num_classes": 1000}}
 
 
-def by_hand(name: str, out: Path) -> str:
-    """How to get a release without gdown."""
-    link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
-    return (
-        f"download {link} in a browser and run: python -m weights.download {name} --from FILE, which puts it at {out}"
-    )
-
-
-def fetch(name: str, folder: Path) -> Path:
+def fetch(name: str, folder: str) -> Path:
     """Downloads a release into an empty folder, and returns the file. Raises ValueError in one line."""
     if importlib.util.find_spec("gdown") is None:
         raise ValueError("gdown is missing, which downloads from Google Drive: python -m pip install gdown")
@@ -47,7 +39,7 @@ def fetch(name: str, folder: Path) -> Path:
         download_file_from_google_drive(RELEASES[name]["google_drive_id"], folder, name)
     except Exception as error:  # gdown has its own exceptions, and so has requests, which it uses
         raise ValueError(f"the download failed ({one_line(error)})") from None
-    return folder / name
+    return Path(folder, name)
 
 
 def verify(name: str, file: Path) -> str:
@@ -74,41 +66,38 @@ def describe(found: dict | None) -> str:
     """What models.infer_stage_and_arch found, in words."""
     if found is None:
         return "names that belong to no stage"
-    return f"stage {found['stage'].upper()}, {found['arch'] or 'an unknown backbone'}, {found['num_classes']} classes"
+    number, arch = models.STAGES[found["stage"]].number, found["arch"] or "an unknown backbone"
+    return f"stage {number}, {arch}, {found['num_classes']} classes"
 
 
 def obtain(name: str, source: Path | None, out: Path) -> str:
-    """Puts a release at out, from source or else from Google Drive; returns its SHA-256.
+    """Puts a release at out, which must not exist, from source or else from Google Drive; returns its SHA-256.
 
-    An existing file is verified and kept. Raises UserError if the release cannot be obtained, or if out exists
-    and is another file; out then stays as it was.
+    Raises UserError, and leaves nothing, if the release cannot be obtained.
     """
-    if source is not None and not source.is_file():
-        raise UserError(f"--from {source}: no such file")
-    if out.exists():
-        return verify_existing(name, source, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file, tempfile.TemporaryDirectory(dir=out.parent, prefix=".download.") as folder:
         try:
-            with open(source or fetch(name, Path(folder)), "rb") as release:
+            with open(source or fetch(name, folder), "rb") as release:
                 shutil.copyfileobj(release, file)
             file.flush()
             return verify(name, Path(file.name))
         except ValueError as error:
-            raise UserError(f"{source or name}: {error}; {by_hand(name, out)}") from None
+            link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
+            command = f"python -m weights.download {name} --from FILE, which puts it at {out}"
+            raise UserError(f"{source or name}: {error}; download {link} in a browser and run: {command}") from None
 
 
 def verify_existing(name: str, source: Path | None, out: Path) -> str:
     """The SHA-256 of an existing file. Raises UserError if it is not the release, or not the same as source."""
-    remedy = "move it away, or choose another --out"
-    if not out.is_file():
-        raise UserError(f"{out}: exists already, and is not a regular file; {remedy}")
-    if source is not None and not filecmp.cmp(source, out, shallow=False):
-        raise UserError(f"{out}: exists already, and differs from {source}; {remedy}")
     try:
+        if not out.is_file():
+            raise ValueError("it is not a regular file")
+        if source is not None and not filecmp.cmp(source, out, shallow=False):
+            raise ValueError(f"it differs from {source}")
         return verify(name, out)
     except ValueError as error:
-        raise UserError(f"{out}: exists already: {error}; {remedy}") from None
+        raise UserError(f"{out}: exists already: {error}; move it away, or choose another --out") from None
 
 
 def download(args):
@@ -116,7 +105,9 @@ def download(args):
     out = args.out or PROJECT / "weights" / f"{args.name}_released" / LAST
     if out.is_relative_to(Path.cwd()):
         out = out.relative_to(Path.cwd())
-    digest = obtain(args.name, args.source, out)
+    if args.source is not None and not args.source.is_file():
+        raise UserError(f"--from {args.source}: no such file")
+    digest = (verify_existing if out.exists() else obtain)(args.name, args.source, out)
     print(f"{out}: verified, {describe(EXPECTED[args.name])}, SHA-256 {digest}")
     print("evaluate it on the test list of ImageNet-LT; DIR is the folder of the images:")
     print(f"  python ssd_stage_iii.py --resume {shlex.quote(str(out))} --evaluate DIR")
@@ -127,7 +118,6 @@ def download(args):
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
     parser = ArgumentParser(__doc__, prog="python -m weights.download")
     parser.add_argument("name", choices=sorted(EXPECTED), help="which checkpoint")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a file on disk instead of a download")

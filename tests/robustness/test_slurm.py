@@ -1,5 +1,6 @@
 """scripts/train.sbatch, run through small stand-ins for srun and scontrol that a folder in PATH holds."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,9 +8,13 @@ import sys
 
 import pytest
 
-from tests.helpers import LAST, QUEUE, ROOT, SMALL, results_of, train_ranks
+from tests.helpers import LAST, QUEUE, ROOT, SMALL, assert_same_run, train_all, train_ranks
 from tests.helpers_processes import PATIENCE
 
+RECORD = dict.fromkeys(("many", "medium", "few", "class_mean", "overall", "top5"), 1.0) | {
+    "classifier": "lws", "per_class": [1.0], "train_counts": [1], "test_counts": [1], "classes": None, "count": 1,
+    "confusion_groups": [[0] * 3] * 3,
+}  # fmt: skip
 NAMES = ("stage_i", "stage_ii", "stage_iii", "stage_iii_tuned")
 STAND_INS = {
     # Starts two tasks on one node; its status is the highest of theirs. As with --signal, they get SIGUSR1 before
@@ -37,10 +42,7 @@ STAND_INS = {
     "stage": """
         status=$(sed -n "$(wc -l < "$FAKE/steps")p" "$FAKE/statuses")
         while [ "$1" != --output_dir ]; do shift; done
-        if [ "$status" = 0 ]; then
-          mkdir -p "$2"
-          echo '[{"classifier": "lws", "overall": 1, "top5": 1, "many": 1, "medium": 1, "few": 1}]' > "$2/results.json"
-        fi
+        [ "$status" != 0 ] || { mkdir -p "$2"; cp "$FAKE/record" "$2/results.json"; }
         exit "$status" """,
     # Python, with a stage I that waits at its fourth step until it is asked to stop.
     "gated": f"""
@@ -87,6 +89,7 @@ def started(folder) -> list[str]:
 )
 def test_a_job_that_was_stopped_is_requeued_and_goes_on(tmp_path, plain_tree, statuses, status, starts):
     (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+    (tmp_path / "record").write_text(json.dumps([RECORD]))
     shutil.copytree(ROOT / "configs" / "imagenet_lt", tmp_path / "recipes")
     assert run_job(tmp_path, plain_tree, "--amp", "bf16", TASK="stage") == status
     assert started(tmp_path) == [f"ssd_stage_{stage}.py" for stage in starts.split()]
@@ -100,7 +103,7 @@ def test_a_mistake_ends_the_job_before_a_step(tmp_path, plain_tree):
 
 
 @pytest.mark.full
-def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_processes, plain_tree, tmp_path):
+def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(plain_tree, tmp_path):
     """Each has the result of the same command without SLURM."""
     (tmp_path / "recipes").mkdir()
     for name in NAMES:
@@ -108,8 +111,6 @@ def test_the_stages_run_to_their_end_with_a_stop_and_a_requeue(run_of_two_proces
     time_limit = tmp_path / "out" / "stage_i" / LAST
     assert run_job(tmp_path, plain_tree, "--save-every-steps", "1", TASK="gated", TIME_LIMIT=time_limit) == 0
     assert started(tmp_path) == [f"ssd_stage_{stage}.py" for stage in ("i", "i", "ii", "iii", "ii")]
-    ii = train_ranks("ii", plain_tree, tmp_path / "ii", "--cos", "--last_stage_ckpt", run_of_two_processes / LAST)
-    iii = train_ranks("iii", plain_tree, tmp_path / "iii", "--cos", "--teacher_ckpt", ii / LAST)
-    tuned = train_ranks("ii", plain_tree, tmp_path / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
-    for name, run in zip(NAMES, (run_of_two_processes, ii, iii, tuned), strict=True):
-        assert results_of(tmp_path / "out" / name) == results_of(run)
+    references = train_all(plain_tree, tmp_path / "whole", "--cos", run=train_ranks)
+    for name, reference in zip(NAMES, references.values(), strict=True):
+        assert_same_run(tmp_path / "out" / name, reference)
