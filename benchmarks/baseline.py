@@ -128,21 +128,3 @@ def step(model, optimizer, images, labels) -> list[float]:
     loss.backward()
     optimizer.step()
     return read
-
-
-@torch.no_grad()
-def evaluate(predict, batches, num_classes) -> dict[str, float]:
-    """Overall and per-class accuracy, from the logits of all images, kept until the end."""
-    all_logits, all_labels = [], []
-    for (images,), labels, _ in batches:
-        all_logits.append(predict(images).float())
-        all_labels.append(labels)
-    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
-    predicted = torch.softmax(logits, dim=1).max(dim=1).indices
-    top5 = logits.topk(min(5, num_classes), dim=1).indices
-    per_class = [(predicted[labels == c] == c).float().mean().item() for c in range(num_classes)]
-    return {
-        "overall": (predicted == labels).float().mean().item(),
-        "top5": (top5 == labels[:, None]).any(dim=1).float().mean().item(),
-        "per_class": per_class,
-    }

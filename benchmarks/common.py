@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import io
-import json
 import os
 import platform
 import re
@@ -26,26 +24,21 @@ MIB = 2**20
 LONG = 5  # seconds of a first call that are worth a line
 
 
-def argument_parser(doc, name: str, repeats: int | None) -> ArgumentParser:
-    """A parser with the flags that all timed benchmarks have; repeats: the default of --repeats."""
+def argument_parser(doc, name: str, repeats: int | None = None) -> ArgumentParser:
+    """A benchmark's parser; repeats: the default of --repeats, for a timed one."""
     parser = ArgumentParser(doc, prog=f"python -m benchmarks.{name}")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    # fmt: off
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(default here: %(default)s)")
-    parser.add_argument("--repeats", type=whole_number(1), default=repeats, metavar="N",
-        help=f"how often each version is timed; the tables show medians (default: {repeats or 'set by each'})")
-    parser.add_argument("--scaling", action="store_true", help="also show how the cost grows")
-    parser.add_argument("--no-memory", action="store_true",
-        help="leave out peak memory, which is measured in fresh processes")
-    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)  # what a fresh process should measure
-    # fmt: on
-    add_write_flag(parser)
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--write", metavar="FILE", help="also put the tables into this file, between their marks")
+    if repeats:
+        # fmt: off
+        add("--device", default=device, choices=("cpu", "cuda"), help="(default here: %(default)s)")
+        add("--repeats", type=whole_number(1), default=repeats, metavar="N",
+            help="how often each version is timed; the tables show medians (default: %(default)s)")
+        add("--scaling", action="store_true", help="also show how the cost grows")
+        add("--no-memory", action="store_true", help="leave out peak memory, which is measured in fresh processes")
+        add("--measure", metavar="NAME", help=argparse.SUPPRESS)  # what a fresh process should measure
+        # fmt: on
     return parser
-
-
-def add_write_flag(parser):
-    """Adds --write, for publish."""
-    parser.add_argument("--write", metavar="FILE", help="also put the tables into this file, between their marks")
 
 
 def run(parser, argv, tables, measure=None) -> int:
@@ -64,23 +57,18 @@ def run(parser, argv, tables, measure=None) -> int:
 # ---- time
 
 
-def synchronize(device):
-    """Waits until the device has done all its work."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(function, device="cpu", clock=time.perf_counter) -> float:
     """Time of one call, until the device has done the work that the call started."""
-    synchronize(device)
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
     start = clock()
     function()
-    synchronize(device)
+    wait()
     return clock() - start
 
 
-def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of the calls of each function, by name; the functions take turns, so that other load affects all equally.
+def medians(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, float]:
+    """Median seconds of the calls of each function, by name; they take turns, so that other load affects all equally.
 
     A first turn, to warm up, is left out. A first call of many seconds is reported on stderr: cuDNN's search for fast
     algorithms and --compile can take longer than all that is timed.
@@ -92,68 +80,43 @@ def alternate(functions: dict, repeats: int, device="cpu", clock=time.perf_count
             if turn > 0:
                 taken[name].append(duration)
             elif duration > LONG:
-                note(("warm-up", *(name if isinstance(name, tuple) else (name,)), f"{duration:.0f} s"))
-    return taken
-
-
-def medians(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, float]:
-    """The medians of what alternate returns."""
-    return {name: median(taken) for name, taken in alternate(functions, repeats, device, clock).items()}
-
-
-@contextlib.contextmanager
-def quiet():
-    """Hides what is printed; since no terminal is left, no progress bar is drawn either."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+                note(("warm-up", name, f"{duration:.0f} s"))
+    return {name: median(durations) for name, durations in taken.items()}
 
 
 # ---- memory
 
 
 def resident_peak() -> int:
-    """The most bytes of memory that this process has held; on Linux since its start or the last forget_peak."""
+    """The most bytes of memory that this process has held; on Linux since its start or since the peak was reset."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage also counts the peak of the parent process
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def forget_peak():
-    """Lets the peak start again from what is held now, if the system can do that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def report_peak(function, device, above: bool):
     """Calls the function and prints its peak memory in bytes, for in_fresh_process to read.
 
-    On a CPU it is the memory of the process, on a GPU what torch allocated. above: count only what the function
-    adds.
+    On a CPU it is the memory of the process, on a GPU what torch allocated. above: count only what the function adds.
     """
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
     else:
-        forget_peak()
-        held = resident_peak()
-        function()
-        peak = resident_peak()
-    print(json.dumps(peak - held if above else peak))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
+    peak = torch.cuda.max_memory_allocated if on_gpu else resident_peak
+    held = peak()
+    function()
+    print(peak() - held if above else peak())
 
 
 def in_fresh_process(module: str, argv, name: str) -> int:
     """The number of bytes that `python -m module ARGV --measure NAME` prints in its last line."""
     command = [sys.executable, "-m", module, *argv, "--measure", name]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-    return json.loads(output.splitlines()[-1])
+    return int(output.splitlines()[-1])
 
 
 # ---- tables
@@ -179,26 +142,20 @@ def note(row: tuple[str, ...]) -> tuple[str, ...]:
     return row
 
 
-def insert(text: str, table: Table) -> str:
-    """The text with the table put between `<!-- table: NAME -->` and `<!-- end -->`.
-
-    Raises UserError if these marks are missing.
-    """
-    mark = f"<!-- table: {table.name} -->"
-    pattern = re.compile(re.escape(mark) + r".*?<!-- end -->", re.DOTALL)
-    if not pattern.search(text):
-        raise UserError(f"no mark {mark} ... <!-- end --> for the table; add it to the file of --write")
-    return pattern.sub(lambda _: f"{mark}\n{table.markdown()}\n<!-- end -->", text, count=1)
-
-
 def publish(tables: list[Table], file: str | None):
-    """Prints the tables, and puts them into a file if one is named."""
+    """Prints the tables, and puts them into a file if one is named, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises UserError if these marks are missing there.
+    """
+    text = Path(file).read_text() if file else ""
     for table in tables:
         print(f"\n{table.markdown()}\n", flush=True)
+        before, mark, rest = text.partition(f"<!-- table: {table.name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if file and not end:
+            raise UserError(f"--write {file}: no <!-- table: {table.name} --> ... <!-- end --> in it; add these marks")
+        text = f"{before}{mark}\n{table.markdown()}\n{end}{after}"
     if file:
-        text = Path(file).read_text()
-        for table in tables:
-            text = insert(text, table)
         Path(file).write_text(text)
 
 

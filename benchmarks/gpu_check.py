@@ -3,15 +3,14 @@
     bash scripts/gpu_check.sh [--data CIFAR100_LT_DIR] [--write gpu_check.md]
     bash scripts/gpu_check.sh --device cpu --quick        all parts at tiny sizes, to check that they run
 
-The parts: the tests marked gpu; training steps in float32, TF32, bf16 and fp16, with and without --compile; how far
-these move the losses over 200 steps; the contrastive loss; the loader; a short training of all stages with the recipes
-of CIFAR100-LT. Each part is a process with a time limit: one that fails or hangs is reported with its last lines, and
-the next one starts. The exit status is 0 if all parts passed, 1 if not, and 2 without a
-GPU.
+The parts: the tests marked gpu; training steps in float32, TF32, bf16, fp16 and with BatchNorm by parts, with and
+without --compile; how far the precisions move the losses over 200 steps; the contrastive loss; the loader; short runs
+of all stages with the recipes of CIFAR100-LT. Each part is a process with a time limit: one that fails or hangs is
+reported with its last lines, and the next one starts. The exit status is 0 if all parts passed, 1 if not, and 2
+without a GPU.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import shlex
 import signal
@@ -22,19 +21,17 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks import all as everything
-from benchmarks import common
+from benchmarks import common, step
+from benchmarks.loader import make_images
 from datasets.prepare.long_tail import long_tail_counts
 from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 from utils.log import environment
 
-EAGER = ("float32", "channels_last", "tf32", "bf16", "fp16")  # variants of benchmarks.step
-COMPILED = ("bf16 compiled", "fp16 compiled", "tf32 compiled", "float32 compiled")
+COMPILED = ("bf16 compiled", "fp16 compiled", "tf32 compiled", "float32 compiled", "bn_splits_4 compiled")
+EAGER = [name for name in step.VARIANTS if name not in COMPILED]
 TAIL = 25  # lines that a report shows of a part's output
 PARTS = (
     "tests", "steps", "drift", "contrastive loss", "loader", "training", *(f"steps ({name})" for name in COMPILED),
@@ -42,14 +39,17 @@ PARTS = (
 )  # fmt: skip
 GRACE = 5  # seconds between the request to end and the kill
 LEAST = 5  # seconds that a part needs at least
-FULL = {  # flags of the parts; the drift of compiled variants is shown on a small network, which compiles faster
-    "drift": "",
-    "compiled drift": "--arch resnet8",
-    "loss": "",
-    "loader": "--images 256 --repeats 3",
-    "training": "--epochs 2 --warmup-epochs 1 --eval-freq 1",
+TINY = "--arch resnet8 --size 32 --batch 8 --classes 5 --queue 16"
+FLAGS = {  # part -> its flags, and those of its quick form
+    "steps": ("--no-memory", f"--no-memory {TINY} --repeats 1"),
+    "drift": ("--drift", f"--drift {TINY} --steps 12"),
+    "contrastive loss": ("", "--batch 4 --queue 32 --dim 8 --classes 5 --repeats 1"),
+    "loader": ("--images 256 --repeats 3", "--images 8 --size 72 --batch 4 --workers 0 --repeats 1"),
+    "training": (
+        "--epochs 2 --warmup-epochs 1 --eval-freq 1",
+        "--epochs 1 --warmup-epochs 0 --arch resnet8 --batch-size 8 --eval-batch-size 8 --workers 0",
+    ),
 }
-QUICK_TRAINING = "--arch resnet8 --batch-size 8 --eval-batch-size 8 --epochs 1 --warmup-epochs 0 --workers 0"
 
 
 class Part(NamedTuple):
@@ -78,13 +78,13 @@ class Result(NamedTuple):
         """The part's section of the report."""
         command = shlex.join(self.part.command).replace(shlex.quote(sys.executable), "python")
         sections = [f"## {self.part.name}", f"`{command}`", f"{self.outcome}, {self.seconds:.0f} s"]
-        if self.part.tables and self.out.strip():
+        if self.part.tables:
             sections.append(self.out.strip())
-        if not self.passed or not self.part.tables:
-            shown = "" if self.part.tables else self.out
-            lines = [*shown.splitlines(), *("" if self.passed else self.err).splitlines()]
+        lines = [] if self.part.tables else self.out.splitlines()
+        lines += [] if self.passed else self.err.splitlines()
+        if lines:
             sections.append("\n".join(["```", *lines[-TAIL:], "```"]))
-        return "\n\n".join(sections)
+        return "\n\n".join(filter(None, sections))
 
 
 # ---- the parts
@@ -92,47 +92,38 @@ class Result(NamedTuple):
 
 def parts(args, work: Path) -> list[Part]:
     """The parts, in the order of their importance: if the time is too short for all, the last are left out."""
-    python, sizes = sys.executable, FULL | {"batch": f"--batch {args.batch}"}
-    if args.quick:
-        sizes = everything.QUICK | {"batch": everything.QUICK["step"], "training": QUICK_TRAINING}
-        sizes["compiled drift"] = sizes["drift"]
-
-    def benchmark(name, limit, module, flags, variants=()):
-        words = [python, "-m", f"benchmarks.{module}", "--device", args.device, *flags.split()]
-        return Part(name, limit, [*words, "--variants", *variants] if variants else words)
-
-    files = [file for file in sorted((common.ROOT / "tests").glob("*.py")) if "mark.gpu" in file.read_text()]
-    tests = [python, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *map(str, files)]
+    python, flags = sys.executable, {name: own[args.quick] for name, own in FLAGS.items()}
+    if not args.quick:
+        flags["steps"] += f" --batch {args.batch}"
+    files = [str(file) for file in sorted((common.ROOT / "tests").glob("*.py")) if "mark.gpu" in file.read_text()]
+    tests = [python, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files]
     training = ["bash", "scripts/train.sh", "configs/cifar100_lt", str(args.data or work / "images"), str(work / "run")]
-    training += ["--device", args.device, "--seed", "0", *sizes["training"].split()]
-    steps = f"--no-memory {sizes['batch']}"
+    training += ["--device", args.device, "--seed", "0", *flags["training"].split()]
+
+    def benchmark(name, limit, module, words, variants=()):
+        command = [python, "-m", f"benchmarks.{module}", "--device", args.device, *words.split()]
+        return Part(name, limit, [*command, "--variants", *variants] if variants else command)
+
+    def drift(name, words, variants):
+        return benchmark(name, 240, "step", words, [variant for variant in variants if variant in step.BY_ROUNDING])
+
     return [
         Part("tests", 240, tests, tables=False),
-        benchmark("steps", 300, "step", steps, EAGER),
-        benchmark("drift", 180, "step", f"--drift {sizes['drift']}", EAGER[1:]),
-        benchmark("contrastive loss", 90, "loss", sizes["loss"]),
-        benchmark("loader", 90, "loader", sizes["loader"]),
+        benchmark("steps", 300, "step", flags["steps"], EAGER),
+        drift("drift", flags["drift"], EAGER[1:]),
+        benchmark("contrastive loss", 90, "loss", flags["contrastive loss"]),
+        benchmark("loader", 90, "loader", flags["loader"]),
         Part("training", 240, training, tables=False),
-        *(benchmark(f"steps ({name})", 240, "step", f"{steps} --stages i", [name]) for name in COMPILED),
-        benchmark("drift (compiled)", 240, "step", f"--drift {sizes['compiled drift']}", COMPILED),
+        *(benchmark(f"steps ({name})", 240, "step", f"{flags['steps']} --stages i", [name]) for name in COMPILED),
+        drift("drift (compiled)", f"{flags['drift']} --arch resnet8", COMPILED),  # which compiles faster
     ]
 
 
-def make_images(root: Path, quick: bool):
-    """Writes train/, val/ and test/ with class folders of 32-pixel images: noise around a color per class.
-
-    100 classes with as many training images as CIFAR100-LT's (imbalance 100), or a few.
-    """
-    random = np.random.default_rng(0)
-    counts = [6, 4, 2, 2] if quick else long_tail_counts(500, 100, 100)
-    for label, count in enumerate(counts):
-        color = random.integers(0, 256, 3)
-        for split, images in (("train", count), ("val", 2), ("test", 2 if quick else 10)):
-            folder = root / split / f"class{label:02}"
-            folder.mkdir(parents=True)
-            for i in range(images):
-                pixels = color + random.normal(0, 60, (32, 32, 3))
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+def write_images(root: Path, quick: bool):
+    """Class folders below train/, val/ and test/: as many images as CIFAR100-LT has (imbalance 100), or a few."""
+    train = [6, 4, 2, 2] if quick else long_tail_counts(500, 100, 100)
+    for split, counts in (("train", train), ("val", [2] * len(train)), ("test", [10] * len(train))):
+        make_images(root / split, counts, (32, 32))
 
 
 # ---- running them
@@ -146,27 +137,25 @@ def run_part(part: Part, limit: float, environment: dict) -> Result:
             part.command, cwd=common.ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment,
             start_new_session=True,
         )  # fmt: skip
+
+        def send(number):
+            with contextlib.suppress(ProcessLookupError):  # none of the part's processes is left
+                os.killpg(process.pid, number)
+
         try:
             status = process.wait(limit)
             outcome = "passed" if status == 0 else f"**failed** with status {status}"
         except subprocess.TimeoutExpired:
             outcome = f"**stopped** after its limit of {limit:.0f} s"
-            signal_group(process, signal.SIGTERM)
+            send(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
-            signal_group(process, signal.SIGKILL)
+            send(signal.SIGKILL)
             process.wait()
-        seconds = time.monotonic() - started
         out.seek(0)
         err.seek(0)
-        return Result(part, outcome, seconds, out.read(), err.read())
-
-
-def signal_group(process, number):
-    """Sends a signal to all processes of a part that are left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        return Result(part, outcome, time.monotonic() - started, out.read(), err.read())
 
 
 def part_environment(args, work: Path) -> dict:
@@ -182,36 +171,31 @@ def part_environment(args, work: Path) -> dict:
 # ---- the report
 
 
-def machine_rows(device: str):
-    """What the machine and the versions are, as rows."""
-    yield "machine", common.machine(device)
+def machine_rows(device: str) -> list[tuple[str, str]]:
+    """What the machine and the versions are."""
+    rows = {"machine": common.machine(device)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        capability = f"compute capability {properties.major}.{properties.minor}"
-        yield "GPU", f"{properties.name}, {common.mib(properties.total_memory)}, {capability}"
-        yield "GPUs", str(torch.cuda.device_count())
-        yield "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        yield "triton", importlib.metadata.version("triton")
-    for name, value in environment().items():
-        if name != "gpu" and value is not None:
-            yield name, str(value)
+        rows["GPUs"] = torch.cuda.device_count()
+        rows["GPU memory"] = common.mib(properties.total_memory)
+        rows["compute capability"] = f"{properties.major}.{properties.minor}"
+        rows["CUDA, cuDNN"] = f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+    return [(name, str(value)) for name, value in (rows | environment()).items() if value is not None]
 
 
 def report(args, argv, results: list[Result], missing: int) -> str:
     """The Markdown file; missing: the number of parts that have not run yet."""
     passed, seconds = sum(result.passed for result in results), sum(result.seconds for result in results)
     summary = f"{passed} of {len(results)} parts passed, in {seconds:.0f} s"
-    quick = "\n\nTiny sizes, nothing is compiled: the figures mean nothing." if args.quick else ""
-    outcomes = [(r.part.name, r.outcome, f"{r.seconds:.0f}") for r in results]
+    summary += f"; {missing} are still to come" if missing else ""
+    outcomes = [(result.part.name, result.outcome, f"{result.seconds:.0f}") for result in results]
     sections = [
-        "# GPU check",
-        f"`{shlex.join(['bash', 'scripts/gpu_check.sh', *argv])}`: {summary}"
-        + (f"; {missing} are still to come" if missing else "") + quick,
-        common.Table("", "## Machine", ("", ""), list(machine_rows(args.device))).markdown(),
+        f"# GPU check\n\n`{shlex.join(['bash', 'scripts/gpu_check.sh', *argv])}`: {summary}",
+        *(["Tiny sizes, nothing is compiled: the figures mean nothing."] if args.quick else []),
+        common.Table("", "## Machine", ("", ""), machine_rows(args.device)).markdown(),
         common.Table("", "## Parts", ("part", "outcome", "seconds"), outcomes).markdown(),
         *(result.markdown() for result in results),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -223,9 +207,9 @@ def check(args, argv) -> int:
     args.data = args.data and Path(args.data).resolve()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        environment = part_environment(args, work)
+        variables = part_environment(args, work)
         if not args.data:
-            make_images(work / "images", args.quick)
+            write_images(work / "images", args.quick)
         todo = [part for part in parts(args, work) if not args.only or part.name in args.only]
         file.write_text(report(args, argv, results, len(todo)))  # can it be written?
         for number, part in enumerate(todo):
@@ -234,7 +218,7 @@ def check(args, argv) -> int:
                 results.append(Result(part, "**left out**: no time was left", 0, "", ""))
             else:
                 print(f"{part.name} ...", end=" ", flush=True)
-                results.append(run_part(part, min(part.limit, left), environment))
+                results.append(run_part(part, min(part.limit, left), variables))
                 print(f"{results[-1].outcome.replace('*', '')}, {results[-1].seconds:.0f} s", flush=True)
             file.write_text(report(args, argv, results, len(todo) - number - 1))
     print(f"in {file}: {sum(result.passed for result in results)} of {len(results)} parts passed")

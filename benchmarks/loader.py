@@ -4,12 +4,12 @@
 
 DIR is a folder of class folders. Without it, JPEG files of 500 x 375 pixels are generated, smooth shapes with fine
 noise, about 60 KB each. The time of an epoch is from its start to its last batch on the device, with workers that are
-already running; ours includes the normalization, which it does on the device. The time at a worker is that of decoding
-an image and making its views, in one process and thread. Both are given for stage I (two views) and for stages II and
-III (one).
+already running; ours includes the normalization, which it does on the device. It is given for stage I (two views) and
+for stages II and III (one). --workers 0 shows what a single process does.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
@@ -59,105 +59,57 @@ def baseline_view(name, size) -> T.Compose:
     return T.Compose([*start, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def make_images(root: Path, count: int, classes: int = 4):
-    """Writes `count` JPEG files of 500 x 375 pixels in class folders."""
+def make_images(root: Path, counts: list[int], size=(500, 375)):
+    """Writes JPEG files into class folders of root, counts[c] for class c: smooth shapes with fine noise."""
     generator = np.random.default_rng(0)
-    for i in range(count):
-        coarse = Image.fromarray(generator.integers(0, 256, (10, 13, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.BICUBIC), dtype=np.float32)
-        pixels = pixels + generator.normal(0, 8, pixels.shape)
-        folder = root / f"class{i % classes}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+    for label, count in enumerate(counts):
+        for i in range(count):
+            coarse = Image.fromarray(generator.integers(0, 256, (10, 13, 3), dtype=np.uint8))
+            pixels = np.asarray(coarse.resize(size, Image.BICUBIC), dtype=np.float32)
+            pixels = pixels + generator.normal(0, 8, pixels.shape)
+            file = root / f"class{label:02}" / f"{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
 
 
-class PlainLoader(DataLoader):
-    """A DataLoader as it is usually made; yields (views, labels) on the device."""
-
-    def __init__(self, dataset, batch_size, workers, device):
-        super().__init__(
-            dataset, batch_size, sampler=RandomSampler(dataset), num_workers=workers, drop_last=True,
-            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        )  # fmt: skip
-        self.device = device
-
-    def __iter__(self):
-        for views, labels in super().__iter__():
-            yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device)
-
-    def close(self):
-        """Ends the workers."""
-        self._iterator = None
-
-
-def versions(folder: Path, names, args) -> dict:
-    """(data set, function of an item's number, function of the number of workers that returns a loader), by version."""
-    images, _ = class_folders(folder.parent, folder.name)
-    device = torch.device(args.device)
+def loaders(folder: Path, names, workers: int, args) -> dict:
+    """The loaders of the views with these names, by version."""
+    device, (images, _) = torch.device(args.device), class_folders(folder.parent, folder.name)
 
     def ours(augment):
         dataset = ListFileDataset(images, folder.parent, Views(names, args.size, 0, augment))
-        batch_sampler = BatchSampler(ShuffledSampler(images.labels, 0), args.batch)
-        return (
-            dataset,
-            lambda i: dataset[0, 0, i],
-            lambda workers: Loader("train", dataset, batch_sampler, workers, device),
-        )
+        return Loader("train", dataset, BatchSampler(ShuffledSampler(images.labels, 0), args.batch), workers, device)
 
-    def plain():
-        dataset = ImageFolder(folder, SeveralCrops([baseline_view(name, args.size) for name in names]))
-        return dataset, lambda i: dataset[i], lambda workers: PlainLoader(dataset, args.batch, workers, device)
-
-    return {"baseline": plain(), "pil": ours("pil"), "device": ours("device")}
+    plain = ImageFolder(folder, SeveralCrops([baseline_view(name, args.size) for name in names]))
+    baseline = DataLoader(
+        plain, args.batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    return {"baseline": baseline, "pil": ours("pil"), "device": ours("device")}
 
 
-def at_a_worker(made, args) -> dict[str, float]:
-    """Median seconds per image, by version."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-
-        def every(dataset, item, _):
-            return lambda: [item(i) for i in range(len(dataset))]
-
-        taken = common.medians({name: every(*parts) for name, parts in made.items()}, args.repeats)
-        return {name: duration / len(made[name][0]) for name, duration in taken.items()}
-    finally:
-        torch.set_num_threads(threads)
+def epoch(loader, device):
+    """Iterates over a loader once, and brings the batches to the device, where ours are already."""
+    for views, labels, *_ in loader:
+        for tensor in (*views, labels):
+            tensor.to(device, non_blocking=True)
 
 
-def epochs(made, workers, args) -> dict[str, float]:
-    """Median seconds of an epoch, by version."""
-    loaders = {name: build(workers) for name, (_, _, build) in made.items()}
-
-    def whole(loader):
-        return lambda: sum(1 for _ in loader)
-
-    try:
-        return common.medians({name: whole(loader) for name, loader in loaders.items()}, args.repeats, args.device)
-    finally:
-        for loader in loaders.values():
-            loader.close()
-
-
-HEADERS = ("stage, workers", "version", "at a worker, per image", "of baseline", "of pil", "images/s", "times as fast")
-
-
-def table_rows(folder, names, stage, worker_counts, args) -> list[tuple[str, ...]]:
+def table_rows(folder, stage, worker_counts, args) -> list[tuple[str, ...]]:
     """One row per number of workers and version."""
-    made = versions(folder, names, args)
-    alone, rows = at_a_worker(made, args), []
+    rows = []
     for workers in worker_counts:
-        taken = epochs(made, workers, args)
-        images = len(made["pil"][0]) // args.batch * args.batch
-        rows += [
-            (
-                f"{stage}, {workers}", name, f"{alone[name] * 1e3:.2f} ms", f"{alone[name] / alone['baseline']:.2f}",
-                f"{alone[name] / alone['pil']:.2f}", f"{images / taken[name]:.0f}",
-                f"{taken['baseline'] / taken[name]:.2f}",
-            )
-            for name in made
-        ]  # fmt: skip
+        opened = loaders(folder, STAGES[stage], workers, args)
+        functions = {name: functools.partial(epoch, loader, args.device) for name, loader in opened.items()}
+        try:
+            taken = common.medians(functions, args.repeats, args.device)
+        finally:
+            for name in ("pil", "device"):
+                opened[name].close()
+        images = len(opened["baseline"]) * args.batch
+        for name, seconds in taken.items():
+            rate = f"{images / seconds:.0f}", f"{taken['baseline'] / seconds:.2f}"
+            rows.append((f"{stage}, {workers}", name, *rate))
     return rows
 
 
@@ -169,36 +121,33 @@ def image_folder(args):
         return
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "images"
-        folder.mkdir()
-        make_images(folder, args.images)
+        make_images(folder, [len(range(label, args.images, 4)) for label in range(4)])
         yield folder
 
 
 def tables(args, argv) -> list[common.Table]:
     """Loading by stage, and by number of workers with --scaling."""
     title = f"{common.command('benchmarks.loader', argv)}; {common.machine(args.device)}"
+    headers = ("stage, workers", "version", "images/s", "times as fast")
     with image_folder(args) as folder:
-        rows = [
-            row for stage, names in STAGES.items() for row in table_rows(folder, names, stage, [args.workers], args)
-        ]
-        found = [common.Table("loader", title, HEADERS, rows)]
+        rows = [row for stage in STAGES for row in table_rows(folder, stage, [args.workers], args)]
+        found = [common.Table("loader", title, headers, rows)]
         if args.scaling:
-            rows = table_rows(folder, STAGES["I"], "I", args.scaling_workers, args)
-            found.append(common.Table("loader by workers", title, HEADERS, rows))
+            rows = table_rows(folder, "I", args.scaling_workers, args)
+            found.append(common.Table("loader by workers", title, headers, rows))
     return found
 
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loader", repeats=5)
-    parser.add_argument("--data", metavar="DIR", help="folder of class folders of images")
-    parser.add_argument(
-        "--images", type=whole_number(1), default=256, metavar="N", help="images to generate if no DIR is given"
-    )
-    parser.add_argument("--size", type=whole_number(SMALL + 1), default=224, metavar="S")
-    parser.add_argument("--batch", type=whole_number(1), default=32, metavar="N", help="images per batch")
-    parser.add_argument("--workers", type=whole_number(), default=os.cpu_count(), metavar="N")
+    add, count = parser.add_argument, whole_number(1)
+    add("--data", metavar="DIR", help="folder of class folders of images")
+    add("--images", type=count, default=256, metavar="N", help="images to generate if no DIR is given")
+    add("--size", type=whole_number(SMALL + 1), default=224, metavar="S", help="side of the views")
+    add("--batch", type=count, default=32, metavar="N", help="images per batch")
+    add("--workers", type=whole_number(), default=os.cpu_count(), metavar="N")
     cores = [n for n in SCALING_WORKERS if n <= 2 * os.cpu_count()]
-    parser.add_argument("--scaling-workers", type=whole_number(), nargs="+", default=cores, metavar="N")
+    add("--scaling-workers", type=whole_number(), nargs="+", default=cores, metavar="N")
     return common.run(parser, argv, tables)
 
 

@@ -36,18 +36,8 @@ def inputs(batch, queue, args) -> tuple:
 
 
 def call(loss, given):
-    """A function without arguments that computes the loss and its gradient."""
-
-    def forward_and_backward():
-        given[0].grad = None
-        loss(*given).backward()
-
-    return forward_and_backward
-
-
-def gradient(loss, given) -> torch.Tensor:
-    """The gradient with respect to the queries."""
-    return torch.autograd.grad(loss(*given), given[0])[0]
+    """A function without arguments that returns the gradient of the loss with respect to the queries."""
+    return lambda: torch.autograd.grad(loss(*given), given[0])[0]
 
 
 def measure(name, args):
@@ -60,10 +50,10 @@ def measure(name, args):
 def table_rows(batch, queue, args, argv) -> list[tuple[str, ...]]:
     """One row per loss."""
     given = inputs(batch, queue, args)
-    gradients = {name: gradient(loss, given) for name, loss in LOSSES.items()}
+    functions = {name: call(loss, given) for name, loss in LOSSES.items()}
+    gradients = {name: function() for name, function in functions.items()}
     scale = gradients["baseline"].norm()
     clock = time.process_time if args.cpu_time else time.perf_counter
-    functions = {name: call(loss, given) for name, loss in LOSSES.items()}
     taken = common.medians(functions, args.repeats, args.device, clock)
     options = [*argv, "--batch", str(batch), "--queue", str(queue)]
     peaks = {n: None if args.no_memory else common.in_fresh_process("benchmarks.loss", options, n) for n in LOSSES}
@@ -77,27 +67,21 @@ def table_rows(batch, queue, args, argv) -> list[tuple[str, ...]]:
 
 
 HEADERS = (
-    "batch x queue",
-    "version",
-    "forward and backward",
-    "times as fast",
-    "peak above inputs",
-    "gradient differs by",
-)
+    "batch x queue", "version", "forward and backward", "times as fast", "peak above inputs", "gradient differs by",
+)  # fmt: skip
 
 
 def tables(args, argv) -> list[common.Table]:
     """The losses, and by queue and by batch with --scaling."""
     title = f"{common.command('benchmarks.loss', argv)}; {common.machine(args.device)}"
-    found = [common.Table("loss", title, HEADERS, table_rows(args.batch, args.queue, args, argv))]
+    sizes = {"loss": [(args.batch, args.queue)]}
     if args.scaling:
-        by_queue = [row for queue in args.scaling_queues for row in table_rows(args.batch, queue, args, argv)]
-        by_batch = [row for batch in args.scaling_batches for row in table_rows(batch, args.queue, args, argv)]
-        found += [
-            common.Table("loss by queue", title, HEADERS, by_queue),
-            common.Table("loss by batch", title, HEADERS, by_batch),
-        ]
-    return found
+        sizes["loss by queue"] = [(args.batch, queue) for queue in args.scaling_queues]
+        sizes["loss by batch"] = [(batch, args.queue) for batch in args.scaling_batches]
+    return [
+        common.Table(name, title, HEADERS, [row for size in own for row in table_rows(*size, args, argv)])
+        for name, own in sizes.items()
+    ]
 
 
 def main(argv=None) -> int:
@@ -108,12 +92,13 @@ def main(argv=None) -> int:
         help="measure processor time, not wall-clock time: for a busy machine; set OMP_NUM_THREADS=1, since the time "
         "of all threads is added up")
     # fmt: on
-    parser.add_argument("--batch", type=size, default=256, metavar="N")
-    parser.add_argument("--queue", type=size, default=115712, metavar="K")
-    parser.add_argument("--dim", type=size, default=128, metavar="D")
-    parser.add_argument("--classes", type=size, default=1000, metavar="C")
-    parser.add_argument("--scaling-queues", type=size, nargs="+", default=SCALING_QUEUES, metavar="K")
-    parser.add_argument("--scaling-batches", type=size, nargs="+", default=SCALING_BATCHES, metavar="N")
+    add = parser.add_argument
+    add("--batch", type=size, default=256, metavar="N")
+    add("--queue", type=size, default=115712, metavar="K")
+    add("--dim", type=size, default=128, metavar="D")
+    add("--classes", type=size, default=1000, metavar="C")
+    add("--scaling-queues", type=size, nargs="+", default=SCALING_QUEUES, metavar="K")
+    add("--scaling-batches", type=size, nargs="+", default=SCALING_BATCHES, metavar="N")
     return common.run(parser, argv, tables, measure)
 
 

@@ -4,14 +4,14 @@
     python -m benchmarks.step --drift                         how much each switch changes the losses over 200 steps
 
 Our steps are those of the scripts' train_one_epoch, on a batch of uint8 images that is normalized in each step as the
-loader does; the baseline is given normalized images. Peak memory is that of a process that runs two steps. Before each
-timed step a matrix product of the same type is timed. The peak rate of a type is the best rate of the run, of a product
-or of a step, so that no share of it is above 100 %.
+loader does; the baseline is given normalized images. Peak memory is that of a process that runs two steps. GFLOP/s are
+those of the backbones' convolutions, where a backward pass counts as two forward passes.
 """
 
+import contextlib
+import io
 import sys
-from statistics import mean, median
-from typing import NamedTuple
+from statistics import mean
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,9 +24,8 @@ from datasets.loaders import to_device
 from models import ARCHS, SDL, SLG, SSFL, build_backbone
 from models.preprocess import normalize
 from utils.command_line import whole_number
-from utils.metrics import MetricLogger
-from utils.numerics import set_numerics
-from utils.train_state import TrainState, prepare_model
+from utils.errors import UserError
+from utils.train_state import TrainState, prepare_model, set_numerics
 
 SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 VARIANTS = {  # the scripts' flags
@@ -35,40 +34,40 @@ VARIANTS = {  # the scripts' flags
     "tf32": "--channels-last --tf32",
     "bf16": "--channels-last --amp bf16",
     "fp16": "--channels-last --amp fp16",
+    "bn_splits_4": "--channels-last --bn-splits 4",
     "float32 compiled": "--channels-last --compile",
     "tf32 compiled": "--channels-last --tf32 --compile",
     "bf16 compiled": "--channels-last --amp bf16 --compile",
     "fp16 compiled": "--channels-last --amp fp16 --compile",
+    "bn_splits_4 compiled": "--channels-last --bn-splits 4 --compile",
 }
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUGE = 2**31 - 1  # steps: no progress line, which would wait for the device, is printed
+BY_ROUNDING = [name for name in VARIANTS if "bn_splits" not in name]  # their results differ by rounding alone
+SPLITS = 4  # parts of a batch in the other variants
+HUGE = 2**31 - 1  # steps
 DRIFT_SPANS = ((0, 10), (10, 50), (50, 200))
 SCALING_BATCHES = (2, 4, 8, 16, 32)
 
 
-# ---- our training
+# ---- the steps that are compared
 
 
-def script_args(stage, variant, arch, classes, size, queue):
-    """The arguments of a stage's script, with the flags of a variant."""
-    flags = (
-        f"--arch {arch} --num-classes {classes} --image-size {size} --lr 0.01 --print-freq {HUGE} {VARIANTS[variant]}"
-    )
-    if stage == "i":
-        flags += f" --moco-k {queue}"
-    args = SCRIPTS[stage].get_parser().parse_args([*flags.split(), "."])
-    args.seed = 0  # set here, since --seed would ask for deterministic algorithms
-    return args
+def script_args(stage, version, args):
+    """The arguments of a stage's script, with the flags of a variant; the baseline has none."""
+    flags = f"--arch {args.arch} --num-classes {args.classes} --image-size {args.size} --lr 0.01 --print-freq {HUGE}"
+    queue = f"--moco-k {args.queue}" if stage == "i" else ""
+    options = SCRIPTS[stage].get_parser().parse_args([*f"{flags} {queue} {VARIANTS.get(version, '')}".split(), "."])
+    options.seed = 0  # set here, since --seed would ask for deterministic algorithms
+    return options
 
 
 def network(stage, options) -> torch.nn.Module:
     """A stage's network on the CPU; options: of script_args."""
     if stage == "i":
         moco = options.moco_dim, options.moco_k, options.moco_m, options.moco_t
-        return SSFL(options.arch, options.num_classes, *moco)
+        return SSFL(options.arch, options.num_classes, *moco, bn_splits=options.bn_splits)
     if stage == "ii":
-        return SLG(options.arch, options.num_classes)
-    return SDL(options.arch, options.num_classes, options.kd_t)
+        return SLG(options.arch, options.num_classes, bn_splits=options.bn_splits)
+    return SDL(options.arch, options.num_classes, options.kd_t, bn_splits=options.bn_splits)
 
 
 class RepeatedBatch:
@@ -77,20 +76,18 @@ class RepeatedBatch:
     views: uint8 (N, 3, S, S); labels (N,). Like the Loader, it normalizes the views each time it yields them.
     """
 
-    name = "the benchmark's batch"
-
     def __init__(self, views, labels, device, channels_last: bool = False, count: int = 1):
         self.views, self.labels, self.device, self.channels_last = views, labels, device, channels_last
-        self.count, self.images_per_step, self.images_per_epoch = count, len(labels), HUGE
+        self.count, self.images_per_step = count, len(labels)
 
     def start_at(self, epoch: int, position: int):
         """Does nothing: every epoch and step has the same batch."""
 
     def locate(self) -> str:
-        return self.name
+        return "the benchmark"
 
     def __len__(self):
-        return self.count
+        return HUGE  # as if more followed: the line that ends an epoch would wait for the device
 
     def __iter__(self):
         for _ in range(self.count):
@@ -103,43 +100,44 @@ class Ours:
 
     def __init__(self, stage, variant, args):
         self.script, self.device = SCRIPTS[stage], torch.device(args.device)
-        self.args = options = script_args(stage, variant, args.arch, args.classes, args.size, args.queue)
+        self.args = options = script_args(stage, variant, args)
         torch.manual_seed(0)
         self.model = prepare_model(network(stage, options), self.device, options)
         optimizer = torch.optim.SGD(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad or stage == "i"],
             options.lr, options.momentum, weight_decay=options.weight_decay, fused=options.amp == "fp16" or None,
         )  # fmt: skip
-        self.state = TrainState(stage, self.model, optimizer, None, self.device, options)
+        self.state = TrainState(self.model, optimizer, self.device, options)
 
     def __call__(self, views, labels):
         """Runs a step; views: one or two tensors, uint8 (N, 3, S, S), on the device."""
-        loader = RepeatedBatch(views, labels, self.device, self.args.channels_last)
-        with common.quiet():
-            self.script.train_one_epoch(self.model, loader, self.state, self.args)
+        set_numerics(self.args.tf32, self.args.deterministic)  # other versions take their turns
+        self.train(self.model, RepeatedBatch(views, labels, self.device, self.args.channels_last))
+
+    def train(self, model, loader):
+        """Runs the script's train_one_epoch, without its progress bar."""
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.script.train_one_epoch(model, loader, self.state.optimizer, self.state, self.args)
 
     def loss(self, views, labels) -> float:
         """Runs a step and returns its loss."""
-        self.state.metrics = MetricLogger(self.device)
+        self.state.metrics = self.state.metrics.without_values()
         self(views, labels)
         return self.state.metrics.means()["loss"]
-
-
-# ---- time, memory, rate
 
 
 class Baseline:
     """The plain version's step."""
 
     def __init__(self, stage, args):
-        options = script_args(stage, "float32", args.arch, args.classes, args.size, args.queue)
-        set_numerics(options)  # the same precision of products as ours
+        options = script_args(stage, "baseline", args)
         torch.manual_seed(0)
         self.model = baseline.STAGES[stage](args.arch, args.classes, args.queue).to(args.device).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, options.lr, options.momentum, weight_decay=options.weight_decay)
 
     def __call__(self, images, labels):
+        set_numerics(tf32=False, deterministic=False)  # as ours in float32
         return baseline.step(self.model, self.optimizer, images, labels)
 
 
@@ -162,93 +160,41 @@ def stepper(stage, version, batch, args):
     return lambda: step(images, labels)
 
 
-def step_flops(stage, arch, size) -> float:
-    """Floating point operations per image of a step, in the backbones; a backward pass counts as two forward passes.
+def check_batches(batches, args):
+    """Raises UserError if a variant with BatchNorm by parts cannot split one of the batches."""
+    wrong = [batch for batch in batches if batch % SPLITS or batch < 2 * SPLITS]
+    if wrong and not set(args.variants) <= set(BY_ROUNDING):
+        raise UserError(f"--batch {wrong[0]}: bn_splits_{SPLITS} needs a multiple of {SPLITS}, at least {2 * SPLITS}")
+
+
+# ---- time, memory, rate
+
+
+def step_flops(stage, args) -> float:
+    """Floating point operations per image of a step, in the backbones.
 
     (PyTorch's counter goes wrong in the backward pass of grouped convolutions; heads and losses are below 1 %.)
     """
     with torch.device("meta"):
-        backbone, image = build_backbone(arch).eval(), torch.empty(1, 3, size, size)
+        backbone, image = build_backbone(args.arch).eval(), torch.empty(1, 3, args.size, args.size)
     with FlopCounterMode(display=False) as counter:
         backbone(image)
     passes = {"i": 3 + 1, "ii": 1, "iii": 3 + 1}  # of the trained encoder and of the one without gradients
     return passes[stage] * counter.get_total_flops()
 
 
-def products(dtype, args) -> tuple[dict, float]:
-    """({name: function}, operations of each): a square matrix product, computed in two ways.
-
-    Whether the library for linear algebra or that for convolutions is faster depends on the processor.
-    """
-    side = args.product or (2048 if args.device == "cpu" else 8192)
-    left, right = torch.randn(2, side, side, device=args.device).to(dtype).unbind()
-    images = left.view(1, side, 1, side).to(memory_format=torch.channels_last)
-    kernels = right.view(side, side, 1, 1).to(memory_format=torch.channels_last)
-    functions = {"matmul": lambda: left @ right, "conv2d": lambda: torch.nn.functional.conv2d(images, kernels)}
-    return functions, 2 * side**3
-
-
-class Line(NamedTuple):
-    """A version's measurements; rate: operations per second."""
-
-    stage: str
-    batch: int
-    version: str
-    seconds: float
-    baseline_seconds: float
-    peak_memory: int | None
-    rate: float
-
-    def row(self, share: str) -> tuple[str, ...]:
-        """The cells of a table's row."""
-        return (
-            f"{self.stage.upper()}, {self.batch}", self.version, f"{self.batch / self.seconds:.2f}",
-            f"{self.baseline_seconds / self.seconds:.2f}", common.mib(self.peak_memory), share,
-        )  # fmt: skip
-
-
-def under_numerics(function, version, args):
-    """The function, called with TF32 and cuDNN's settings as the version's flags ask for them."""
-    variant = "float32" if version == "baseline" else version
-    options = script_args("ii", variant, args.arch, args.classes, args.size, args.queue)
-
-    def call():
-        set_numerics(options)
-        return function()
-
-    return call
-
-
-def dtype_name(version) -> str:
-    """The precision of a version's products, one of DTYPES."""
-    first = version.split()[0]
-    return first if first in DTYPES else "float32"
-
-
-def measure_lines(stage, batch, args, argv, peak_rates) -> list[Line]:
-    """One Line per version; raises peak_rates (operations per second by type) to the best rate measured."""
+def table_rows(stage, batch, args, argv) -> list[tuple[str, ...]]:
+    """One row per version."""
     versions = ["baseline", *args.variants]
-    by_dtype = {name: products(DTYPES[name], args) for name in {dtype_name(version) for version in versions}}
-    functions = {}
-    for version in versions:  # each version is preceded by products of its type
-        for name, product in by_dtype[dtype_name(version)][0].items():
-            functions[version, name] = under_numerics(product, version, args)
-        functions[version, "step"] = under_numerics(stepper(stage, version, batch, args), version, args)
-    taken = common.alternate(functions, args.repeats, args.device)
-    flops, lines = step_flops(stage, args.arch, args.size) * batch, []
-    for (version, name), durations in taken.items():
-        dtype = dtype_name(version)
-        best = (flops if name == "step" else by_dtype[dtype][1]) / min(durations)
-        peak_rates[dtype] = max(best, peak_rates.get(dtype, 0.0))
-    for version in versions:
-        peak_memory = None
-        if not args.no_memory:
-            options = [*argv, "--batch", str(batch)]
-            peak_memory = common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
-        seconds, of_baseline = median(taken[version, "step"]), median(taken["baseline", "step"])
-        lines.append(Line(stage, batch, version, seconds, of_baseline, peak_memory, flops / seconds))
-        common.note(lines[-1].row(f"{lines[-1].rate / 1e9:,.0f} GFLOP/s"))
-    return lines
+    functions = {version: stepper(stage, version, batch, args) for version in versions}
+    taken = common.medians(functions, args.repeats, args.device)
+    flops, options, rows = step_flops(stage, args) * batch, [*argv, "--batch", str(batch)], []
+    for version, seconds in taken.items():
+        peak = None if args.no_memory else common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
+        times = f"{batch / seconds:.2f}", f"{taken['baseline'] / seconds:.2f}"
+        rate = f"{flops / seconds / 1e9:,.0f}"
+        rows.append(common.note((f"{stage.upper()}, {batch}", version, *times, common.mib(peak), rate)))
+    return rows
 
 
 def measure(name, args):
@@ -257,38 +203,25 @@ def measure(name, args):
 
     def two_steps():
         step = stepper(stage, version, args.batch, args)
-        for _ in range(2):
-            step()
+        step()
+        step()
 
     common.report_peak(two_steps, args.device, above=False)
 
 
-HEADERS = ("stage, batch", "version", "images/s", "times as fast", "peak memory", "share of the processor's peak")
+HEADERS = ("stage, batch", "version", "images/s", "times as fast", "peak memory", "GFLOP/s")
 
 
 def tables(args, argv) -> list[common.Table]:
     """Steps by stage, and by batch with --scaling."""
-    peak_rates, by_table = {}, {"step": [args.batch]}
-    if args.scaling:
-        by_table["step by batch"] = args.scaling_batches
-    lines = {
-        name: [
-            line for stage in args.stages for batch in batches
-            for line in measure_lines(stage, batch, args, argv, peak_rates)
-        ]
-        for name, batches in by_table.items()
-    }  # fmt: skip
-    peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peak_rates.items())
-    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; peak: {peaks}"
-    return [
-        common.Table(
-            name,
-            title,
-            HEADERS,
-            [line.row(f"{line.rate / peak_rates[dtype_name(line.version)]:.0%}") for line in found],
-        )
-        for name, found in lines.items()
-    ]
+    sizes = {"step": [args.batch]} | ({"step by batch": args.scaling_batches} if args.scaling else {})
+    title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}"
+    check_batches([batch for batches in sizes.values() for batch in batches], args)
+    found = []
+    for name, batches in sizes.items():
+        parts = [table_rows(stage, batch, args, argv) for stage in args.stages for batch in batches]
+        found.append(common.Table(name, title, HEADERS, [row for rows in parts for row in rows]))
+    return found
 
 
 # ---- drift
@@ -313,11 +246,11 @@ def losses(stage, variant, args) -> list[float]:
 
 
 def drift_tables(args, argv) -> list[common.Table]:
-    """Tables of how far the variants' losses are from those of float32."""
+    """A table of how far the variants' losses are from those of float32."""
+    check_batches([args.batch], args)
     measured = "mean loss, and mean distance from float32's"
     title = f"{common.command('benchmarks.step', argv)}; {common.machine(args.device)}; {measured}"
     spans = [(first, min(last, args.steps)) for first, last in DRIFT_SPANS if first < args.steps]
-    headers = ("stage", "version", *(f"steps {first + 1} to {last}" for first, last in spans))
     rows = []
     for stage in args.stages:
         reference = losses(stage, "float32", args)
@@ -328,6 +261,7 @@ def drift_tables(args, argv) -> list[common.Table]:
                 distance = mean(abs(a - b) for a, b in zip(found[first:last], reference[first:last], strict=True))
                 cells.append(f"{mean(found[first:last]):.4f}, {distance:.1e}")
             rows.append((stage.upper(), variant, *cells))
+    headers = ("stage", "version", *(f"steps {first + 1} to {last}" for first, last in spans))
     return [common.Table("drift", title, headers, rows)]
 
 
@@ -343,12 +277,9 @@ def get_parser(drift: bool = False):
     add("--batch", type=whole_number(2), default=64 if drift else 16, metavar="N", help="images per step")
     add("--classes", type=size, default=10 if drift else 1000, metavar="C")
     add("--queue", type=size, default=1024 if drift else 115712, metavar="K", help="keys in stage I's queue")
-    add("--product", type=size, default=None, metavar="N", help="rows of the square matrix product")
     add("--scaling-batches", type=whole_number(2), nargs="+", default=SCALING_BATCHES, metavar="N")
-    without_float32 = list(VARIANTS)[1:] if drift else list(VARIANTS)
-    on_cpu = without_float32 if drift else ["float32", "channels_last", "bf16"]
-    default = without_float32 if torch.cuda.is_available() else on_cpu
-    add("--variants", nargs="+", default=default, choices=VARIANTS)
+    default = BY_ROUNDING if torch.cuda.is_available() else ["float32", "channels_last", "bf16"]
+    add("--variants", nargs="+", default=default[1:] if drift else default, choices=VARIANTS)
     return parser
 
 

@@ -10,7 +10,6 @@ with results there is not trained again, unless a cell that is missing needs its
 train/<class>/<image> and test/<class>/<image>. Run it from the project's folder, so that the recorded paths are short.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -44,6 +43,7 @@ LISTS = {  # flags of `python -m datasets.prepare long-tail`
     "imbalance_50": "--imbalance 50",
     "imbalance_10": "--imbalance 10",
 }
+SIZES = {"imbalance_50": 1.16, "imbalance_10": 1.8}  # training images, as a multiple of those of imbalance 100
 RECIPES = {"imbalance_50": "configs/cifar100_lt_50", "imbalance_10": "configs/cifar100_lt_10"}
 RECIPE = "configs/cifar100_lt"  # of the others
 
@@ -82,23 +82,18 @@ TRIALS = (
 
 
 class Plan(NamedTuple):
-    """Cells on a data set, each with these seeds; epochs: of stages I and III; flags: of all cells, beyond the recipe.
-
-    suffix: of the folder of its records, which tells plans of the same lists and epochs apart.
-    """
+    """Cells on a data set, each with these seeds; epochs: of stages I and III."""
 
     lists: str
     epochs: int
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     title: str
-    flags: str = ""
-    suffix: str = ""
 
     @property
     def group(self) -> Path:
-        """The relative folder of its records."""
-        return Path(self.lists, f"{self.epochs}_epochs{self.suffix}")
+        """The relative folder of its records; plans of the same lists and epochs share it."""
+        return Path(self.lists, f"{self.epochs}_epochs")
 
 
 def choice_cells():
@@ -139,83 +134,65 @@ class Job(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return self.beside(self.cell.name)
+        """The relative folder of its run and of its records."""
+        return self.plan.group / self.cell.name / f"seed_{self.seed}"
 
-    def beside(self, name: str) -> Path:
-        """The relative folder of another cell of the same seed."""
-        return self.plan.group / name / f"seed_{self.seed}"
+    @property
+    def source(self) -> "Job | None":
+        """The job whose checkpoint it starts from; its cell may belong to another plan."""
+        cells = {cell.name: cell for plan in PLANS.values() for cell in plan.cells}
+        return self._replace(cell=cells[self.cell.source]) if self.cell.source else None
 
     @property
     def done(self) -> bool:
         return (RECORDS / self.path / "results.json").is_file()
 
-    def checkpoint(self, work: Path) -> Path:
-        return work / self.path / LAST
-
     def finished(self, work: Path) -> bool:
         """Whether its checkpoint is there, for others to start from."""
-        return (work / self.path / "results.json").is_file() and self.checkpoint(work).is_file()
+        return all((work / self.path / name).is_file() for name in ("results.json", LAST))
 
     def command(self, work: Path, flags: list[str]) -> list[str]:
         """The words of the training's command."""
+        stage, data = self.cell.stage, work / "data" / self.plan.lists
         recipe = RECIPES.get(self.plan.lists, RECIPE)
-        words = [sys.executable, f"ssd_stage_{self.cell.stage}.py", f"@{recipe}/stage_{self.cell.stage}.txt"]
-        if self.cell.stage != "ii":
+        words = [sys.executable, f"ssd_stage_{stage}.py", f"@{recipe}/stage_{stage}.txt"]
+        if stage != "ii":
             words += ["--epochs", str(self.plan.epochs)]
-        if self.cell.source:
-            flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[self.cell.stage]
-            words += [flag, str(work / self.beside(self.cell.source) / LAST)]
-        data = work / "data" / self.plan.lists
+        if self.source:
+            flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[stage]
+            words += [flag, str(work / self.source.path / LAST)]
         if self.plan.lists == "choice":  # no test figure exists before the choice is made
             words += ["--test-list", str(data / "val.txt")]
-        words += [
-            *shlex.split(f"{self.plan.flags} {self.cell.flags}"),
-            "--seed",
-            str(self.seed),
-            "--output_dir",
-            str(work / self.path),
-        ]
+        words += [*shlex.split(self.cell.flags), "--seed", str(self.seed), "--output_dir", str(work / self.path)]
         return [*words, "--resume", "auto", "--print-freq", "1000000", *flags, str(data)]
 
     def expected_seconds(self) -> float:
         """The expected time, from that of SECONDS."""
         alone = {"--con-weight 0", "--kd-weight 0"}  # no key encoder, no teacher
-        name = "ce" if self.cell.flags in alone else self.cell.stage
-        sizes = {"imbalance_50": 1.16, "imbalance_10": 1.8}  # images, as a multiple of those of imbalance 100
-        return SECONDS[name] * (5 if self.cell.stage == "ii" else self.plan.epochs) * sizes.get(self.plan.lists, 1) + 30
+        per_epoch = SECONDS["ce" if self.cell.flags in alone else self.cell.stage] * SIZES.get(self.plan.lists, 1)
+        return per_epoch * (5 if self.cell.stage == "ii" else self.plan.epochs) + 30
 
 
-def jobs_of(names: list[str], seeds: list[int] | None) -> list[Job]:
+def list_jobs(names: list[str], seeds: list[int] | None) -> list[Job]:
     """The jobs of the plans, seed by seed, so that the cells that share a checkpoint follow each other."""
-    plans = [PLANS[name] for name in names]
-    wanted = [plan.seeds if seeds is None else seeds for plan in plans]
-    return [
-        Job(plan, seed, cell)
-        for seed in dict.fromkeys(itertools.chain(*wanted))
-        for plan, own in zip(plans, wanted, strict=True)
-        if seed in own
-        for cell in plan.cells
-    ]
+    plans = [(PLANS[name], PLANS[name].seeds if seeds is None else seeds) for name in names]
+    every = dict.fromkeys(itertools.chain(*(own for _, own in plans)))
+    return [Job(plan, seed, cell) for seed in every for plan, own in plans if seed in own for cell in plan.cells]
 
 
 def missing_jobs(jobs: list[Job], work: Path) -> list[Job]:
     """Those that are not done, in an order that can be trained, with the finished ones whose checkpoint is gone."""
-    cells = {cell.name: cell for plan in PLANS.values() for cell in plan.cells}
-    needed = []
+    needed = {}  # by path: two plans may need the same cell
 
     def need(job):
-        if job in needed:
-            return
-        if job.cell.source:
-            source = job._replace(cell=cells[job.cell.source])
-            if not source.finished(work):
-                need(source)
-        needed.append(job)
+        if job.source and not job.source.finished(work):
+            need(job.source)
+        needed.setdefault(job.path, job)
 
     for job in jobs:
         if not job.done:
             need(job)
-    return needed
+    return list(needed.values())
 
 
 def prepare_lists(names, source: str | None, work: Path):
@@ -259,34 +236,31 @@ def train(job: Job, work: Path, flags: list[str], threads: int) -> float:
 
 def train_all(needed: list[Job], args):
     """Trains the jobs, at most args.jobs at a time, each as soon as the one that it starts from is finished."""
-    work, pending, running = args.work, list(needed), {}
+    pending, running = list(needed), {}
     threads = max(1, num_cores() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         while pending or running:
-            waits_for = {job.path for job in [*pending, *running.values()]}
-            ready = [j for j in pending if not j.cell.source or j.beside(j.cell.source) not in waits_for]
+            unfinished = {job.path for job in [*pending, *running.values()]}
+            ready = [job for job in pending if not job.source or job.source.path not in unfinished]
             for job in ready[: args.jobs - len(running)]:
                 pending.remove(job)
-                running[pool.submit(train, job, work, args.flags, threads)] = job
+                running[pool.submit(train, job, args.work, args.flags, threads)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
-                if error := future.exception():  # said now, since those that still run may take hours
-                    print(f"{time.strftime('%H:%M:%S')} {job.path}: failed; {len(running)} still running", flush=True)
+                error = future.exception()
+                outcome = f"failed; {len(running)} still running" if error else f"{future.result():.0f} s"
+                print(f"{time.strftime('%H:%M:%S')} {job.path}: {outcome}", flush=True)
+                if error:  # said before those that still run end, which may take hours
                     raise error
-                print(f"{time.strftime('%H:%M:%S')} {job.path}: {future.result():.0f} s", flush=True)
 
 
 # ---- tables
 
 
-def groups_of(plan_cells, folder: Path) -> list[Group]:
+def read_groups(cells, folder: Path) -> list[Group]:
     """The runs of each cell that has any, all seeds together."""
-    groups = []
-    for cell in plan_cells:
-        seeds = sorted(folder.glob(f"{cell.name}/seed_*/results.json"))
-        if seeds:
-            groups.append(Group(cell.name, [read_runs([file.parent])[0] for file in seeds]))
-    return groups
+    found = {cell.name: sorted(folder.glob(f"{cell.name}/seed_*/results.json")) for cell in cells}
+    return [Group(name, [read_runs([file.parent])[0] for file in files]) for name, files in found.items() if files]
 
 
 def tables() -> list[Table]:
@@ -294,21 +268,14 @@ def tables() -> list[Table]:
     found = []
     for group in dict.fromkeys(plan.group for plan in PLANS.values()):
         plans = [plan for plan in PLANS.values() if plan.group == group]
-        groups = groups_of([cell for plan in plans for cell in plan.cells], RECORDS / group)
         rows = [
             (f"{row['run']}, {row['classifier']}", str(row["seeds"]), *(format_accuracy(row, key) for key in COLUMNS))
-            for row in mean_rows(groups)
+            for row in mean_rows(read_groups([cell for plan in plans for cell in plan.cells], RECORDS / group))
         ]
-        title = f"{plans[0].title[0].upper()}{plans[0].title[1:]}: top-1 of the groups and top-5, in per cent"
         if rows:
-            found.append(
-                Table(
-                    str(group).replace("/", "_").removesuffix("_epochs"),
-                    title,
-                    ("cell, classifier", "seeds", *COLUMNS.values()),
-                    rows,
-                )
-            )
+            title = f"{plans[0].title.capitalize()}: top-1 of the groups and top-5, in percent"
+            headers = ("cell, classifier", "seeds", *COLUMNS.values())
+            found.append(Table(str(group).replace("/", "_").removesuffix("_epochs"), title, headers, rows))
     return found
 
 
@@ -319,19 +286,16 @@ def draw(file: Path):
     """
     require_matplotlib("--plot")
     plan = PLANS["main"]
-    groups = groups_of(plan.cells, RECORDS / plan.group)
+    groups = read_groups(plan.cells, RECORDS / plan.group)
     if not groups:
         raise UserError(f"--plot {file}: no cell of the plan main is done yet")
     figure, axes = new_axes(xlabel="training images of the class", ylabel="accuracy (%)")
     for group in groups:
-        if group.name not in ("ce", "i", "ii", "iii"):
-            continue
-        for number, record in enumerate(group.runs[0].records):
+        for number, record in enumerate(group.runs[0].records if group.name in ("ce", "i", "ii", "iii") else ()):
             per_class = [run.records[number]["per_class"] for run in group.runs]
             means = [100 * fmean(values) for values in zip(*per_class, strict=True)]
-            axes.plot(
-                *running_mean(record["train_counts"], means), label=f"{group.name}, {record['classifier']}", linewidth=2
-            )
+            curve = running_mean(record["train_counts"], means)
+            axes.plot(*curve, label=f"{group.name}, {record['classifier']}", linewidth=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -339,17 +303,10 @@ def draw(file: Path):
     save_figure(figure, file, "--plot")
 
 
-def plan_name(text: str) -> str:
-    """An argparse type: a key of PLANS."""
-    if text not in PLANS:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: no such plan; choose one of {', '.join(PLANS)}")
-    return text
-
-
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__, prog="python -m benchmarks.study", intermixed=True)
     # fmt: off
-    parser.add_argument("plans", nargs="*", type=plan_name, metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
+    parser.add_argument("plans", nargs="*", metavar="PLAN", help=f"one or more of {', '.join(PLANS)}")
     parser.add_argument("--source", metavar="CIFAR100", help="the class folders, for lists that are not there yet")
     parser.add_argument("--work", type=Path, default=Path("runs/study"),
         help="for lists and runs (default: %(default)s)")
@@ -372,16 +329,18 @@ def study(args):
         if args.plot:
             draw(args.plot)
         return
-    needed = missing_jobs(jobs_of(args.plans, args.seeds), args.work)
+    if unknown := [name for name in args.plans if name not in PLANS]:
+        raise UserError(f"{unknown[0][:40]}: no such plan; choose one of {', '.join(PLANS)}")
+    needed = missing_jobs(list_jobs(args.plans, args.seeds), args.work)
     for job in needed:
         again = " (again, for its checkpoint)" if job.done else ""
         print(f"{job.path}: about {job.expected_seconds() / 60:.0f} min{again}")
-    if not needed:
-        print(f"all cells of {', '.join(args.plans)} are done: their results are in {RECORDS}")
-        return
     hours = sum(job.expected_seconds() for job in needed) / 3600
-    print(f"{len(needed)} cells to train, about {hours:.1f} h on 2 cores of a Xeon with AMX", flush=True)
-    if not args.dry_run:
+    if needed:
+        print(f"{len(needed)} cells to train, about {hours:.1f} h on 2 cores of a Xeon with AMX", flush=True)
+    else:
+        print(f"all cells of {', '.join(args.plans)} are done: their results are in {RECORDS}")
+    if needed and not args.dry_run:
         prepare_lists({job.plan.lists for job in needed}, args.source, args.work)
         train_all(needed, args)
 

@@ -5,31 +5,62 @@
 The steps are those of the scripts' train_one_epoch on a CPU; no time is measured. Every function of torch.distributed
 that the code calls in a step is replaced by one that first adds up the bytes that arrive from other ranks; the buckets
 of DistributedDataParallel are reduced by such a function too. all_reduce is counted as a ring, which passes
-2 (p - 1)/p of a tensor through each of p ranks. The formulas are those of benchmarks.arithmetic (`received`).
+2 (p - 1)/p of a tensor through each of p ranks. The formulas are those of `received`.
 """
 
-import contextlib
 import math
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from benchmarks import arithmetic, common, step
+from benchmarks import common, step
 from models import ARCHS
-from utils.command_line import ArgumentParser, number, whole_number
+from utils.command_line import ArgumentParser, whole_number
 from utils.distributed import distribute
 
-TRAIN_IMAGES = 115846  # of ImageNet-LT
+PER_RANK = 32  # images, in the table by ranks
 UNEXPECTED = (  # functions that no step calls; if one does, its bytes are missing here
     "all_gather_into_tensor", "all_gather_object", "all_to_all", "barrier", "broadcast_object_list", "gather",
     "gather_object", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv",
 )  # fmt: skip
+
+
+# ---- by formula
+
+
+def received(stage, images, batch, trained, args) -> dict[str, float]:
+    """Bytes that a rank receives from the others per step, by content.
+
+    images: those of the step's batch that belong to it. Of the images whose keys it computes, the share images / batch
+    is its own on average, since shuffling BN deals them out at random, in an order that one rank sends to the others;
+    keys come back as images went. The gradients of the trained parameters, and three flags, pass twice through a ring.
+    """
+    others = batch - images
+    reduced = {"gradients": 2 * 4 * trained * others / batch, "flags": 2 * 3 * 4 * others / batch}
+    if stage != "i":
+        return reduced
+    return {
+        "order of the shuffle": 8 * others,
+        "key images": images * others / batch * 3 * args.size**2 * 4,
+        "keys of own images": images * others / batch * args.dim * 4,
+        "keys and labels for the queue": others * (args.dim * 4 + 8),
+        **reduced,
+    }
+
+
+def calculated(stage: str, world_size: int, batch: int, args) -> dict[str, float]:
+    """Bytes that one of `world_size` ranks receives in a step of `batch` images of all of them, by content."""
+    with torch.device("meta"):
+        parameters = step.network(stage, step.script_args(stage, "float32", args)).parameters()
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return received(stage, batch / world_size, batch, trained, args)
 
 
 # ---- counting
@@ -46,7 +77,7 @@ def counted_functions(counts: Counter) -> dict:
     rank, others = dist.get_rank(), dist.get_world_size() - 1
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_to_all_single", "broadcast")}
 
-    def all_reduce(tensor, *args, **kwargs):  # called by the hook for a bucket of gradients, and by StepFlags
+    def all_reduce(tensor, *args, **kwargs):  # called by the hook for a bucket of gradients, and for the flags
         counts["gradients" if tensor.is_floating_point() else "flags"] += ring(tensor.nbytes)
         return originals["all_reduce"](tensor, *args, **kwargs)
 
@@ -64,28 +95,11 @@ def counted_functions(counts: Counter) -> dict:
         counts["order of the shuffle"] += tensor.nbytes if rank != src else 0
         return originals["broadcast"](tensor, src)
 
-    def unexpected(name):
-        def function(*args, **kwargs):
-            raise RuntimeError(f"a step calls torch.distributed.{name}, which benchmarks.traffic does not count")
-
-        return function
-
     counted = {f.__name__: f for f in (all_reduce, all_gather, all_to_all_single, broadcast)}
-    return counted | {name: unexpected(name) for name in UNEXPECTED}
-
-
-@contextlib.contextmanager
-def count_received(counts: Counter):
-    """Within the block, adds the bytes that this rank receives from others to `counts`, by content."""
-    functions = counted_functions(counts)
-    originals = {name: getattr(dist, name) for name in functions}
-    for name, function in functions.items():
-        setattr(dist, name, function)
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
+    errors = {
+        name: RuntimeError(f"a step calls {name}, which benchmarks.traffic does not count") for name in UNEXPECTED
+    }
+    return counted | {name: mock.Mock(side_effect=error) for name, error in errors.items()}
 
 
 def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
@@ -98,8 +112,8 @@ def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
         model.register_comm_hook(None, allreduce_hook)  # reduces buckets as without it, in a function that is counted
     views, labels = step.batch_of(stage, args.batch // world_size, args)
     loader = step.RepeatedBatch(views, labels, ours.device, count=args.steps)
-    with common.quiet(), count_received(counts):
-        ours.script.train_one_epoch(model, loader, ours.state, ours.args)
+    with mock.patch.multiple(dist, **counted_functions(counts)):
+        ours.train(model, loader)
     Path(folder, str(rank)).write_text("".join(f"{size} {content}\n" for content, size in counts.items()))
     del model, ours, loader  # with the hook's last futures, which otherwise may keep the process from ending
     dist.destroy_process_group()
@@ -117,13 +131,15 @@ def measured(stage: str, world_size: int, args) -> dict[str, float]:
     return dict(total)
 
 
-def calculated(stage: str, world_size: int, batch: int, args) -> dict[str, float]:
-    """The same by benchmarks.arithmetic's formulas; batch: images of all ranks."""
-    trained = arithmetic.counted(stage, args.arch, args.classes, args.queue, args.dim, args.size)["trained"]
-    return arithmetic.received(stage, batch / world_size, batch, trained, args)
-
-
 # ---- tables
+
+
+def describe(number: float) -> str:
+    """A number of bytes as text, in decimal units."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
 
 
 def measured_rows(args) -> list[tuple[str, ...]]:
@@ -136,7 +152,7 @@ def measured_rows(args) -> list[tuple[str, ...]]:
                 found, expected = ({"all": sum(values.values())} for values in (found, expected))
             for content in [*expected, *(name for name in found if name not in expected)]:
                 there = found.get(content, 0), expected.get(content, 0)
-                rows.append((f"{stage.upper()}, {world_size}", content, *map(arithmetic.describe, there)))
+                rows.append((f"{stage.upper()}, {world_size}", content, *map(describe, there)))
                 common.note(rows[-1])
     return rows
 
@@ -145,80 +161,33 @@ def growth_rows(args) -> list[tuple[str, ...]]:
     """One row per stage and content: bytes by number of ranks, each with the same images per rank."""
     rows = []
     for stage in args.stages:
-        by_ranks = [calculated(stage, ranks, ranks * args.per_rank, args) for ranks in args.ranks]
+        by_ranks = [calculated(stage, ranks, ranks * PER_RANK, args) for ranks in args.ranks]
         for content in by_ranks[0]:
-            rows.append((stage.upper(), content, *(arithmetic.describe(found[content]) for found in by_ranks)))
-        rows.append((stage.upper(), "sum", *(arithmetic.describe(sum(found.values())) for found in by_ranks)))
+            rows.append((stage.upper(), content, *(describe(found[content]) for found in by_ranks)))
+        rows.append((stage.upper(), "sum", *(describe(sum(found.values())) for found in by_ranks)))
     return rows
 
 
-def batch_rows(args) -> list[tuple[str, ...]]:
-    """One row per global batch: what becomes of stage I."""
-    return [
-        (
-            f"{batch:,}", f"{args.images // batch:,}", f"{args.queue / batch:.1f}",
-            f"{args.momentum ** (args.queue / batch):.2f}", f"{args.momentum ** (batch / 256):.4f}",
-            f"{0.1 * batch / 256:g}",
-        )
-        for batch in args.batches
-    ]  # fmt: skip
-
-
-def share_of_shards(images: int, ranks: int) -> float:
-    """The share of the shards of an epoch's permutation in which a class of so many images occurs, on average."""
-    return 1 - (1 - 1 / ranks) ** images
-
-
-def sampling_rows(args) -> list[tuple[str, ...]]:
-    """One row per size of a class: the share of the ranks that draw it in stage II."""
-    return [
-        (f"{images:,}", *(f"{share_of_shards(images, ranks):.2f}" for ranks in args.ranks))
-        for images in args.class_sizes
-    ]
-
-
 def tables(args, argv) -> list[common.Table]:
-    """What is counted, what the formulas give for more ranks, and what larger batches change."""
+    """What is counted, and what the formulas give for more ranks."""
     torch.set_num_threads(1)  # as in the processes, for the title
-    title = common.command("benchmarks.traffic", argv)
-    counted = f"{args.arch}, {args.size} pixels, steps of {args.batch} images; {common.machine('cpu')}"
+    command = common.command("benchmarks.traffic", argv)
+    counted = f"{command}; {args.arch}, {args.size} pixels, steps of {args.batch} images; {common.machine('cpu')}"
+    calculated = f"{command}; calculated, {PER_RANK} images per rank"
     ranks = [f"{ranks} rank{'s' if ranks > 1 else ''}" for ranks in args.ranks]
     return [
         common.Table(
-            "traffic",
-            f"{title}; {counted}",
-            ("stage, processes", "content", "measured", "by formula"),
-            measured_rows(args),
+            "traffic", counted, ("stage, processes", "content", "measured", "by formula"), measured_rows(args)
         ),
-        common.Table(
-            "traffic by ranks",
-            f"{title}; calculated, {args.per_rank} images per rank",
-            ("stage", "content", *ranks),
-            growth_rows(args),
-        ),
-        common.Table(
-            "large batches",
-            f"{title}; calculated, {args.images:,} training images, a queue of {args.queue:,} keys",
-            (
-                "global batch", "steps per epoch", "steps that a key stays", f"{args.momentum:g} to that power",
-                "`--moco-m` with the same horizon in images", "linearly scaled `--lr`",
-            ),
-            batch_rows(args),
-        ),
-        common.Table(
-            "class-aware sampling by ranks",
-            f"{title}; calculated, the share of the shards that a class is in",
-            ("images of the class", *ranks),
-            sampling_rows(args),
-        ),
-    ]  # fmt: skip
+        common.Table("traffic by ranks", calculated, ("stage", "content", *ranks), growth_rows(args)),
+    ]
 
 
 def get_parser() -> ArgumentParser:
-    parser = ArgumentParser(__doc__, prog="python -m benchmarks.traffic")
+    parser = common.argument_parser(__doc__, "traffic")
     size = whole_number(1)
     # fmt: off
-    parser.add_argument("--stages", nargs="+", default=list(arithmetic.STAGES), choices=arithmetic.STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(step.SCRIPTS), choices=step.SCRIPTS)
     parser.add_argument("--processes", type=size, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--steps", type=size, default=2, metavar="N", help="steps to count (default: %(default)s)")
     parser.add_argument("--batch", type=whole_number(2), default=16, metavar="N",
@@ -229,16 +198,8 @@ def get_parser() -> ArgumentParser:
     parser.add_argument("--queue", type=size, default=115712, metavar="K")
     parser.add_argument("--ranks", type=size, nargs="+", default=[1, 8, 64, 512], metavar="N",
         help="numbers of ranks to calculate for (default: 1 8 64 512)")
-    parser.add_argument("--per-rank", type=size, default=32, metavar="N", help="images per rank there")
-    parser.add_argument("--batches", type=size, nargs="+", default=[256, 1024, 4096, 16384, 65536, 115712], metavar="N",
-        help="global batches to calculate for")
-    parser.add_argument("--class-sizes", type=size, nargs="+", default=[5, 20, 100, 1280], metavar="N",
-        help="images of a class to calculate stage II's sampling for")
-    parser.add_argument("--images", type=size, default=TRAIN_IMAGES, metavar="N", help="training images there")
-    parser.add_argument("--momentum", type=number(most=1), default=0.999, metavar="M", help="--moco-m there")
     # fmt: on
     parser.set_defaults(device="cpu", dim=128)
-    common.add_write_flag(parser)
     return parser
 
 

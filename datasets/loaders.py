@@ -10,10 +10,11 @@ from multiprocessing import active_children, connection
 from multiprocessing.queues import Queue
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from models.preprocess import MEAN, STD, normalize
-from utils.errors import UserError
+from utils.errors import UserError, format_stack
 from utils.images import memory_errors
 from utils.signals import block_signals
 
@@ -27,23 +28,36 @@ def collate(items):
 
     Returns a UserError, for the run to raise, if it is given in place of the items or if there is no memory left.
     """
-    if isinstance(items, UserError):
-        return items
-    views, labels, indices = zip(*items, strict=True)
     try:
+        if isinstance(items, UserError):
+            raise items
+        views, labels, indices = zip(*items, strict=True)
         with memory_errors():
             return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
     except UserError as error:
+        if get_worker_info() is not None:
+            error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1; sending it would lose it
         return error
 
 
 def init_worker(_):
-    """Makes a worker exit if it cannot send a batch, which the run notices and reports.
+    """Makes a worker tell of a batch that it cannot send, and not of a run that is gone.
 
-    By default the thread that sends it drops the batch with a traceback, and the run waits for it forever.
+    By default the thread that sends a batch drops it with a traceback, and the run waits for it forever. The thread
+    that hands over a batch's memory, the only caller of sys.excepthook in a worker, prints a traceback if the run ends
+    or is killed meanwhile.
     """
-    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
-    sys.stderr = open(os.devnull, "w")
+    Queue._on_queue_feeder_error = send_error
+    sys.excepthook = lambda *_: None
+
+
+def send_error(queue, error, batch):
+    """Sends the error in place of a batch that could not be sent; exits if that cannot be sent either."""
+    number, content = batch
+    if isinstance(content, ExceptionWrapper):
+        os._exit(1)
+    where = f"in DataLoader worker process {get_worker_info().id}"
+    queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))
 
 
 def to_device(view, device, channels_last: bool = False, mean=MEAN, std=STD) -> torch.Tensor:

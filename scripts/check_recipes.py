@@ -1,9 +1,9 @@
-"""Checks the command lines of all stages before the first is trained.
+"""Checks the command lines of all stages before the first is trained; scripts/train.sh calls it.
 
     python scripts/check_recipes.py CONFIG DIR OUT [flags]
 
 Of a stage that has results in OUT it also checks that they were trained with these flags and lists. Exit status 2,
-after one line, if something is wrong. scripts/train.sh and scripts/slurm/submit.sh call it.
+after one line, if something is wrong.
 """
 
 import argparse
@@ -16,53 +16,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
-from datasets.splits import find_splits
+from datasets.splits import SPLITS, find_splits
 from utils.checkpoint import as_saved
-from utils.command_line import ArgumentParser, option_words, run_command
+from utils.command_line import KEPT, ArgumentParser, option_words, run_command
 from utils.errors import UserError
-from utils.results.records import read_args, saved_checksums
+from utils.results.records import read_args
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
 
 
-def check(name: str, script, config: str, data: str, out: Path, flags: list[str]):
-    """Raises UserError if a stage would refuse its command line, or was trained with other flags or lists."""
-    parser, recipe = script.get_parser(), f"{config}/{name}.txt"
+def check_command(parser: ArgumentParser, recipe: Path, data: str, flags: list[str]):
+    """The arguments of a stage. Raises UserError if it would refuse its command line."""
+    if not recipe.is_file():
+        raise UserError(f"{recipe}: no such recipe; CONFIG is a folder such as configs/cifar100_lt")
     try:
-        args = parser.parse_args([f"@{recipe}", data, *flags])
+        return parser.parse_args([f"@{recipe}", data, *flags])
     except UserError as error:
         names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
         hint = "; the flags go to every stage, that of one stage belongs in its recipe"
         raise UserError(f"{recipe}: {error}{hint if any(n in str(error) for n in names) else ''}") from None
-    if not (out / name / "results.json").exists():
-        return
-    saved = read_args(out / name)
-    for dest, action in parser.saved_actions().items():
+
+
+def check_finished(parser: ArgumentParser, args, run: Path):
+    """Raises UserError if a finished stage was trained with other flags or lists."""
+    saved, remedy = read_args(run), "name another OUT, or remove it and the later stages"
+    for dest, action in parser.marked(KEPT).items():
         value = as_saved(getattr(args, dest))
-        if dest in args.given and dest in saved and saved[dest] != value:
+        if dest in args.given and saved.get(dest, value) != value:
             was, now = option_words(action, saved[dest]), option_words(action, value)
-            raise UserError(
-                f"{out / name}: was trained with {was}, not {now}; name another OUT, or remove it and the later stages"
-            )
-    checksums = saved_checksums(out / name)
-    lists = tuple((split, getattr(args, f"{split}_list")) for split in checksums)
-    for split in read_splits(args.data, lists) if lists else ():
-        if split.images.checksum != checksums[split.name]:
-            raise UserError(
-                f"{out / name}: was trained on other data than {split.images.name} has now; name another OUT, or "
-                "remove it and the later stages"
-            )
+            raise UserError(f"{run}: was trained with {was}, not {now}; {remedy}")
+    checksums = saved.get("list_checksums")
+    if isinstance(checksums, dict):
+        for split in read_splits(args.data, args.train_list, args.val_list, args.test_list):
+            if split.images.checksum != checksums.get(split.name):
+                raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")
 
 
 @functools.cache
-def read_splits(data: str, lists: tuple) -> list:
-    """The splits of (split, list file or None) pairs; the stages usually have the same, which are read once."""
-    return list(find_splits(data, dict(lists), dict(lists), check=()).values())
+def read_splits(data: str, *lists: str | None) -> list:
+    """The splits of the given or default lists; the stages usually have the same, which are read once."""
+    return list(find_splits(data, dict(zip(SPLITS, lists, strict=True)), check=()).values())
 
 
 def check_all(args):
     for name, script in STAGES.items():
-        check(name, script, args.config, args.data, args.out, args.flags)
+        parser = script.get_parser()
+        stage_args = check_command(parser, Path(args.config, f"{name}.txt"), args.data, args.flags)
+        if (args.out / name / "results.json").exists():
+            check_finished(parser, stage_args, args.out / name)
 
 
 def get_parser() -> ArgumentParser:

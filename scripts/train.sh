@@ -4,37 +4,25 @@
 # CONFIG is a folder of recipes, such as those in configs/; DIR holds the images and lists; OUT gets stage_i, stage_ii,
 # stage_iii and stage_iii_tuned. The flags go to every stage, after those of its recipe. A stage that has results in OUT
 # is not trained again, and one that was stopped (status 75) or killed goes on: the same command continues.
-# LAUNCH is what starts a stage, python by default:
+# LAUNCH is what starts a stage, python by default; scripts/train.sbatch starts it in SLURM:
 #   LAUNCH="torchrun --nproc-per-node 8" bash scripts/train.sh configs/imagenet_lt imagenet-lt runs/imagenet --amp bf16
 set -euo pipefail
 
-if [ $# -lt 3 ]; then
-  echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]" >&2
+if [ $# -lt 3 ] || [[ $1 == -* || $2 == -* || $3 == -* ]]; then
+  echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]; the flags come last" >&2
   exit 2
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 config=${1%/} data=$2 out=${3%/}
 shift 3
-for word in "$data" "$out"; do
-  if [ "${word#-}" != "$word" ]; then
-    echo "train.sh: $word: CONFIG, DIR and OUT come before the flags" >&2
-    exit 2
-  fi
-done
-for stage in stage_i stage_ii stage_iii stage_iii_tuned; do
-  if ! [ -f "$config/$stage.txt" ]; then
-    echo "train.sh: $config/$stage.txt: no such recipe; CONFIG is a folder such as configs/cifar100_lt" >&2
-    exit 2
-  fi
-done
 . "$root/scripts/venv.sh"
 find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
   echo "train.sh: no Python with torch, torchvision and tqdm; pip install -r requirements.txt, or activate their environment" >&2
   exit 2
 }
-"$python" "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
-launch=("$python")
-[ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
+[ "$python" = python ] || PATH=$root/.venv/bin:$PATH # python and torchrun in LAUNCH are then those of .venv
+python "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
+read -ra launch <<<"${LAUNCH:-python}"
 
 # SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. If
 # they come too late for the stage, at least no other starts.
@@ -65,13 +53,13 @@ stage() {
     wait "$child" && status=0 || status=$?
   done
   [ "$status" != -1 ] || status=$stop # bash 5.2 loses the status of a child that ends just as wait is interrupted
+  child=
   if [ "$status" != 0 ]; then
     local hint="the same command continues"
     case $status in 1 | 2) hint="correct the cause, and $hint" ;; esac # torchrun has 1 for a mistake
     echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
     exit "$status"
   fi
-  child=
   echo "== $title: $((SECONDS - started)) s"
 }
 
@@ -81,4 +69,4 @@ stage "stage II" stage_ii ssd_stage_ii.py --last_stage_ckpt "$out/stage_i/$last"
 stage "stage III" stage_iii ssd_stage_iii.py --teacher_ckpt "$out/stage_ii/$last" "$@"
 stage "stage II on stage III" stage_iii_tuned ssd_stage_ii.py --last_stage_ckpt "$out/stage_iii/$last" "$@"
 echo
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}

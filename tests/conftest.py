@@ -15,7 +15,7 @@ try:
 except ImportError:  # tests/test_gpu.py needs torch, torchvision and pytest only
     settings = None
 
-from tests.helpers import LAST, train, train_ranks, write_tree
+from tests.helpers import train_all, train_ranks, write_tree
 
 for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
     del os.environ[name]  # set by the job that the tests run in
@@ -32,6 +32,12 @@ def default_numerics():
         torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def interface_is_chosen_by_the_run(monkeypatch):
+    """Removes what the tests set for gloo, so that the run chooses as for a user."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +62,7 @@ def jpeg_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(plain_tree, tmp_path_factory):
     """Folders of stages i, ii, iii and ii again (`tuned`), each on the one before; tests must not change them."""
-    root = tmp_path_factory.mktemp("trained")
-    i = train("i", plain_tree, root / "i", "--cos")
-    ii = train("ii", plain_tree, root / "ii", "--cos", "--last_stage_ckpt", i / LAST)
-    iii = train("iii", plain_tree, root / "iii", "--cos", "--teacher_ckpt", ii / LAST)
-    tuned = train("ii", plain_tree, root / "tuned", "--cos", "--last_stage_ckpt", iii / LAST)
-    return {"i": i, "ii": ii, "iii": iii, "tuned": tuned}
+    return train_all(plain_tree, tmp_path_factory.mktemp("trained"), "--cos")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -21,10 +24,13 @@ from PIL import Image
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
-STAGES = tuple(MAINS)
+PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
+SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
+STAGES = tuple(SCRIPTS)
 COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
@@ -75,11 +81,18 @@ def stage_flags(stage: str, data, out, flags) -> list[str]:
     return [*defaults.split(), "--output_dir", str(out), *map(str, flags), str(data)]
 
 
+def refusal(stage: str, data, out, *flags) -> str:
+    """What the parser says of the command line of a small run, which it must refuse."""
+    with pytest.raises(UserError) as caught:
+        PARSERS[stage]().parse_args(stage_flags(stage, data, out, flags))
+    return str(caught.value)
+
+
 def call(stage: str, argv, out=None) -> Outcome:
     """main(argv) in this process."""
     out, err = out or io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = MAINS[stage](list(map(str, argv)))
+        status = SCRIPTS[stage].main(list(map(str, argv)))
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
@@ -93,6 +106,24 @@ def train(stage: str, data, out, *flags) -> Path:
     outcome = run_stage(stage, data, out, *flags)
     assert (outcome.status, outcome.err) == (0, "")
     return Path(out)
+
+
+def source(stage: str, trained) -> list:
+    """The flags that name the checkpoint of the stage before; trained: folders by stage."""
+    flags = {"ii": ("--last_stage_ckpt", "i"), "iii": ("--teacher_ckpt", "ii")}
+    if stage not in flags:
+        return []
+    flag, before = flags[stage]
+    return [flag, trained[before] / LAST]
+
+
+def train_all(data, root, *flags, run=None) -> dict[str, Path]:
+    """Folders of stages i, ii, iii and ii again (`tuned`), each on the one before; run: as train, which is default."""
+    run, folders = run or train, {name: root / name for name in (*STAGES, "tuned")}
+    for stage in STAGES:
+        run(stage, data, folders[stage], *flags, *source(stage, folders))
+    run("ii", data, folders["tuned"], *flags, "--last_stage_ckpt", folders["iii"] / LAST)
+    return folders
 
 
 def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outcome:
@@ -109,16 +140,19 @@ def run_shell(stage: str, data, out, *flags, launcher=(sys.executable,)) -> Outc
     return Outcome(done.returncode, *written)
 
 
-def _run_rank(stage, argv, environment, files):
+def _run_rank(stage, argv, environment, files, setup):
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):  # stdout, stderr
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.exit(MAINS[stage](argv))
+    setup()
+    sys.exit(SCRIPTS[stage].main(argv))
 
 
-def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
+def run_ranks(stage: str, data, out, *flags, world=2, setup=dict) -> list[Outcome]:
     """A small run as `world` ranks on one node, told by torchrun's variables; the outcome of each.
+
+    setup() runs in each before the run, to replace a part of it; a function of a module, so that it can be pickled.
 
     The ranks are forked from a process that has imported everything, which is far cheaper than to start them anew.
     """
@@ -133,7 +167,13 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ranks = [
             forkserver().Process(
                 target=_run_rank,
-                args=(stage, argv, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, files[rank]),
+                args=(
+                    stage,
+                    argv,
+                    os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+                    files[rank],
+                    setup,
+                ),
             )
             for rank in range(world)
         ]
@@ -144,18 +184,37 @@ def run_ranks(stage: str, data, out, *flags, world=2) -> list[Outcome]:
         ]
 
 
-def train_ranks(stage: str, data, out, *flags) -> Path:
+def train_ranks(stage: str, data, out, *flags, **options) -> Path:
     """A small run as two ranks that has to succeed; returns its folder."""
-    assert [(outcome.status, outcome.err) for outcome in run_ranks(stage, data, out, *flags)] == [(0, "")] * 2
+    outcomes = run_ranks(stage, data, out, *flags, **options)
+    assert [(outcome.status, outcome.err) for outcome in outcomes] == [(0, "")] * 2
     return Path(out)
 
 
-def assert_command_mistake(outcome, *words):
-    """That (status, stdout, stderr) of a small command line is a mistake's, in one line that holds the words."""
-    status, out, err = outcome
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and out == "", outcome
+def assert_one_line(outcome, status, *words):
+    """That (status, stdout, stderr) of a stage or a command has this status, and one line on stderr with the words."""
+    found, out, err = outcome
+    assert found == status and re.fullmatch(r"[^\n]+\n", err), outcome
+    assert err[:-1].isprintable() and len(err) < 2000, err
+    assert "Traceback" not in out + err and "Error(" not in err, err  # nor an exception's repr
     for word in map(str, words):
         assert word in err, (word, err)
+
+
+def assert_mistake(outcome, *words):
+    """That it is a user's mistake: status 2, and one line; a command prints nothing else."""
+    assert_one_line(outcome, 2, *words)
+    if outcome[2].startswith("error: "):  # so begin the messages of commands; those of stages begin with the script
+        assert outcome[1] == "", outcome
+
+
+def assert_mistake_of_all_ranks(outcomes, *words):
+    """That all ranks end, and the first alone says why."""
+    assert_mistake(outcomes[0], *words)
+    assert [(outcome.status, outcome.err) for outcome in outcomes[1:]] == [(2, "")] * (len(outcomes) - 1), outcomes
+
+
+assert_command_mistake = assert_mistake  # its earlier name
 
 
 def checkpoint(folder, name=LAST) -> dict:
@@ -168,6 +227,15 @@ def log_of(folder, *, timed=True) -> list[dict]:
     if not timed:
         records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
     return records
+
+
+def args_of(folder) -> dict:
+    return json.loads((Path(folder) / "args.json").read_text())
+
+
+def copied(run, to) -> Path:
+    """A copy of a run's folder, for a test to change."""
+    return Path(shutil.copytree(run, to))
 
 
 def results_of(folder) -> list[dict]:
@@ -195,6 +263,34 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def assert_same_run(folder, reference):
+    """Compares weights, queue, optimizer, BatchNorm statistics, best accuracy, log and results."""
+    for name in (LAST, BEST):
+        assert same(checkpoint(folder, name), checkpoint(reference, name)), name
+    assert_same_results(folder, reference)
+
+
+def assert_same_results(folder, reference):
+    """The same for runs with other flags, which are in their checkpoints."""
+    for name in ("state_dict", "optimizer", "best_acc1"):
+        assert same(checkpoint(folder)[name], checkpoint(reference)[name]), name
+    assert log_of(folder, timed=False) == log_of(reference, timed=False)
+    assert results_of(folder) == results_of(reference)
+
+
+class Interruption(io.StringIO):
+    """A stdout that raises SIGTERM when a certain line is printed."""
+
+    def __init__(self, line):
+        super().__init__()
+        self.line = line
+
+    def write(self, text):
+        if text.startswith(self.line):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
 
 
 def _rank(function, rank, world, folder, args):

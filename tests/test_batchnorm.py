@@ -10,6 +10,8 @@ from models import SDL, SLG, SSFL, split_batchnorm
 from models.moco import SplitBatchNorm, forward_shuffle_bn
 from tests.helpers import checkpoint, on_ranks, run_stage, same, train
 
+pytestmark = pytest.mark.method
+
 CLASSES, IMAGES, STEPS = 5, 16, 3
 CPU = torch.device("cpu")
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-import ssd_stage_i
-import ssd_stage_iii
-from tests.helpers import BEST, PREVIOUS, checkpoint, log_of, results_of, run_stage, train
+from tests.helpers import BEST, PREVIOUS, checkpoint, log_of, results_of, run_stage, source, train
+from utils import metrics
 
 
 @pytest.fixture
@@ -16,22 +15,22 @@ def unbalanced(plain_tree, tmp_path):
     return ["--val-list", tmp_path / "unbalanced.txt"]
 
 
-def with_validation(monkeypatch, script, **accuracies):
-    """Replaces (overall, class mean) of each classifier in a script's validations, epoch by epoch."""
-    original = script.evaluate
+def with_validation(monkeypatch, **accuracies):
+    """Replaces (overall, class mean) of each classifier in the validations of a run, epoch by epoch."""
+    original = metrics.evaluate
 
-    def evaluate(model, loader, classifiers, *rest):
-        results = original(model, loader, classifiers, *rest)
+    def evaluate(model, loader, *rest):
+        results = original(model, loader, *rest)
         if loader.name == "val":
             for name, values in accuracies.items():
                 results[name]["overall"], results[name]["class_mean"] = values.pop(0)
         return results
 
-    monkeypatch.setattr(script, "evaluate", evaluate)
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
 
 
 def test_the_best_checkpoint_is_of_the_epoch_with_the_best_class_mean(plain_tree, tmp_path, monkeypatch):
-    with_validation(monkeypatch, ssd_stage_i, linear=[(0.9, 0.2), (0.5, 0.4), (0.95, 0.3)])
+    with_validation(monkeypatch, linear=[(0.9, 0.2), (0.5, 0.4), (0.95, 0.3)])
     folder = train("i", plain_tree, tmp_path, "--epochs", 3)
     assert checkpoint(folder, BEST)["epoch"] == 2
     assert checkpoint(folder)["epoch"] == 3 and float(checkpoint(folder)["best_acc1"]) == 0.4
@@ -40,9 +39,8 @@ def test_the_best_checkpoint_is_of_the_epoch_with_the_best_class_mean(plain_tree
 
 def test_stage_iii_chooses_the_best_by_the_soft_classifier(trained, plain_tree, tmp_path, monkeypatch):
     soft = [(0.2, 0.2), (0.6, 0.1)]
-    with_validation(monkeypatch, ssd_stage_iii, hard=[(0.3, 0.3), (0.8, 0.8)], soft=soft)
-    teacher = trained["ii"] / "last_checkpoint.pth.tar"
-    folder = train("iii", plain_tree, tmp_path, "--teacher_ckpt", teacher)
+    with_validation(monkeypatch, hard=[(0.3, 0.3), (0.8, 0.8)], soft=soft)
+    folder = train("iii", plain_tree, tmp_path, *source("iii", trained))
     assert checkpoint(folder, BEST)["epoch"] == 1 and float(checkpoint(folder)["best_acc1"]) == 0.2
 
 

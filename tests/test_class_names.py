@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets.splits import MAX_NAMES, find_class_names, find_splits
-from tests.helpers import LAST, STAGES, checkpoint, results_of, run_stage, same, train
+from tests.helpers import LAST, PREVIOUS, STAGES, checkpoint, results_of, run_stage, same, source, train, train_all
 
 NAMES = ["ant", "bee", "Großer Panda", "crane", "crane", "zebra, plains"]  # two kinds of crane
 
@@ -33,24 +33,19 @@ def names_in(folder):
 
 
 def test_class_names_pass_through_all_stages(named_tree, tmp_path):
-    previous = None
-    for run, stage, flag in (("i", "i", ""), ("ii", "ii", "--last_stage_ckpt"), ("iii", "iii", "--teacher_ckpt"),
-                             ("tuned", "ii", "--last_stage_ckpt")):  # fmt: skip
-        source = [flag, previous / LAST] if previous else []
-        previous = train(stage, named_tree, tmp_path / run, "--epochs", 1, *source)
-        assert names_in(previous) == NAMES
+    assert all(names_in(folder) == NAMES for folder in train_all(named_tree, tmp_path, "--epochs", 1).values())
 
 
 def test_class_names_come_from_the_checkpoint_if_the_data_have_none(named_tree, plain_tree, tmp_path):
     i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
-    assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", i / LAST)) == NAMES
+    assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, *source("ii", {"i": i}))) == NAMES
     evaluation = train("i", plain_tree, tmp_path / "e", "--resume", i / LAST, "--evaluate")
     assert results_of(evaluation)[0]["classes"] == NAMES
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_tree, tmp_path, stage):
-    old = checkpoint(trained[stage], "previous_checkpoint.pth.tar")
+    old = checkpoint(trained[stage], PREVIOUS)
     for name in ("classes", "best_metric"):
         del old[name]
     torch.save(old, tmp_path / "old.tar")

@@ -1,6 +1,5 @@
 """Accuracies by group of classes equal a naive computation, on any number of ranks."""
 
-import contextlib
 import json
 from fractions import Fraction
 from types import SimpleNamespace
@@ -8,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from utils.evaluation import evaluate
 
 from datasets.samplers import eval_batches
 from models import SLG
 from tests.helpers import on_ranks
 from utils.distributed import broadcast_buffers
 from utils.groups import shot_groups
-from utils.metrics import ShotAccuracy
+from utils.metrics import ShotAccuracy, evaluate
+from utils.train_state import TrainState
 
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
@@ -190,9 +189,11 @@ class Batches(list):
 class Model(nn.Module):
     """Replaces a network: applies a function to images, and keeps what it returned last."""
 
-    def __init__(self, function):
+    classes = None
+
+    def __init__(self, function, *classifiers):
         super().__init__()
-        self.function = function
+        self.function, self.classifiers = function, classifiers
 
     def forward(self, images):
         assert not self.training
@@ -200,43 +201,31 @@ class Model(nn.Module):
         return self.returned
 
 
-def state():
-    """What an evaluation needs from a training state."""
-    args = SimpleNamespace(print_freq=1000, evaluate=True)
-    return SimpleNamespace(device=CPU, args=args, step=0, autocast=contextlib.nullcontext, classes=None)
+def evaluated(model, *batches):
+    """The results of a model; batches: (images, labels)."""
+    args = SimpleNamespace(print_freq=1000, evaluate=True, amp="none", accum_steps=1, start_epoch=0)
+    loader = Batches(((images,), labels, []) for images, labels in batches)
+    return evaluate(model, loader, TRAIN_COUNTS, TrainState(model, None, CPU, args))
 
 
-def evaluated(rank, world=1):
-    """Two classifiers on this rank's shard of the 101 images, through the sampler that the loaders use."""
+def evaluated_shard(rank, images, world):
+    """Two classifiers on this rank's shard of the first images, through the sampler that the loaders use."""
     logits, labels = predictions()
-    shard = [torch.tensor([i for _, _, i in batch]) for batch in eval_batches(IMAGES, 8, rank, world)]
-    model = Model(lambda images: (logits[images], -logits[images]))
-    batches = Batches(((images,), labels[images], images.tolist()) for images in shard)
-    return evaluate(model, batches, ("hard", "soft"), TRAIN_COUNTS, state())
+    shard = [torch.tensor([i for _, _, i in batch]) for batch in eval_batches(images, 8, rank, world)]
+    model = Model(lambda numbers: (logits[numbers], -logits[numbers]), "hard", "soft")
+    return evaluated(model, *((numbers, labels[numbers]) for numbers in shard))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_image_counts_once_on_any_number_of_ranks(world):
-    logits, labels = predictions()
+@pytest.mark.parametrize(("images", "world"), [(IMAGES, 1), (IMAGES, 2), (IMAGES, 3), (2, 3)])
+def test_every_image_counts_once_on_any_number_of_ranks(images, world):
+    logits, labels = (values[:images] for values in predictions())
     expected = {"hard": naive(logits, labels, TRAIN_COUNTS), "soft": naive(-logits, labels, TRAIN_COUNTS)}
-    assert expected["hard"]["count"] == IMAGES
-    assert on_ranks(world, evaluated, world) == [expected] * world
-
-
-def test_more_ranks_than_images_give_the_same_results():
-    assert on_ranks(3, two_images) == [naive(*(x[:2] for x in predictions()), TRAIN_COUNTS)] * 3
-
-
-def two_images(rank):
-    logits, labels = predictions()
-    mine = slice(rank, 2, 3)
-    batches = Batches([((logits[mine],), labels[mine], [])])
-    return evaluate(Model(lambda images: images), batches, ("linear",), TRAIN_COUNTS, state())["linear"]
+    assert expected["hard"]["count"] == images
+    assert on_ranks(world, evaluated_shard, images, world) == [expected] * world
 
 
 def test_evaluation_computes_no_gradient():
     weights = torch.zeros(CLASSES, requires_grad=True)
-    logits, labels = predictions()
-    model = Model(lambda images: images + weights)
-    evaluate(model, Batches([((logits,), labels, [])]), ("linear",), TRAIN_COUNTS, state())
+    model = Model(lambda images: images + weights, "linear")
+    evaluated(model, predictions())
     assert not model.returned.requires_grad

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import models
 from tests.golden.goldfill import digest, fill, inputs
 
+pytestmark = pytest.mark.method
+
 R = json.loads((Path(__file__).parent / "golden" / "reference.json").read_text())
 
 

@@ -28,9 +28,7 @@ def check(monkeypatch, file, *parts, flags=()):
 
 
 def test_a_part_that_fails_is_reported_with_its_last_lines_and_the_others_run(monkeypatch, tmp_path):
-    fails = (
-        "import sys; print('| a | table |'); print(*range(1000), sep='\\n', file=sys.stderr); sys.exit('why it failed')"
-    )
+    fails = "import sys; print('| a |'); print(*range(1000), sep='\\n', file=sys.stderr); sys.exit('why it failed')"
     parts = [
         Part("first", 60, python("print('| one | table |')")),
         Part("second", 60, python(fails)),
@@ -39,7 +37,7 @@ def test_a_part_that_fails_is_reported_with_its_last_lines_and_the_others_run(mo
     status, report = check(monkeypatch, tmp_path / "report.md", *parts)
     assert status == 1
     assert "2 of 3 parts passed" in report and "| second | **failed** with status 1 |" in report
-    assert "| one | table |" in report and "| a | table |" in report and "```\nno table\n```" in report
+    assert "| one | table |" in report and "\n| a |\n" in report and "```\nno table\n```" in report
     assert "\n999\nwhy it failed\n```" in report and "\n970\n" not in report
     assert torch.__version__ in report
 
@@ -73,8 +71,7 @@ def test_the_parts_have_the_names_that_only_takes_and_commands_that_parse(tmp_pa
     args = gpu_check.get_parser().parse_args(["--device", "cpu", *(["--quick"] if quick else [])])
     parts = gpu_check.parts(args, tmp_path)
     assert tuple(part.name for part in parts) == gpu_check.PARTS
-    versions = [word for part in parts for word in part.command if word in step.VARIANTS]
-    assert set(versions) == set(step.VARIANTS)
+    assert {word for part in parts for word in part.command if word in step.VARIANTS} == set(step.VARIANTS)
     for part in parts:
         if "benchmarks.step" in part.command:
             words = part.command[3:]

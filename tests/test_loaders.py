@@ -1,11 +1,17 @@
 """Loaders: the same batches for any number of workers, and an error if a worker fails."""
 
+import sys
 import time
-from multiprocessing import active_children
+from contextlib import closing
+from functools import partial
+from multiprocessing import active_children, current_process, resource_sharer
+from multiprocessing.connection import Client
+from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import _utils
 
 from datasets import loaders
@@ -14,7 +20,10 @@ from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
 from datasets.transforms import Views
+from tests.helpers import TWO, assert_mistake
+from utils.arguments import training_parser
 from utils.errors import UserError
+from utils.launch import launch
 
 
 def build_loader(dataset, workers: int) -> Loader:
@@ -91,20 +100,52 @@ def test_a_worker_without_memory_ends_the_run_in_one_line(workers, capfd):
 
 
 class Unsendable:
-    """A batch that a worker has no memory to pickle."""
+    """A batch that a worker cannot pickle."""
+
+    def __init__(self, error):
+        self.error = error
 
     def __reduce__(self):
-        raise MemoryError
+        raise self.error
 
 
-def test_a_worker_that_cannot_send_a_batch_exits(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [(MemoryError(), UserError, "out of memory"), (TypeError("cannot pickle"), TypeError, "cannot pickle")],
+)
+def test_a_batch_that_cannot_be_sent_ends_the_run(monkeypatch, capfd, error, raised, words):
     """Otherwise the run would wait for the batch forever."""
-    monkeypatch.setattr(loaders, "collate", lambda items: Unsendable())
+    monkeypatch.setattr(loaders, "collate", lambda items: Unsendable(error))
+    loader = build_loader(Items(lambda: ()), 1)
+    with pytest.raises(raised, match=words):
+        list(loader)
+    loader.close()
+    assert capfd.readouterr().err == "" and not active_children()
+
+
+def test_a_worker_that_cannot_even_send_its_error_exits(monkeypatch, capfd):
+    monkeypatch.setattr(loaders, "collate", lambda items: Unsendable(MemoryError()))
+    monkeypatch.setattr(ExceptionWrapper, "__reduce__", Unsendable(MemoryError()).__reduce__)
     loader = build_loader(Items(lambda: ()), 1)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited"):
         list(loader)
     loader.close()
     assert capfd.readouterr().err == "" and not active_children()
+
+
+def test_a_worker_says_nothing_of_a_run_that_does_not_take_its_batch(monkeypatch, capfd):
+    """As if the run ended, or was interrupted, while the worker hands over the memory of a batch."""
+
+    def leave(handle):
+        Client(handle[0], authkey=current_process().authkey).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(leave))
+    loader = build_loader(Items(lambda: (torch.zeros(3),)), 1)
+    with pytest.raises(KeyboardInterrupt):
+        list(loader)
+    loader.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_worker_that_is_busy_is_ended(quick_joins):
@@ -127,3 +168,74 @@ def test_workers_that_cannot_be_asked_for_batches_are_ended(quick_joins, monkeyp
     with pytest.raises(UserError, match="out of memory"):
         list(loader)
     assert not active_children()
+
+
+# ---- a transform of one's own, in the process itself or in workers, in one process or several
+
+
+def opens_a_missing_file(image, item):
+    return open("/nowhere/colors.json")
+
+
+def has_a_fault(image, item):
+    raise RuntimeError("colors do not\nfit")
+
+
+def makes_a_mistake(image, item):
+    raise UserError("--colors: correct them")
+
+
+def prints(image, item):
+    print("colors: 3", file=sys.stderr, flush=True)
+    return (torch.zeros(3, 8, 8),)
+
+
+def load_with(transform, args, device):
+    """A main_worker that reads the training images with a transform."""
+    dataset = ListFileDataset(ImageList.from_file(Path(args.data) / "train.txt"), args.data, transform)
+    with closing(build_loader(dataset, args.workers)) as loader:
+        list(loader)
+
+
+@pytest.fixture(params=[(0, []), (2, []), (2, TWO), pytest.param((0, TWO), marks=pytest.mark.full)], ids=str)
+def run(request, plain_tree, capfd):
+    """Loads with a transform; returns (status, stdout, stderr). run.workers: the number of data workers."""
+    workers, flags = request.param
+
+    def run(transform):
+        parser = training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none")
+        argv = ["-j", workers, "--device", "cpu", *flags, plain_tree]
+        return launch(partial(load_with, transform), parser, list(map(str, argv))), *capfd.readouterr()
+
+    run.workers = workers
+    return run
+
+
+def test_a_file_that_a_transform_does_not_find_is_named_with_the_line_that_opens_it(run):
+    place = f"(in {__file__}, line {opens_a_missing_file.__code__.co_firstlineno + 1})"
+    assert_mistake(run(opens_a_missing_file), "No such file or directory: '/nowhere/colors.json'", place)
+
+
+def test_a_fault_in_a_transform_keeps_its_traceback(run):
+    """No worker has died, and no other memory or number of workers would help."""
+    status, _, err = run(has_a_fault)
+    assert status == 1 and err.endswith("RuntimeError: colors do not\nfit\n") and "in has_a_fault" in err
+    assert ("Caught RuntimeError in DataLoader worker process" in err) == (run.workers > 0) and " died" not in err
+
+
+def test_a_mistake_in_a_transform_is_one_line(run):
+    assert_mistake(run(makes_a_mistake), "--colors: correct them")
+
+
+def test_what_a_transform_prints_to_stderr_is_seen(run):
+    status, _, err = run(prints)
+    assert status == 0 and "colors: 3\n" in err
+
+
+@pytest.mark.parametrize("transform", [opens_a_missing_file, makes_a_mistake])
+def test_traceback_prints_the_stack_before_the_line(run, monkeypatch, transform):
+    monkeypatch.setenv("TRACEBACK", "1")
+    status, _, err = run(transform)
+    stack, line = err[:-1].rsplit("\n", 1)
+    assert status == 2 and f"in {transform.__name__}\n" in stack
+    assert "colors" in line and "Traceback" not in line

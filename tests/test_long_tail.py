@@ -328,7 +328,11 @@ def test_other_mistakes_are_one_line(source, tmp_path, capsys):
     error = fails(capsys, "long-tail", source, *flags, tmp_path / "taken")
     assert "taken/train" in error and "not a link" in error and "--out" in error
     error = fails(capsys, "cifar10-lt", "--source", source, "--out", tmp_path / "out")
-    assert "4 class folders" in error and "cifar10-lt 10" in error
+    assert f"{source / 'train'}: has 4 class folders, not 10" in error
+    for split in ("train", "val"):
+        (tmp_path / "one" / split / "ant").mkdir(parents=True)
+        (tmp_path / "one" / split / "ant" / "0.png").touch()
+    assert "has 1 class folders" in fails(capsys, "long-tail", tmp_path / "one", *flags, tmp_path / "out")
 
 
 # What is already in OUT

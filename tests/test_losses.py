@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from models import contrastive_loss, contrastive_loss_plain, distillation_loss
 
+pytestmark = pytest.mark.method
+
 T, CLASSES = 0.2, 5
 TOLERANCE = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
 CHUNK_SIZES = [None, 1, 7, 16, 49, 50, 64]  # the queue of `batch` has 50 keys

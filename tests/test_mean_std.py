@@ -7,8 +7,7 @@ import models
 import ssd_stage_i
 from datasets.loaders import to_device
 from models.preprocess import MEAN, STD, normalize
-from tests.helpers import LAST, call, log_of, results_of, run_stage, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import LAST, assert_mistake, call, log_of, results_of, run_stage, source, train
 
 FLAGS = ["--mean", "0.5", "0.4", "0.3", "--std", "0.3", "0.2", "0.1"]
 
@@ -41,8 +40,8 @@ def test_mean_and_std_reach_training_and_evaluation(plain_tree, tmp_path):
 
 
 def test_the_next_stage_takes_mean_and_std_from_its_checkpoint(plain_tree, tmp_path):
-    train("i", plain_tree, tmp_path / "i", *FLAGS)
-    train("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", tmp_path / "i" / LAST)
+    i = train("i", plain_tree, tmp_path / "i", *FLAGS, "--epochs", 1)
+    train("ii", plain_tree, tmp_path / "ii", *source("ii", {"i": i}), "--epochs", 1)
     assert models.load(tmp_path / "ii" / LAST).transform.mean == (0.5, 0.4, 0.3)
 
 
@@ -59,8 +58,8 @@ def test_the_next_stage_takes_mean_and_std_from_its_checkpoint(plain_tree, tmp_p
         ("--std 0.5 0.5", ["--std"]),
     ],
 )
-def test_invalid_values_of_mean_and_std_are_refused(plain_tree, tmp_path, flags, words):
-    assert_mistake(run_stage("i", plain_tree, tmp_path, *flags.split()), *words)
+def test_invalid_values_of_mean_and_std_are_refused(tmp_path, flags, words):
+    assert_mistake(call("i", [*flags.split(), tmp_path]), *words)
 
 
 def test_mean_and_std_are_parsed_as_three_numbers(tmp_path):

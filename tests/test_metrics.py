@@ -1,4 +1,4 @@
-"""The means of an epoch that was saved within it continue with any number of processes."""
+"""The means of an epoch: what they take, and that they continue with any number of processes."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from utils.metrics import MetricLogger
 
 
 def updated(*losses) -> MetricLogger:
-    logger = MetricLogger(torch.device("cpu"))
+    logger = MetricLogger(torch.device("cpu"), ())
     for loss in losses:
-        logger.update({"loss": torch.tensor(float(loss))}, {}, torch.zeros(1, dtype=torch.int64))
+        logger.update({"loss": torch.tensor(float(loss))}, (), torch.zeros(1, dtype=torch.int64))
     return logger
 
 
@@ -24,6 +24,6 @@ def test_the_means_of_two_processes_continue_in_any_number_of_them(monkeypatch, 
         monkeypatch.setattr(metrics, "get_rank", lambda rank=rank: rank)
         logger = updated()
         logger.load_state_dict(saved, "file")
-        logger.update({"loss": torch.tensor(10.0)}, {}, torch.zeros(1, dtype=torch.int64))
+        logger.update({"loss": torch.tensor(10.0)}, (), torch.zeros(1, dtype=torch.int64))
         means.append(logger.means()["loss"])
     assert sum(means) / world_size == pytest.approx((4 * 2 + 10) / 3)

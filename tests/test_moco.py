@@ -13,6 +13,8 @@ import models
 from models.moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
 from tests.helpers import on_ranks
 
+pytestmark = pytest.mark.method
+
 DIM, CLASSES = 4, 5
 
 

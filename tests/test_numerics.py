@@ -10,7 +10,8 @@ from utils.train_state import TrainState
 def train_state(model):
     args = SimpleNamespace(amp="fp16", accum_steps=1, start_epoch=0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=0.1, fused=True)
-    return TrainState("i", model, optimizer, None, torch.device("cpu"), args)
+    model.classifiers = ()
+    return TrainState(model, optimizer, torch.device("cpu"), args)
 
 
 def take_step(state, gradient):

@@ -1,6 +1,5 @@
 """--pretrained: the weights that stage I's backbone starts from. No test uses the internet."""
 
-import shutil
 import urllib.error
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torchvision
 
 import models
 import ssd_stage_i
-from tests.helpers import LAST, QUEUE, STAGES, call, checkpoint, run_stage
-from tests.robustness.test_mistakes import assert_mistake
+from models.state_dicts import strip_module, strip_prefix
+from tests.helpers import LAST, QUEUE, STAGES, assert_mistake, call, checkpoint, copied, run_stage
 from utils import pretrained
 from utils.pretrained import read_backbone
 
@@ -38,20 +37,18 @@ def torchvision_state(arch="resnet18", seed=7):
 
 def assert_starts_from(folder, state_dict):
     """Checks that both encoders of a checkpoint have these parameters; the statistics changed in the epoch."""
-    content = checkpoint(folder)["state_dict"]
+    content = strip_module(checkpoint(folder)["state_dict"])
     names = [n for n in state_dict if "running" not in n and "num_batches" not in n and not n.startswith("fc.")]
     assert len(names) > 10
     for encoder in ("encoder_q", "encoder_k"):
         for name in names:
-            assert torch.equal(content[f"module.{encoder}.{name}"], state_dict[name]), name
+            assert torch.equal(content[f"{encoder}.{name}"], state_dict[name]), name
 
 
-def stage_i(data, out, *flags):
-    return call(
-        "i",
-        f"--image-size 32 -b 64 -j 0 --seed 3 --device cpu {QUEUE} --moco-k 64 --output_dir {out}".split()
-        + [*START, *flags],
-    )
+def resnet18(data, out, *pretrained):
+    """The outcome of a run of stage I with --pretrained and these words."""
+    own = f"--arch resnet18 --image-size 32 -b 64 -j 0 --seed 3 --device cpu {QUEUE} --moco-k 64 --output_dir {out}"
+    return call("i", [*own.split(), *START, "--pretrained", *pretrained, data])
 
 
 # ---- which words are the value of the flag
@@ -82,9 +79,7 @@ def test_dir_is_never_taken_for_the_weights(tmp_path, words, expected):
 def test_the_backbone_starts_from_torchvisions_weights_in_a_file(plain_tree, tmp_path):
     state_dict = torchvision_state()
     torch.save(state_dict, tmp_path / "weights.pth")
-    outcome = stage_i(
-        plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", tmp_path / "weights.pth", plain_tree
-    )
+    outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
     assert (outcome.status, outcome.err) == (0, "")
     assert f"the backbone starts from {tmp_path / 'weights.pth'}" in outcome.out
     assert_starts_from(tmp_path / "run", state_dict)
@@ -100,7 +95,7 @@ def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_netwo
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for run in ("one", "two"):
-        outcome = stage_i(plain_tree, tmp_path / run, "--arch", "resnet18", "--pretrained", plain_tree)
+        outcome = resnet18(plain_tree, tmp_path / run)
         assert (outcome.status, outcome.err) == (0, "")
         assert_starts_from(tmp_path / run, state_dict)
     assert asked == [torchvision.models.get_model_weights("resnet18").DEFAULT.url]
@@ -111,9 +106,8 @@ def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_netwo
 def test_the_backbone_starts_from_a_checkpoint_of_any_stage(trained, plain_tree, tmp_path, stage):
     outcome = run_stage("i", plain_tree, tmp_path, *START, "--pretrained", trained[stage] / LAST)
     assert (outcome.status, outcome.err) == (0, "")
-    prefix = f"module.encoder{'' if stage == 'ii' else '_q'}."
-    content = checkpoint(trained[stage])["state_dict"]
-    assert_starts_from(tmp_path, models.state_dicts.strip_prefix(content, prefix))
+    content = strip_module(checkpoint(trained[stage])["state_dict"])
+    assert_starts_from(tmp_path, strip_prefix(content, models.STAGES[stage].backbone))
 
 
 def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):
@@ -129,9 +123,9 @@ def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):
 
 
 def test_a_resumed_run_needs_no_weights(trained, plain_tree, tmp_path, no_network):
-    shutil.copytree(trained["i"], tmp_path / "run")
+    folder = copied(trained["i"], tmp_path / "run")
     words = ["--epochs", 3, "--resume", "auto", "--pretrained", tmp_path / "gone.pth"]
-    outcome = run_stage("i", plain_tree, tmp_path / "run", *words)
+    outcome = run_stage("i", plain_tree, folder, *words)
     assert outcome.status == 0 and "gone.pth" not in outcome.out + outcome.err
 
 
@@ -144,7 +138,7 @@ def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
 
 
 def test_a_failed_download_ends_in_one_line(plain_tree, tmp_path, no_network):
-    outcome = stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", plain_tree)
+    outcome = resnet18(plain_tree, tmp_path / "run")
     assert_mistake(outcome, "--pretrained", "resnet18-", "Name or service not known", no_network)
 
 
@@ -153,7 +147,7 @@ def test_a_download_with_a_wrong_checksum_ends_in_one_line(plain_tree, tmp_path,
         raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    outcome = stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", plain_tree)
+    outcome = resnet18(plain_tree, tmp_path / "run")
     assert_mistake(outcome, "--pretrained", "invalid hash value")
 
 
@@ -174,10 +168,8 @@ def test_networks_without_torchvision_weights_are_refused(plain_tree, tmp_path, 
 def test_a_state_dict_that_does_not_fit_is_refused(plain_tree, tmp_path, change, words):
     state_dict = {name: value for name, value in (torchvision_state() | change).items() if value is not None}
     torch.save(state_dict, tmp_path / "weights.pth")
-    words = [tmp_path / "weights.pth", "--pretrained", *words]
-    assert_mistake(
-        stage_i(plain_tree, tmp_path / "run", "--arch", "resnet18", "--pretrained", words[0], plain_tree), *words
-    )
+    outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
+    assert_mistake(outcome, tmp_path / "weights.pth", "--pretrained", *words)
 
 
 def test_weights_of_another_backbone_are_refused(trained, plain_tree, tmp_path):

@@ -1,92 +1,16 @@
 """Checkpoints exchanged with the published scripts, in both directions and in every format that PyTorch wrote."""
 
 import io
-import re
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import models
 from models.loading import read_checkpoint
-from tests.helpers import CLASSES, LAST, QUEUE, STAGES, checkpoint, run_stage, same, train
-
-KEYS, DIM = (int(re.search(f"--moco-{name} (\\d+)", QUEUE)[1]) for name in ("k", "dim"))
-
-
-# ---- a replacement of the published modules, with the same names in the same order
-
-
-def mlp(num_features):
-    return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, DIM))
-
-
-class Scaled(nn.Module):
-    def __init__(self, num_features):
-        super().__init__()
-        self.fc = nn.Linear(num_features, CLASSES).requires_grad_(False)
-        self.scales = nn.Parameter(torch.ones(CLASSES))
-
-
-class Published(nn.Module):
-    """The networks of the published scripts, in the size of the tests."""
-
-    def __init__(self, stage):
-        super().__init__()
-        backbone = models.build_backbone("resnet8")
-        num_features = backbone.num_features
-        if stage == "ii":
-            self.encoder = backbone.requires_grad_(False)
-            self.classifier = Scaled(num_features)
-            return
-        self.encoder_q = backbone
-        other = models.build_backbone("resnet8").requires_grad_(False)
-        if stage == "i":
-            self.encoder_k = other
-            self.q_fc, self.k_fc = mlp(num_features), mlp(num_features).requires_grad_(False)
-            self.classifier = nn.Linear(num_features, CLASSES)
-            self.register_buffer("queue", nn.functional.normalize(torch.randn(DIM, KEYS), dim=0))
-            self.register_buffer("label_queue", torch.zeros(KEYS))
-            self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-        else:
-            self.encoder_t = other
-            self.classifier = nn.Linear(num_features, CLASSES)
-            self.classifier_kd = nn.Linear(num_features, CLASSES)
-            self.classifier_t = Scaled(num_features).requires_grad_(False)
-
-
-class PublishedRun:
-    """Network (wrapped as by DistributedDataParallel), optimizer and checkpoint of a published script."""
-
-    def __init__(self, stage):
-        self.stage = stage
-        self.model = nn.Module()
-        self.model.module = Published(stage)
-        parameters = [p for p in self.model.parameters() if p.requires_grad or stage == "i"]
-        self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-    def step(self):
-        """A step with some loss that gives every trained parameter a gradient."""
-        self.optimizer.zero_grad()
-        sum(p.square().sum() for p in self.model.parameters() if p.requires_grad).backward()
-        self.optimizer.step()
-
-    def checkpoint(self, best_acc1=0.25) -> dict:
-        return {
-            "epoch": 1,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best_acc1": best_acc1,
-        }
-
-    def resume(self, path):
-        """As the published scripts do, with the defaults of torch.load."""
-        content = torch.load(path, map_location="cpu")
-        self.model.load_state_dict(content["state_dict"], strict=True)
-        self.optimizer.load_state_dict(content["optimizer"])
-        return content["epoch"], content["best_acc1"].to("cpu")
+from tests.helpers import BEST, CLASSES, LAST, STAGES, assert_mistake, checkpoint, run_stage, same, train
+from tests.helpers_networks import KEYS, Published, PublishedRun
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +57,17 @@ def test_plain_torch_reads_our_checkpoints(stage, trained):
 def test_the_published_scripts_find_the_names_of_an_earlier_stage(trained):
     """They search substrings: stage II takes names with encoder_q or classifier, stage III encoder or classifier."""
     of_i, of_ii = (checkpoint(trained[stage])["state_dict"] for stage in ("i", "ii"))
+
+    def renamed(state_dict, part, old, new=""):
+        return {name.replace(old, new): value for name, value in state_dict.items() if part in name}
+
     target = Published("ii")
-    target.encoder.load_state_dict(
-        {k.replace("module.encoder_q.", ""): v for k, v in of_i.items() if "encoder_q" in k}, strict=True
-    )
-    heads = {k.replace("module.classifier", "fc"): v for k, v in of_i.items() if "classifier" in k}
+    target.encoder.load_state_dict(renamed(of_i, "encoder_q", "module.encoder_q."))
+    heads = renamed(of_i, "classifier", "module.classifier", "fc")
     assert target.classifier.load_state_dict(heads, strict=False).unexpected_keys == []
     target = Published("iii")
-    target.encoder_t.load_state_dict(
-        {k.replace("module.encoder.", ""): v for k, v in of_ii.items() if "encoder" in k}, strict=True
-    )
-    heads = {k.replace("module.classifier.", ""): v for k, v in of_ii.items() if "classifier" in k}
-    target.classifier_t.load_state_dict(heads, strict=True)
+    target.encoder_t.load_state_dict(renamed(of_ii, "encoder", "module.encoder."))
+    target.classifier_t.load_state_dict(renamed(of_ii, "classifier", "module.classifier."))
 
 
 # ---- published checkpoints here
@@ -181,11 +104,9 @@ def test_the_next_stage_takes_a_published_checkpoint(published, plain_tree, tmp_
     ii = checkpoint(train("ii", plain_tree, tmp_path / "ii_", *flags, "--last_stage_ckpt", files["i"]))
     tuned = checkpoint(train("ii", plain_tree, tmp_path / "tuned", *flags, "--last_stage_ckpt", files["iii"]))
     iii = checkpoint(train("iii", plain_tree, tmp_path / "iii_", *flags, "--teacher_ckpt", files["ii"]))
-    for source, target, names in (
-        ("i", ii, {"encoder_q.conv1.weight": "encoder.conv1.weight", "classifier.weight": "classifier.fc.weight"}),
-        ("iii", tuned, {"encoder_q.conv1.weight": "encoder.conv1.weight", "classifier.weight": "classifier.fc.weight"}),
-        ("ii", iii, {"encoder.conv1.weight": "encoder_t.conv1.weight", "classifier.scales": "classifier_t.scales"}),
-    ):
+    taken = {"encoder_q.conv1.weight": "encoder.conv1.weight", "classifier.weight": "classifier.fc.weight"}
+    taught = {"encoder.conv1.weight": "encoder_t.conv1.weight", "classifier.scales": "classifier_t.scales"}
+    for source, target, names in (("i", ii, taken), ("iii", tuned, taken), ("ii", iii, taught)):
         for before, after in names.items():
             there = published[source]["state_dict"][f"module.{before}"]
             assert torch.equal(there, target["state_dict"][f"module.{after}"])
@@ -251,8 +172,7 @@ def test_a_run_continues_without_prefix_and_without_optimizer(stage, zipped, pub
     }
     file = write(content, tmp_path / "theirs", zipped=zipped)
     folder = train(stage, plain_tree, tmp_path / "out", "--resume", file)
-    assert checkpoint(folder)["best_acc1"] == 2
-    assert not (folder / "best_checkpoint.pth.tar").exists()
+    assert checkpoint(folder)["best_acc1"] == 2 and not (folder / BEST).exists()
 
 
 @pytest.mark.parametrize(
@@ -267,6 +187,4 @@ def test_a_run_continues_without_prefix_and_without_optimizer(stage, zipped, pub
 )
 def test_the_entry_that_cannot_be_resumed_is_named(name, value, published, plain_tree, tmp_path):
     file = write(published["ii"] | {name: value}, tmp_path / "theirs")
-    status, _, err = run_stage("ii", plain_tree, tmp_path / "out", "--resume", file)
-    assert status == 2 and err.count("\n") == 1
-    assert f"{file}: its {name}" in err and "--resume" in err
+    assert_mistake(run_stage("ii", plain_tree, tmp_path / "out", "--resume", file), f"{file}: its {name}", "--resume")

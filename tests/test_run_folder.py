@@ -1,50 +1,51 @@
 """What a run folder keeps: of a finished run, of a resumed one, and when a run starts over."""
 
 import errno
-import json
 import os
-import shutil
 import stat
 import sys
 
 import pytest
 
 from datasets import splits
-from tests.helpers import LAST, checkpoint, log_of, results_of, run_stage, same, train
-from tests.robustness.test_mistakes import assert_mistake
+from tests.helpers import (
+    LAST,
+    args_of,
+    assert_mistake,
+    checkpoint,
+    copied,
+    log_of,
+    results_of,
+    run_stage,
+    same,
+    source,
+    train,
+)
 from utils.files import atomic_write
 from utils.results.records import run_folders
 
 
-def args_of(folder) -> dict:
-    return json.loads((folder / "args.json").read_text())
-
-
-def copied(run, to):
-    shutil.copytree(run, to)
-    return to
-
-
-def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(trained, plain_tree, tmp_path):
-    folder = copied(trained["iii"], tmp_path / "iii")
-    train("iii", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
-    args = args_of(folder)
-    assert args["teacher_ckpt"] == args_of(trained["iii"])["teacher_ckpt"] == str(trained["ii"] / LAST)
-    assert (args["epochs"], args_of(trained["iii"])["epochs"]) == (3, 2)
-
-
-def test_a_resumed_stage_ii_still_names_the_stage_i_that_it_started_from(trained, plain_tree, tmp_path):
-    folder = copied(trained["tuned"], tmp_path / "tuned")
-    outcome = run_stage("ii", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
+@pytest.mark.parametrize(
+    ("run", "stage", "flag", "before"),
+    [("iii", "iii", "teacher_ckpt", "ii"), ("tuned", "ii", "last_stage_ckpt", "iii")],
+)
+def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(
+    trained, plain_tree, tmp_path, run, stage, flag, before
+):
+    folder = copied(trained[run], tmp_path / run)
+    outcome = run_stage(stage, plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
     assert outcome.status == 0, outcome.err
-    assert args_of(folder)["last_stage_ckpt"] == str(trained["iii"] / LAST)
-    assert "next:\n  python -m utils.report" in outcome.out  # and not stage III, of which it is the end
+    assert args_of(folder)[flag] == args_of(trained[run])[flag] == str(trained[before] / LAST)
+    assert (args_of(folder)["epochs"], args_of(trained[run])["epochs"]) == (3, 2)
+    if run == "tuned":
+        assert "next:\n  python -m utils.report" in outcome.out  # and not stage III, of which it is the end
 
 
-def test_the_results_of_fewer_epochs_are_removed_as_a_run_continues(trained, plain_tree, tmp_path):
+@pytest.mark.parametrize("flags", [["--epochs", 3, "--resume", "auto"], ["--overwrite"]])
+def test_a_run_that_goes_on_or_starts_over_removes_the_earlier_results(trained, plain_tree, tmp_path, flags):
     folder = copied(trained["i"], tmp_path / "i")
-    outcome = run_stage("i", plain_tree, folder, "--epochs", 3, "--resume", "auto", "--lr", "1e6")  # not finite
-    assert outcome.status == 2 and not (folder / "results.json").exists()
+    assert_mistake(run_stage("i", plain_tree, folder, *flags, "--lr", "1e6"), "not finite")
+    assert not (folder / "results.json").exists()
 
 
 def test_a_run_that_starts_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(
@@ -90,12 +91,6 @@ def test_resuming_a_finished_run_keeps_its_arguments(trained, plain_tree, tmp_pa
     assert args_of(folder) == args_of(trained["i"]) and results_of(folder) == results_of(trained["i"])
 
 
-def test_starting_over_removes_the_results_of_the_earlier_run(trained, plain_tree, tmp_path):
-    folder = copied(trained["i"], tmp_path / "i")
-    outcome = run_stage("i", plain_tree, folder, "--overwrite", "--lr", "1e6")  # its loss is not finite
-    assert outcome.status == 2 and not (folder / "results.json").exists()
-
-
 def test_an_evaluation_does_not_replace_the_results_of_a_training(trained, plain_tree, tmp_path):
     folder = copied(trained["i"], tmp_path / "i")
     flags = ["--evaluate", "--resume", trained["i"] / LAST, "--test-list", plain_tree / "val.txt"]
@@ -109,12 +104,6 @@ def test_the_untrained_soft_classifier_of_a_run_without_a_teacher_is_refused(tra
     alone = train("iii", plain_tree, tmp_path / "alone", "--kd-weight", 0, "--epochs", 1)
     flags = ["--last_stage_ckpt", alone / LAST, "--classifier", "soft"]
     assert_mistake(run_stage("ii", plain_tree, tmp_path / "ii", *flags), "--classifier soft", "--kd-weight 0")
-
-
-def test_the_next_command_keeps_freeze_bn(trained, plain_tree, tmp_path):
-    flags = ["--freeze-bn", "--epochs", 1]
-    outcome = run_stage("ii", plain_tree, tmp_path / "ii", "--last_stage_ckpt", trained["i"] / LAST, *flags)
-    assert "--freeze-bn" in outcome.out.split("next:")[1]
 
 
 def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_path):
@@ -175,25 +164,25 @@ def test_a_log_that_is_no_text_ends_in_one_line(trained, plain_tree, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "flags", "words"),
     [
-        ("i", ["--cos", "--schedule", 1, "--epochs", 1], "--schedule: not used, since --cos is on"),
-        ("i", ["--con-weight", 0, "--moco-t", 0.1], "--moco-t: not used, since --con-weight is 0"),
-        ("iii", ["--kd-weight", 0, "--kd_t", 3, "--teacher_ckpt", "x"], "--teacher-ckpt and --kd-t: not used, since"),
+        (
+            "i",
+            "--cos --schedule 1 --schedule-factor 0.5",
+            "--schedule and --schedule-factor: not used, since --cos",
+        ),
+        ("i", "--con-weight 0 --moco-t 0.1", "--moco-t: not used, since --con-weight is 0"),
+        ("iii", "--kd-weight 0 --kd_t 3 --teacher_ckpt x", "--teacher-ckpt and --kd-t: not used, since"),
     ],
 )
 def test_a_flag_without_effect_is_named(plain_tree, tmp_path, stage, flags, words):
-    assert words in run_stage(stage, plain_tree, tmp_path / "run", "--epochs", 1, *flags).out
-
-
-def test_a_student_without_a_teacher_logs_no_untrained_classifier(plain_tree, tmp_path):
-    run = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0, "--epochs", 1)
-    assert {name for name in log_of(run)[0] if name.startswith("top")} == {"top1_hard", "top5_hard"}
+    assert words in run_stage(stage, plain_tree, tmp_path / "run", "--epochs", 1, *flags.split()).out
 
 
 def test_starting_over_contradicts_continuing(trained, plain_tree, tmp_path):
-    shutil.copytree(trained["i"], tmp_path / "run")
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--overwrite", "--resume", "auto")
-    assert outcome.status == 2 and "--overwrite: contradicts --resume auto" in outcome.err
-    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
+    folder = copied(trained["i"], tmp_path / "run")
+    assert_mistake(
+        run_stage("i", plain_tree, folder, "--overwrite", "--resume", "auto"), "--overwrite", "--resume auto"
+    )
+    assert same(checkpoint(folder), checkpoint(trained["i"]))
 
 
 def test_a_list_that_has_changed_since_the_checkpoint_is_named(trained, plain_tree, tmp_path):
@@ -207,13 +196,11 @@ def test_a_list_that_has_changed_since_the_checkpoint_is_named(trained, plain_tr
     outcome = run_stage("i", plain_tree, folder, *flags, "--train-list", shorter)
     assert outcome.status == 0 and f"warning: {folder}/{words}" in outcome.out
     assert args_of(folder)["list_checksums"]["train"] != args_of(trained["i"])["list_checksums"]["train"]
-    flags = ["--epochs", 1, "--last_stage_ckpt", trained["i"] / LAST]
+    flags = ["--epochs", 1, *source("ii", trained)]
     assert words not in run_stage("ii", plain_tree, tmp_path / "ii", *flags).out
     assert words in run_stage("ii", plain_tree, tmp_path / "other", *flags, "--train-list", shorter).out
-    outcome = run_stage(
-        "i", plain_tree, tmp_path / "e", "--evaluate", "--resume", trained["i"] / LAST, "--train-list", shorter
-    )
-    assert outcome.status == 0 and words not in outcome.out
+    flags = ["--evaluate", "--resume", trained["i"] / LAST, "--train-list", shorter]
+    assert words not in run_stage("i", plain_tree, tmp_path / "e", *flags).out
 
 
 def test_lists_that_may_not_be_meant_are_named(trained, plain_tree, tmp_path):

@@ -1,14 +1,15 @@
 """What --resume, --evaluate and the next stage take from a checkpoint if a flag was not given, and what they print."""
 
-import json
-
 import pytest
 import torch
 
+from datasets.samplers import BatchSampler, ShuffledSampler
 from tests.helpers import (
     IMAGES,
     LAST,
     PREVIOUS,
+    args_of,
+    assert_mistake,
     call,
     checkpoint,
     log_of,
@@ -16,6 +17,7 @@ from tests.helpers import (
     run_ranks,
     run_stage,
     same,
+    source,
     stage_flags,
     train,
 )
@@ -28,10 +30,6 @@ def evaluate(stage, trained, data, *flags):
 def bare(data, out, *flags):
     """A run without any of the flags that a checkpoint keeps."""
     return call("i", ["-j", 0, "--device", "cpu", "-p", 1000, "--output_dir", out, *flags, data])
-
-
-def args_of(folder):
-    return json.loads((folder / "args.json").read_text())
 
 
 # ---- taken from the checkpoint
@@ -48,13 +46,12 @@ def test_an_evaluation_takes_backbone_size_and_queue(trained, plain_tree, tmp_pa
 
 
 def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
-    run = train("i", plain_tree, tmp_path / "run", "--cos", "--lr", 0.05, "--momentum", 0.8, "--wd", 1e-3,
-                "--moco-t", 0.3, "--con-weight", 0.5, "--augment", "device")  # fmt: skip
+    kept = "--cos --lr 0.05 --momentum 0.8 --wd 0.001 --moco-t 0.3 --con-weight 0.5 --augment device"
+    run = train("i", plain_tree, tmp_path / "run", *kept.split())
     outcome = bare(plain_tree, tmp_path / "again", "--resume", run / PREVIOUS)
     assert (outcome.status, outcome.err) == (0, "")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("as saved: ")]
-    for flag in ("--cos", "--lr 0.05", "--momentum 0.8", "--wd 0.001", "--moco-t 0.3", "--con-weight 0.5", "--seed 3",
-                 "--augment device", "--epochs 2", "--batch-size 16"):  # fmt: skip
+    for flag in (*kept.split(" --"), "seed 3", "epochs 2", "batch-size 16"):
         assert flag in line
     assert same(checkpoint(tmp_path / "again"), checkpoint(run))
     ours, theirs = args_of(tmp_path / "again"), args_of(run)
@@ -67,21 +64,18 @@ def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
     [("ii", "--freeze-bn", True), ("iii", "--kd_t", 4.0), ("iii", "--kd-weight", 0.5), ("ii", "--num_samples_cls", 4)],
 )
 def test_flags_of_the_later_stages_are_kept(trained, plain_tree, tmp_path, stage, flag, value):
-    source = {"ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
     words = [flag] if value is True else [flag, value]
-    run = train(stage, plain_tree, tmp_path / "run", *words, *source, "--epochs", 1)
+    run = train(stage, plain_tree, tmp_path / "run", *words, *source(stage, trained), "--epochs", 1)
     outcome = run_stage(stage, plain_tree, tmp_path / "again", "--resume", run / LAST)
     assert outcome.status == 0 and " ".join(map(str, words)) in outcome.out
     assert not same(checkpoint(run)["state_dict"], checkpoint(trained[stage], PREVIOUS)["state_dict"])  # one epoch too
     assert args_of(tmp_path / "again")[flag.strip("-").replace("-", "_")] == value
 
 
-@pytest.mark.parametrize(
-    ("stage", "before", "flag"), [("ii", "i", "--last_stage_ckpt"), ("iii", "ii", "--teacher_ckpt")]
-)
-def test_a_stage_takes_backbone_and_image_size_from_the_one_before(trained, plain_tree, tmp_path, stage, before, flag):
-    file = trained[before] / LAST
-    words = [flag, file, "-j", 0, "--device", "cpu", "-b", 16, "--epochs", 1, "--output_dir", tmp_path, plain_tree]
+@pytest.mark.parametrize("stage", ["ii", "iii"])
+def test_a_stage_takes_backbone_and_image_size_from_the_one_before(trained, plain_tree, tmp_path, stage):
+    own = ["-j", 0, "--device", "cpu", "-b", 16, "--epochs", 1, "--output_dir", tmp_path]
+    words = [*source(stage, trained), *own, plain_tree]
     outcome = call(stage, words)
     assert (outcome.status, outcome.err) == (0, "")
     assert "as saved: --arch resnet8 --image-size 32" in outcome.out
@@ -117,8 +111,7 @@ def test_nothing_is_said_if_nothing_differs(trained, plain_tree, tmp_path):
 
 
 def test_another_backbone_is_refused(trained, plain_tree):
-    outcome = evaluate("iii", trained, plain_tree, "--arch", "resnet20")
-    assert outcome.status == 2 and "resnet8" in outcome.err and "--arch" in outcome.err
+    assert_mistake(evaluate("iii", trained, plain_tree, "--arch", "resnet20"), "resnet8", "--arch")
 
 
 def test_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
@@ -126,13 +119,6 @@ def test_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
     assert f"warning: {size}" in evaluate("iii", trained, plain_tree, *size.split()).out
     outcome = run_stage("ii", plain_tree, tmp_path, *size.split(), "--last_stage_ckpt", trained["i"] / LAST)
     assert outcome.status == 0 and f"warning: {size}" in outcome.out
-
-
-def test_a_schedule_given_together_with_cos_gives_a_note(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path, "--cos", "--schedule", 1, "--epochs", 1, "--con-weight", 0)
-    assert "--schedule: not used, since --cos is on" in outcome.out
-    flags = ["--cos", "--schedule-factor", 0.5, "--epochs", 1, "--con-weight", 0, "--overwrite"]
-    assert "--schedule-factor: not used" in run_stage("i", plain_tree, tmp_path, *flags).out
 
 
 # ---- within an epoch, with another number of images per step or of processes
@@ -156,8 +142,8 @@ def continued(stage, data, run, out, batch, world):
     ("stage", "batch", "world"), [("i", 24, 1), ("i", 10, 1), ("i", 16, 2), ("iii", 24, 1), ("iii", 16, 2)]
 )
 def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tmp_path, stage, batch, world):
-    source = {"i": [], "iii": ["--teacher_ckpt", trained["ii"] / LAST]}[stage]
-    run = train(stage, plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
+    flags = [*source(stage, trained), "--epochs", 1, "--save-every-steps", 5]
+    run = train(stage, plain_tree, tmp_path / "run", *flags)
     assert seen(run) == (80, 5)
     shown = continued(stage, plain_tree, run, tmp_path / "again", batch, world)
     assert "warning: epoch 1 continues after its first 80 images" in shown.out
@@ -173,8 +159,8 @@ def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tm
 
 @pytest.mark.parametrize(("batch", "world"), [(24, 1), (16, 2)])
 def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path, batch, world):
-    source = ["--last_stage_ckpt", trained["i"] / LAST]
-    run = train("ii", plain_tree, tmp_path / "run", *source, "--epochs", 1, "--save-every-steps", 5)
+    flags = [*source("ii", trained), "--epochs", 1, "--save-every-steps", 5]
+    run = train("ii", plain_tree, tmp_path / "run", *flags)
     outcome = continued("ii", plain_tree, run, tmp_path / "again", batch, world)
     assert "warning: epoch 1 starts over" in outcome.out
     steps = [line for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
@@ -182,8 +168,6 @@ def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path, batch, wo
 
 
 def test_the_images_of_two_halves_of_an_epoch_are_those_of_the_whole():
-    from datasets.samplers import BatchSampler, ShuffledSampler
-
     def images(batch, position, rank=0, world_size=1):
         sampler = BatchSampler(ShuffledSampler(range(96), 3, rank, world_size), batch)
         sampler.start_at(2, position)
@@ -204,6 +188,14 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
 
 
+@pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("schedule", ["--help"]), ("cos", ["-h"]), ("mean", 0.5)])
+def test_a_saved_argument_that_the_flag_could_not_have_is_named(trained, plain_tree, tmp_path, name, value):
+    content = checkpoint(trained["i"], PREVIOUS)
+    torch.save(content | {"args": content["args"] | {name: value}}, tmp_path / "changed.tar")
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "changed.tar")
+    assert_mistake(outcome, tmp_path / "changed.tar", f"--{name}", "correct --resume")
+
+
 def test_saved_arguments_of_unknown_flags_are_ignored(trained, plain_tree, tmp_path):
     content = checkpoint(trained["i"], PREVIOUS)
     content["args"] = content["args"] | {"a_flag_to_come": 5}
@@ -218,14 +210,3 @@ def test_the_saved_seed_is_taken(trained, plain_tree, tmp_path):
     outcome = call("i", flags[:at] + flags[at + 2 :])
     assert outcome.status == 0 and "as saved: --seed 3" in outcome.out
     assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
-
-
-def test_a_wrong_flag_is_named_and_the_right_one_suggested(plain_tree):
-    outcome = call("i", ["--moco-kk", "24", plain_tree])
-    assert outcome.status == 2
-    assert "--moco-kk; did you mean --moco-k?" in outcome.err and str(plain_tree) not in outcome.err
-
-
-def test_nproc_without_multiprocessing_distributed_is_refused(plain_tree):
-    outcome = call("i", ["--nproc", 2, plain_tree])
-    assert outcome.status == 2 and "--multiprocessing-distributed" in outcome.err

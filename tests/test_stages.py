@@ -2,8 +2,6 @@
 
 import gzip
 import inspect
-import json
-import os
 import socket
 import struct
 
@@ -11,18 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-import ssd_stage_i
-import ssd_stage_ii
-import ssd_stage_iii
 from datasets.prepare.cli import main as prepare
 from models import SDL, SLG, SSFL
+from models import STAGES as NETWORKS
+from models.state_dicts import strip_module, strip_prefix
 from tests.helpers import (
+    BEST,
     CLASSES,
     COUNTS,
     IMAGES,
     LAST,
+    PREVIOUS,
+    SCRIPTS,
     STAGES,
     TORCHRUN,
+    TWO,
+    args_of,
     call,
     checkpoint,
     class_image,
@@ -31,16 +33,21 @@ from tests.helpers import (
     run_shell,
     run_stage,
     same,
+    source,
     stage_flags,
     train,
+    train_all,
     train_ranks,
 )
 from utils.train_state import prepare_model
 
-PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
 RUNS = tuple(CLASSIFIERS)
 TEST_IMAGES = sum(COUNTS["test"])
+
+
+EACH_RUN = pytest.mark.parametrize("run", RUNS)
+EACH_STAGE = pytest.mark.parametrize("stage", STAGES)
 
 
 def script(run):
@@ -48,26 +55,17 @@ def script(run):
     return "ii" if run == "tuned" else run
 
 
-def all_stages(data, root, *flags, run=train):
-    """Stages i, ii, iii and the second ii, each on the one before, by run(stage, data, out, ...)."""
-    run("i", data, root / "i", *flags)
-    run("ii", data, root / "ii", *flags, "--last_stage_ckpt", root / "i" / LAST)
-    run("iii", data, root / "iii", *flags, "--teacher_ckpt", root / "ii" / LAST)
-    run("ii", data, root / "tuned", *flags, "--last_stage_ckpt", root / "iii" / LAST)
-
-
-def submodule(state, prefix):
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def weights_of(folder):
+    return strip_module(checkpoint(folder)["state_dict"])
 
 
 # ---- layouts, and prepared data
 
 
 def test_the_reorganized_tree_gives_the_same_numbers(trained, reorganized_tree, tmp_path):
-    all_stages(reorganized_tree, tmp_path, "--cos")
-    for run in RUNS:
-        assert same(checkpoint(tmp_path / run)["state_dict"], checkpoint(trained[run])["state_dict"])
-        assert results_of(tmp_path / run) == results_of(trained[run])
+    for run, folder in train_all(reorganized_tree, tmp_path, "--cos").items():
+        assert same(weights_of(folder), weights_of(trained[run]))
+        assert results_of(folder) == results_of(trained[run])
 
 
 def test_class_folders_are_used_if_there_are_no_lists(reorganized_tree, tmp_path):
@@ -108,9 +106,8 @@ def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
         write_idx(source / f"{name}-labels-idx1-ubyte", labels)
     command = f"fashion-mnist-lt --out {data} --source {source} --imbalance 4 --max-per-class 8"
     assert prepare(command.split()) == 0
-    all_stages(data, tmp_path, "--epochs", 1)
-    for run in RUNS:
-        for result in results_of(tmp_path / run):
+    for folder in train_all(data, tmp_path, "--epochs", 1).values():
+        for result in results_of(folder):
             assert result["train_counts"] == [8, 6, 5, 5, 4, 3, 3, 2, 2, 2] and result["count"] == 20
             assert result["many"] is result["medium"] is None and result["few"] is not None
 
@@ -122,11 +119,8 @@ def test_all_stages_train_on_large_jpegs(jpeg_tree, tmp_path):
         outcome = (run_shell if stage == "i" else run_stage)(stage, data, out, *flags)
         assert (outcome.status, outcome.err) == (0, "")
 
-    all_stages(jpeg_tree, tmp_path, *small, run=run)
-    for name in RUNS:
-        assert [(r["classifier"], r["count"]) for r in results_of(tmp_path / name)] == [
-            (classifier, 6) for classifier in CLASSIFIERS[name]
-        ]
+    for name, folder in train_all(jpeg_tree, tmp_path, *small, run=run).items():
+        assert [(r["classifier"], r["count"]) for r in results_of(folder)] == [(c, 6) for c in CLASSIFIERS[name]]
     again = tmp_path / "again"
     outcome = run_stage("iii", jpeg_tree, again, *small, "--resume", tmp_path / "iii" / LAST, "--evaluate")
     assert outcome.status == 0 and results_of(again) == results_of(tmp_path / "iii")
@@ -135,15 +129,11 @@ def test_all_stages_train_on_large_jpegs(jpeg_tree, tmp_path):
 # ---- what a run leaves behind
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_results_json_has_one_record_per_classifier_with_exact_counts(trained, run):
     records = results_of(trained[run])
     assert [record["classifier"] for record in records] == CLASSIFIERS[run]
     for record in records:
-        assert list(record) == [
-            "phase", "classifier", "overall", "class_mean", "top5", "many", "medium", "few",
-            "per_class", "train_counts", "test_counts", "classes", "count", "confusion_groups", "confusion",
-        ]  # fmt: skip
         assert record["phase"] == "test" and record["count"] == TEST_IMAGES
         assert record["train_counts"] == list(COUNTS["train"])
         assert all(0 <= record[name] <= 1 for name in ("overall", "top5", "many", "medium", "few"))
@@ -154,7 +144,7 @@ def test_results_json_has_one_record_per_classifier_with_exact_counts(trained, r
         assert np.sum(record["confusion_groups"], axis=1).tolist() == [5, 5, 20]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_log_txt_has_one_record_per_epoch_with_losses_and_accuracies(trained, run):
     parts = {"i": ["cross_entropy", "contrastive"], "ii": [], "iii": ["cross_entropy", "distillation"]}[script(run)]
     accuracies = [f"{top}_{name}" for name in CLASSIFIERS[run] for top in ("top1", "top5")]
@@ -163,12 +153,9 @@ def test_log_txt_has_one_record_per_epoch_with_losses_and_accuracies(trained, ru
     lr = {"i": 0.1, "ii": 0.2, "iii": 0.1}[script(run)]
     assert [record["lr"] for record in records] == pytest.approx([lr, lr / 2])  # half a cosine over two epochs
     for record in records:
-        assert list(record) == [
-            "epoch", "lr", "loss", *parts, *accuracies, "val", "images_per_second", "seconds",
-        ]  # fmt: skip
         assert list(record["val"]) == CLASSIFIERS[run]
         for accuracy in record["val"].values():
-            assert list(accuracy) == ["overall", "class_mean", "top5", "many", "medium", "few"]
+            assert accuracy.keys() >= {"overall", "class_mean", "top5", "many", "medium", "few"}
         assert all(record[name] > 0 for name in ["loss", *parts, "images_per_second", "seconds"])
         if parts:
             assert record["loss"] == pytest.approx(sum(record[name] for name in parts), rel=1e-5)
@@ -184,9 +171,9 @@ def test_stages_i_and_iii_learn_more_than_class_frequencies(trained):
         assert second[f"top1_{CLASSIFIERS[run][0]}"] > shares.max()
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_args_json_has_the_arguments_and_versions(trained, plain_tree, run):
-    kept = json.loads((trained[run] / "args.json").read_text())
+    kept = args_of(trained[run])
     assert kept["data"] == str(plain_tree) and kept["output_dir"] == str(trained[run])
     assert (kept["num_classes"], kept["seed"], kept["batch_size"], kept["lr"]) == (
         CLASSES, 3, 16, 0.2 if script(run) == "ii" else 0.1,
@@ -202,7 +189,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_checkpoints_have_the_published_entries_and_the_best_class_mean(trained, run):
     saved = checkpoint(trained[run])  # loads with weights_only
     assert saved["epoch"] == 2
@@ -212,15 +199,13 @@ def test_checkpoints_have_the_published_entries_and_the_best_class_mean(trained,
     assert saved["best_acc1"].dtype == torch.float64 and saved["best_metric"] == "class_mean"
     accuracies = [record["val"][CLASSIFIERS[run][-1]]["class_mean"] for record in log_of(trained[run])]
     assert float(saved["best_acc1"]) == max(accuracies)
-    best = checkpoint(trained[run], "best_checkpoint.pth.tar")
+    best = checkpoint(trained[run], BEST)
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1
-    assert sorted(file.name for file in trained[run].glob("*.tar")) == [
-        f"{name}_checkpoint.pth.tar" for name in ("best", "last", "previous")
-    ]
-    assert checkpoint(trained[run], "previous_checkpoint.pth.tar")["epoch"] == 1
+    assert {file.name for file in trained[run].glob("*.tar")} == {BEST, LAST, PREVIOUS}
+    assert checkpoint(trained[run], PREVIOUS)["epoch"] == 1
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_optimizer_holds_what_the_published_one_holds(trained, run):
     saved = checkpoint(trained[run])
     names = [
@@ -244,10 +229,10 @@ def test_optimizer_holds_what_the_published_one_holds(trained, run):
 
 
 def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
-    states = {run: submodule(checkpoint(trained[run])["state_dict"], "module.") for run in RUNS}
+    states = {run: weights_of(trained[run]) for run in RUNS}
 
     def parameters(run, prefix):
-        state = submodule(states[run], prefix)
+        state = strip_prefix(states[run], prefix)
         return {name: value for name, value in state.items() if "running_" not in name and "num_batches" not in name}
 
     assert same(parameters("ii", "encoder."), parameters("i", "encoder_q."))
@@ -257,24 +242,22 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
     assert same(parameters("iii", "classifier_t."), parameters("ii", "classifier."))
     assert same(parameters("tuned", "encoder."), parameters("iii", "encoder_q."))
     assert same(parameters("tuned", "classifier.fc."), parameters("iii", "classifier."))
-    for run, prefix in (("ii", "encoder."), ("iii", "encoder_t.")):  # frozen, but its statistics moved, as published
-        before = "encoder_q." if run == "ii" else "encoder."
-        source = {"ii": "i", "iii": "ii"}[run]
-        assert not torch.equal(states[run][f"{prefix}bn1.running_mean"], states[source][f"{before}bn1.running_mean"])
+    for frozen, given in ((("ii", "encoder."), ("i", "encoder_q.")), (("iii", "encoder_t."), ("ii", "encoder."))):
+        before, now = (states[run][f"{prefix}bn1.running_mean"] for run, prefix in (given, frozen))
+        assert not torch.equal(now, before)  # frozen, but its statistics moved, as published
 
 
 def test_the_queue_is_full_of_unit_keys_and_has_wrapped_around(trained):
-    saved = checkpoint(trained["i"])["state_dict"]
+    saved = weights_of(trained["i"])
     steps = 2 * (IMAGES // 16)
-    assert saved["module.queue_ptr"].tolist() == [steps * 16 % 50]
-    assert saved["module.label_queue"].min() >= 0
-    torch.testing.assert_close(saved["module.queue"].norm(dim=0), torch.ones(50))
+    assert saved["queue_ptr"].tolist() == [steps * 16 % 50] and saved["label_queue"].min() >= 0
+    torch.testing.assert_close(saved["queue"].norm(dim=0), torch.ones(50))
 
 
 # ---- evaluation alone
 
 
-@pytest.mark.parametrize("run", RUNS)
+@EACH_RUN
 def test_evaluate_repeats_the_results_of_the_training(trained, plain_tree, tmp_path, run):
     outcome = run_stage(script(run), plain_tree, tmp_path / "e", "--resume", trained[run] / LAST, "--evaluate")
     assert (outcome.status, outcome.err) == (0, "")
@@ -296,7 +279,7 @@ def test_evaluate_without_output_dir_writes_nothing(trained, plain_tree, tmp_pat
     monkeypatch.chdir(tmp_path)
     flags = stage_flags("i", plain_tree, "unused", ["--resume", trained["i"] / LAST, "--evaluate"])
     assert call("i", without("--output_dir", flags)).status == 0
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- switches
@@ -304,10 +287,10 @@ def test_evaluate_without_output_dir_writes_nothing(trained, plain_tree, tmp_pat
 
 def test_con_weight_0_leaves_queue_and_key_encoder_unchanged(plain_tree, tmp_path):
     folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0)
-    state = checkpoint(folder)["state_dict"]
+    state = weights_of(folder)
     assert all(record["contrastive"] == 0 for record in log_of(folder))
-    assert state["module.queue_ptr"] == 0 and torch.all(state["module.label_queue"] == -1)
-    assert state["module.encoder_k.bn1.num_batches_tracked"] == 0 < state["module.encoder_q.bn1.num_batches_tracked"]
+    assert state["queue_ptr"] == 0 and torch.all(state["label_queue"] == -1)
+    assert state["encoder_k.bn1.num_batches_tracked"] == 0 < state["encoder_q.bn1.num_batches_tracked"]
     train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", folder / LAST)
 
 
@@ -320,12 +303,12 @@ def test_kd_weight_0_trains_the_hard_classifier_alone(plain_tree, tmp_path):
     folder = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0)
     assert all(record["distillation"] == 0 for record in log_of(folder))
     assert [record["classifier"] for record in results_of(folder)] == ["hard"]
-    flags = ["--epochs", 1, "--last_stage_ckpt", folder / LAST]
-    train("ii", plain_tree, tmp_path / "ii", *flags)
+    assert {name for name in log_of(folder)[0] if name.startswith("top")} == {"top1_hard", "top5_hard"}
+    train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", folder / LAST)
 
 
 def test_kd_weight_and_temperature_change_the_distillation_loss(trained, plain_tree, tmp_path):
-    flags = ["--epochs", 1, "--teacher_ckpt", trained["ii"] / LAST]
+    flags = ["--epochs", 1, *source("iii", trained)]
     (record,) = log_of(train("iii", plain_tree, tmp_path / "w", *flags, "--kd-weight", 0.5))
     assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["distillation"], rel=1e-5)
     (other,) = log_of(train("iii", plain_tree, tmp_path / "t", *flags, "--kd-weight", 0.5, "--kd_t", 4))
@@ -334,9 +317,8 @@ def test_kd_weight_and_temperature_change_the_distillation_loss(trained, plain_t
 
 def test_the_soft_classifier_can_be_tuned(trained, plain_tree, tmp_path):
     flags = ["--epochs", 1, "--last_stage_ckpt", trained["iii"] / LAST, "--classifier", "soft"]
-    tuned = checkpoint(train("ii", plain_tree, tmp_path / "soft", *flags))["state_dict"]
-    student = checkpoint(trained["iii"])["state_dict"]
-    assert same(submodule(tuned, "module.classifier.fc."), submodule(student, "module.classifier_kd."))
+    tuned, student = weights_of(train("ii", plain_tree, tmp_path / "soft", *flags)), weights_of(trained["iii"])
+    assert same(strip_prefix(tuned, "classifier.fc."), strip_prefix(student, "classifier_kd."))
 
 
 @pytest.mark.parametrize(
@@ -345,8 +327,7 @@ def test_the_soft_classifier_can_be_tuned(trained, plain_tree, tmp_path):
 )
 def test_freeze_bn_keeps_the_batchnorm_statistics(trained, plain_tree, tmp_path, stage, before, taken, kept):
     folder = train(stage, plain_tree, tmp_path / stage, *source(stage, trained), "--freeze-bn", "--epochs", 1)
-    given, now = (checkpoint(run)["state_dict"] for run in (trained[before], folder))
-    assert same(submodule(now, f"module.{kept}"), submodule(given, f"module.{taken}"))
+    assert same(strip_prefix(weights_of(folder), kept), strip_prefix(weights_of(trained[before]), taken))
 
 
 def test_the_learning_rate_falls_in_steps_without_cos(plain_tree, tmp_path):
@@ -355,33 +336,25 @@ def test_the_learning_rate_falls_in_steps_without_cos(plain_tree, tmp_path):
     assert checkpoint(folder)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
 
 
-def source(stage, trained):
-    """The flags that name the checkpoint of the stage before."""
-    return {
-        "i": [], "ii": ["--last_stage_ckpt", trained["i"] / LAST], "iii": ["--teacher_ckpt", trained["ii"] / LAST],
-    }[stage]  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@EACH_STAGE
 def test_bf16_channels_last_and_device_augmentation_change_the_loss_little(trained, plain_tree, tmp_path, stage):
     flags = [*source(stage, trained), "--epochs", 1, "--lr", 1e-3]  # at a large learning rate small differences grow
     reference = train(stage, plain_tree, tmp_path / "reference", *flags)
-    (expected,), states = log_of(reference), [checkpoint(reference)["state_dict"]]
+    (expected,), states = log_of(reference), [weights_of(reference)]
     for numerics in (["--amp", "bf16"], ["--channels-last"], ["--augment", "device"]):
         folder = train(stage, plain_tree, tmp_path / numerics[-1], *flags, *numerics)
         (record,) = log_of(folder)
         assert record["loss"] == pytest.approx(expected["loss"], rel=0.02), numerics
-        state = checkpoint(folder)["state_dict"]
-        assert [value.dtype for value in state.values()] == [value.dtype for value in states[0].values()]
-        states.append(state)
+        states.append(weights_of(folder))
+        assert [value.dtype for value in states[-1].values()] == [value.dtype for value in states[0].values()]
     assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device changed something
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH_STAGE
 def test_channels_last_reaches_the_weights_and_compiling_keeps_their_names(stage):
-    model = SSFL("resnet8", 3, queue_size=8) if stage == "i" else (SLG if stage == "ii" else SDL)("resnet8", 3)
+    model = NETWORKS[stage]("resnet8", 3)
     names = list(model.state_dict())
-    args = PARSERS[stage]().parse_args(["--channels-last", "--compile", "--device", "cpu", "."])
+    args = SCRIPTS[stage].get_parser().parse_args(["--channels-last", "--compile", "--device", "cpu", "."])
     prepare_model(model, torch.device("cpu"), args)
     assert list(model.state_dict()) == names  # nothing is compiled before the first call
     encoders = [module for name, module in model.named_children() if name.startswith("encoder")]
@@ -391,17 +364,11 @@ def test_channels_last_reaches_the_weights_and_compiling_keeps_their_names(stage
 
 
 def test_the_defaults_of_the_models_are_the_published_ones():
-    defaults = {
-        name: value.default
-        for model in (SSFL, SDL)
-        for name, value in inspect.signature(model).parameters.items()
-        if name not in ("arch", "num_classes")
-    }
-    assert defaults == {
-        "dim": 128, "queue_size": 115712, "momentum": 0.999, "temperature": 2.0, "contrast": True, "freeze_bn": False,
-        "distill": True,
-    }  # fmt: skip
-    assert inspect.signature(SSFL).parameters["temperature"].default == 0.2
+    published = {"dim": 128, "queue_size": 115712, "momentum": 0.999, "temperature": 0.2, "contrast": True}
+    of_iii = {"temperature": 2.0, "freeze_bn": False, "distill": True}
+    for model, defaults in ((SSFL, published), (SLG, {"freeze_bn": False}), (SDL, of_iii)):
+        parameters = inspect.signature(model).parameters
+        assert {name: parameters[name].default for name in defaults} == defaults
 
 
 def test_the_same_seed_gives_the_same_run(trained, plain_tree, tmp_path):
@@ -416,7 +383,7 @@ def test_a_seed_is_drawn_printed_and_kept(plain_tree, tmp_path):
     seeds = []
     for run in ("a", "b"):
         outcome = call("i", without("--seed", stage_flags("i", plain_tree, tmp_path / run, ["--epochs", 1])))
-        seeds.append(json.loads((tmp_path / run / "args.json").read_text())["seed"])
+        seeds.append(args_of(tmp_path / run)["seed"])
         assert f"seed {seeds[-1]}" in outcome.out
         assert checkpoint(tmp_path / run)["run"]["seed"] == seeds[-1]
     assert seeds[0] != seeds[1]
@@ -430,70 +397,17 @@ def test_progress_is_printed_every_print_freq_steps(plain_tree, tmp_path):
     assert steps == ["[4/9]", "[8/9]", "[9/9]"]
 
 
-# ---- flags
-
-
-PUBLISHED = {
-    "--start-epoch": 0, "--schedule": [120, 160], "--momentum": 0.9, "--wd": 5e-4, "--weight-decay": 5e-4,
-    "-p": 10, "--print-freq": 10, "--resume": "", "-e": False, "--evaluate": False, "--world-size": -1, "--rank": -1,
-    "--dist-url": "tcp://224.66.41.62:23456", "--dist-backend": "nccl", "--seed": None, "--gpu": None,
-    "--multiprocessing-distributed": False, "--cos": False,
-}  # fmt: skip
-PUBLISHED_BY_STAGE = {
-    "i": {"-j": 32, "--epochs": 135, "-b": 256, "--lr": 0.1, "--output_dir": "weights/stage_i/",
-          "--moco-dim": 128, "--moco-k": 115712, "--moco-m": 0.999, "--moco-t": 0.2},
-    "ii": {"-j": 12, "--epochs": 5, "-b": 512, "--lr": 0.2, "--output_dir": "weights/stage_ii/",
-           "--last_stage_ckpt": "", "--num_samples_cls": 2},
-    "iii": {"-j": 32, "--epochs": 135, "-b": 256, "--lr": 0.1, "--output_dir": "weights/stage_iii/",
-            "--teacher_ckpt": None, "--kd_t": 2.0},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_flags_and_defaults_are_the_published_ones(stage):
-    parser = PARSERS[stage]()
-    args = parser.parse_args(["."])
-    assert args.data == "." and args.arch == "resnext50_32x4d" and args.image_size == 224
-    destination = {option: action.dest for action in parser._actions for option in action.option_strings}
-    for option, default in (PUBLISHED | PUBLISHED_BY_STAGE[stage]).items():
-        assert getattr(args, destination[option]) == default, option
-
-
-@pytest.mark.parametrize(
-    ("stage", "words", "name", "value"),
-    [
-        ("i", ["--moco_k", "7"], "moco_k", 7),
-        ("i", ["--moco-k=7"], "moco_k", 7),
-        ("i", ["--output-dir", "a_b-c"], "output_dir", "a_b-c"),
-        ("i", ["--batch_size", "7"], "batch_size", 7),
-        ("i", ["--dist_url", "tcp://a_b-c:1"], "dist_url", "tcp://a_b-c:1"),
-        ("i", ["--multiprocessing_distributed"], "multiprocessing_distributed", True),
-        ("ii", ["--last-stage-ckpt=a_b-c"], "last_stage_ckpt", "a_b-c"),
-        ("ii", ["--num-samples-cls", "3"], "num_samples_cls", 3),
-        ("ii", ["--freeze_bn"], "freeze_bn", True),
-        ("iii", ["--teacher-ckpt", "a_b-c"], "teacher_ckpt", "a_b-c"),
-        ("iii", ["--kd-t", "3"], "kd_t", 3.0),
-        ("iii", ["--kd_weight", "3"], "kd_weight", 3.0),
-    ],
-)
-def test_a_flag_may_be_spelled_with_dashes_or_underscores(stage, words, name, value, tmp_path, monkeypatch):
-    (tmp_path / "a_b-c").mkdir()
-    monkeypatch.chdir(tmp_path)
-    args = PARSERS[stage]().parse_args([*words, "a_b-c"])
-    assert getattr(args, name) == value and args.data == "a_b-c" and args.given == sorted(["data", name])
-
-
 # ---- more than one process
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH_STAGE
 def test_two_spawned_processes_and_torchrun_give_the_same_run(trained, plain_tree, tmp_path, stage):
     young = ["--epochs", 1, "--lr", 1e-3]  # early in training, the loss depends little on the batches
     flags = [*source(stage, trained), *young]
     if stage == "ii":
-        flags = ["--last_stage_ckpt", train("i", plain_tree, tmp_path / "i", *young) / LAST, *young]
+        flags = [*source("ii", {"i": train("i", plain_tree, tmp_path / "i", *young)}), *young]
     alone = train(stage, plain_tree, tmp_path / "alone", *flags)
-    spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, "--multiprocessing-distributed", "--nproc", 2)
+    spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, *TWO)
     if stage == "i":
         outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
         assert outcome.status == 0, outcome.err

@@ -74,10 +74,10 @@ def test_missing_cells_are_trained_and_done_ones_are_kept(project, monkeypatch, 
 
 
 def test_plans_are_trained_seed_by_seed(project):
-    names = [(job.seed, job.cell.name) for job in study.jobs_of(["main", "more"], None)]
+    names = [(job.seed, job.cell.name) for job in study.list_jobs(["main", "more"], None)]
     assert [name for seed, name in names if seed == 1] == ["i", "ii"] and names[-2:] == [(1, "i"), (1, "ii")]
     assert {name for seed, name in names[:-2]} == {cell.name for cell in CELLS}
-    assert {job.seed for job in study.jobs_of(["main", "more"], [5])} == {5}
+    assert {job.seed for job in study.list_jobs(["main", "more"], [5])} == {5}
 
 
 def test_the_tables_average_over_the_seeds(project, capsys):
@@ -99,10 +99,23 @@ def test_the_tables_average_over_the_seeds(project, capsys):
     assert row.count(f"{mean:.1f} ± {deviation:.1f}") == 6 and "| 2 |" in row
 
 
-def test_mistakes_are_one_line(project, capsys):
-    assert_command_mistake((study.main(["--plot", "plot.png"]), *capsys.readouterr()), "--plot plot.png", "plan main")
-    assert_command_mistake((study.main(["mian"]), *capsys.readouterr()), "mian")
-    status, _, err = study.main(["main"]), *capsys.readouterr()
-    assert status == 2 and err.count("\n") == 1 and "--source" in err
-    status, _, err = study.main(["main", "--source", "balanced", "--flags=--lr x"]), *capsys.readouterr()
-    assert status == 2 and err.count("\n") == 1 and "status 2" in err and "output.txt" in err
+@pytest.mark.parametrize("flags, named", [
+    ("--plot plot.png", ["--plot plot.png", "plan main"]),
+    ("mian", ["mian", "choose one of main"]),
+])  # fmt: skip
+def test_mistakes_are_one_line(project, capsys, flags, named):
+    assert_command_mistake((study.main(flags.split()), *capsys.readouterr()), *named)
+
+
+def test_a_training_that_fails_and_missing_lists_are_named(project, capsys):
+    assert study.main(["main"]) == 2 and "error: --source" in capsys.readouterr().err
+    assert study.main(["main", "--source", "balanced", "--flags=--lr x"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "status 2" in err and "output.txt" in err and "failed" in out
+
+
+def test_a_cell_that_two_plans_need_is_trained_once(project, monkeypatch):
+    again = Plan("imbalance_100", 1, (0,), (Cell("ii_other", "ii", "i", "--freeze-bn"),), "a title")
+    monkeypatch.setitem(study.PLANS, "again", again)
+    needed = study.missing_jobs(study.list_jobs(["main", "again"], [0]), project)
+    assert [job.cell.name for job in needed] == ["i", "ii", "ii_other"]

@@ -1,17 +1,15 @@
 """--tensorboard writes the figures of log.txt; without the package the run ends in one line."""
 
-import json
 import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import call, stage_flags, train
+from tests.helpers import assert_mistake, log_of, run_stage, train
 
 
 def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
-    assert call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard", "--con-weight", 0])).status == 0
-    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    records = log_of(train("i", plain_tree, tmp_path, "--tensorboard", "--con-weight", 0))
     events = EventAccumulator(str(tmp_path)).Reload()
     for name, values in (
         ("loss", [record["loss"] for record in records]),
@@ -24,9 +22,8 @@ def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
 
 def test_a_missing_tensorboard_ends_in_one_line(plain_tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    outcome = call("i", stage_flags("i", plain_tree, tmp_path, ["--tensorboard"]))
-    assert outcome.status == 2
-    assert outcome.err.count("\n") == 1 and "--tensorboard" in outcome.err and "pip install tensorboard" in outcome.err
+    outcome = run_stage("i", plain_tree, tmp_path, "--tensorboard")
+    assert_mistake(outcome, "--tensorboard", "pip install tensorboard")
 
 
 def test_a_resumed_run_writes_every_epoch_once(plain_tree, tmp_path):

@@ -13,12 +13,9 @@ import termios
 
 import pytest
 
-import ssd_stage_i
-import ssd_stage_ii
-import ssd_stage_iii
 from tests.helpers import LAST, ROOT, call, run_stage, stage_flags
 from tests.helpers_processes import wait_until
-from utils.arguments import STAGE_FLAGS
+from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
 
 
@@ -127,31 +124,6 @@ def test_the_commands_at_the_end_run(plain_tree, tmp_path):
     assert (tmp_path / "stage_iii_tuned" / LAST).exists()
 
 
-def test_the_flag_that_another_stage_has_instead_is_suggested(plain_tree, tmp_path):
-    outcome = run_stage("iii", plain_tree, tmp_path, "--last_stage_ckpt", "x")
-    assert outcome.status == 2 and "did you mean --teacher_ckpt?" in outcome.err
-    outcome = run_stage("ii", plain_tree, tmp_path, "--teacher-ckpt", "x")
-    assert outcome.status == 2 and "did you mean --last_stage_ckpt?" in outcome.err
-
-
-def test_a_flag_that_only_another_stage_has_is_named_as_such(tmp_path):
-    flags = {}
-    for stage, script in zip(("I", "II", "III"), (ssd_stage_i, ssd_stage_ii, ssd_stage_iii), strict=True):
-        for name in script.get_parser()._option_string_actions:
-            flags.setdefault(name.replace("_", "-"), []).append(stage)
-    alone = {name: ", ".join(stages) for name, stages in flags.items() if len(stages) < 3}
-    assert {name: stages for name, stages in alone.items() if not name.startswith("--no-")} == STAGE_FLAGS
-    with pytest.raises(UserError, match="--kd_t; a flag of stage III "):
-        ssd_stage_ii.get_parser().parse_args(["--kd_t", "2", str(tmp_path)])
-    with pytest.raises(UserError, match="--no-pretrained; a flag of stage I, III "):
-        ssd_stage_ii.get_parser().parse_args(["--no-pretrained", str(tmp_path)])
-
-
-def test_a_rank_beyond_a_single_node_is_refused(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path, "--world-size", 1, "--rank", 1)
-    assert outcome.status == 2 and "--rank 1" in outcome.err
-
-
 def test_a_queue_far_larger_than_the_data_gives_a_note_with_a_better_size(plain_tree, tmp_path):
     out = run_stage("i", plain_tree, tmp_path / "run", "--moco-k", 5000, "--epochs", 1).out
     assert [line for line in out.splitlines() if line.startswith("--moco-k 5000: ") and line.endswith("take about 154")]
@@ -185,6 +157,22 @@ def run_with_output(file, text="table", **environment):
 def test_a_command_whose_output_cannot_be_written_ends_in_one_line():
     with open("/dev/full", "w") as full:
         assert run_with_output(full) == (2, "error: program: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("--flag: correct it"), 2), (OSError(5, "bad disk"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_traceback_prints_the_stack_of_a_command_before_the_line(monkeypatch, capsys, error, status):
+    def fail(args):
+        raise error
+
+    run_command(fail, ArgumentParser(prog="program"), [])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    monkeypatch.setenv("TRACEBACK", "1")
+    assert run_command(fail, ArgumentParser(prog="program"), []) == status
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "in fail\n" in err and err.endswith(f"\n{line}")
 
 
 def test_a_command_whose_output_is_closed_ends_quietly():

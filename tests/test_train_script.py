@@ -109,16 +109,16 @@ def test_the_flags_of_all_stages_are_checked(plain_tree, tmp_path, capsys):
 
 
 def test_its_mistakes_are_one_line(plain_tree, tmp_path):
-    def fails(*words):
+    config, out = write_recipes(tmp_path / "config"), tmp_path / "out"
+    for word, words in {
+        "usage: ": (config, plain_tree),
+        "the flags come last": (config, plain_tree, "--epochs", 1),
+        "no such folder": (config, tmp_path / "absent", out),
+        "absent/stage_i.txt: no such recipe": (tmp_path / "absent", plain_tree, out),
+    }.items():
         run = start(*words)
         output, _ = run.communicate()
-        assert run.returncode == 2 and output.count("\n") == 1
-        return output
-
-    assert "usage" in fails("config", plain_tree)
-    assert "before the flags" in fails(tmp_path, plain_tree, "--epochs", 1)
-    assert "no such folder" in fails(write_recipes(tmp_path / "config"), tmp_path / "absent", tmp_path / "out")
-    assert "absent/stage_i.txt" in fails(tmp_path / "absent", plain_tree, tmp_path / "out")
+        assert run.returncode == 2 and output.count("\n") == 1 and word in output
 
 
 def test_a_mistake_in_a_stage_ends_it_with_that_status(tmp_path):

@@ -1,26 +1,25 @@
 """A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
 
-import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from utils.evaluation import evaluate
 
 from datasets.build import build_data
 from models import SDL, SLG, SSFL
-from tests.helpers import COUNTS, MAINS, on_ranks, stage_flags
+from tests.helpers import COUNTS, SCRIPTS, STAGES, on_ranks, stage_flags
 from utils.arguments import settle_defaults
 from utils.distributed import DistInfo, distribute, set_dist_info
 from utils.errors import UserError
 from utils.memory import step_memory
+from utils.metrics import evaluate
 from utils.train_state import TrainState, convert_sync_batchnorm
 
 CPU, CLASSES = torch.device("cpu"), len(COUNTS["train"])
 QUEUE, QUEUE_BUFFERS = 40, ("queue", "label_queue", "queue_ptr")  # wraps around in the second step
 IMAGES, BATCH, STEPS = 58, 24, 2  # four processes pad the epoch to 60 images; the last ones fill no step
-CLASSIFIERS = {"i": ("linear",), "ii": ("lws",), "iii": ("hard", "soft")}
-SPLITS = [(2, 1), (4, 1), (1, 4), (2, 3)]  # processes, micro-batches
+SPLITS = pytest.mark.parametrize(("world", "accum_steps"), [(2, 1), (4, 1), (1, 4), (2, 3)])
 
 
 class Recorder(TrainState):
@@ -30,28 +29,27 @@ class Recorder(TrainState):
         super().__init__(*args)
         self.steps, self.partial, self.given, self.losses = [], [], [], []
 
-    def batches(self, loader):
-        for views, labels in super().batches(loader):
-            self.given.append((torch.tensor(loader.indices), *views))
-            yield views, labels
+    def micro_batches(self, loader):
+        for views, labels, first, last in super().micro_batches(loader):
+            self.given.append((torch.tensor(loader.indices[-1]), *views))
+            yield views, labels, first, last
+            if not last:
+                self.partial.append(self.gradients())
 
     def backward(self, loss):
         super().backward(loss)
         self.losses.append(loss.detach())
-        if not self.step_ends:
-            self.partial.append(self.gradients())
 
     def gradients(self):
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.requires_grad])
 
-    def optimizer_step(self):
-        if self.step_ends:
-            step = {"loss": torch.stack(self.losses).mean(), "gradients": self.gradients()}
-            step |= {f"view {i}": torch.cat(parts) for i, parts in enumerate(zip(*self.given, strict=True))}
-            step |= {name: value.clone() for name, value in self.model.named_buffers() if "queue" in name}
-            self.steps.append(step)
-            self.given, self.losses = [], []
-        super().optimizer_step()
+    def optimizer_step(self, optimizer):
+        step = {"loss": torch.stack(self.losses).sum(), "gradients": self.gradients()}
+        step |= {f"view {i}": torch.cat(parts) for i, parts in enumerate(zip(*self.given, strict=True))}
+        step |= {name: value.clone() for name, value in self.model.named_buffers() if "queue" in name}
+        self.steps.append(step)
+        self.given, self.losses = [], []
+        super().optimizer_step(optimizer)
 
 
 def build(stage, args):
@@ -71,28 +69,17 @@ def build(stage, args):
 def train_and_evaluate(rank, stage, data, world, accum_steps):
     """An evaluation, then the steps of an epoch by the stage's own loop, in one of `world` processes."""
     set_dist_info(DistInfo(rank, world, rank, world))
-    script = importlib.import_module(f"ssd_stage_{stage}")
-    flags = [
-        "-b",
-        BATCH,
-        "--accum-steps",
-        accum_steps,
-        "--train-list",
-        data / "short.txt",
-        "--lr",
-        0.05,
-        "--num-classes",
-        CLASSES,
-    ]
-    flags += ["--moco-k", QUEUE] if stage == "i" else []
+    script = SCRIPTS[stage]
+    flags = ["-b", BATCH, "--accum-steps", accum_steps, "--train-list", data / "short.txt", "--lr", 0.05]
+    flags += ["--num-classes", CLASSES, *(["--moco-k", QUEUE] if stage == "i" else [])]
     args = script.get_parser().parse_args(stage_flags(stage, data, "unused", flags))
     settle_defaults(args)
     with build_data(args, CPU, ("query", "key") if stage == "i" else ("query",)) as loaders:
         model = build(stage, args)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, args.momentum)
-        state = Recorder(stage, model, optimizer, None, CPU, args)
-        results = evaluate(model, loaders.test, CLASSIFIERS[stage], loaders.train_counts, state)
-        script.train_one_epoch(distribute(model, CPU), loaders.train, state, args)
+        state = Recorder(model, optimizer, CPU, args)
+        results = evaluate(model, loaders.test, loaders.train_counts, state)
+        script.train_one_epoch(distribute(model, CPU), loaders.train, optimizer, state, args)
         means = state.metrics.global_means()
     assert (state.step, state.images, state.metrics.steps) == (STEPS, STEPS * BATCH, STEPS)
     return {"steps": state.steps, "partial": state.partial, "results": results, "means": means}
@@ -117,8 +104,8 @@ def runs(plain_tree, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
-@pytest.mark.parametrize("stage", MAINS)
+@SPLITS
+@pytest.mark.parametrize("stage", STAGES)
 def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
     (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
     for number, expected in enumerate(whole["steps"]):
@@ -133,7 +120,7 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage
         assert all(rank["means"][name] == pytest.approx(mean, rel=1e-6) for rank in parts), name
 
 
-@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+@SPLITS
 @pytest.mark.parametrize("stage", ["i", "iii"])
 def test_images_and_augmentations_of_a_step_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
     (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
@@ -147,7 +134,7 @@ def test_images_and_augmentations_of_a_step_are_those_of_one_process_and_one_bat
             assert torch.equal(values[order], expected[name][reference])
 
 
-@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
+@SPLITS
 def test_the_queue_holds_the_same_keys_and_labels_on_every_rank_and_for_every_split(runs, world, accum_steps):
     """The keys of a step in another order: a queue that wraps within a step keeps other keys of an earlier one."""
     (whole,), parts = runs("i", 1, 1), runs("i", world, accum_steps)
@@ -164,14 +151,14 @@ def test_the_queue_holds_the_same_keys_and_labels_on_every_rank_and_for_every_sp
         assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
 
 
-@pytest.mark.parametrize(("world", "accum_steps"), SPLITS)
-@pytest.mark.parametrize("stage", MAINS)
+@SPLITS
+@pytest.mark.parametrize("stage", STAGES)
 def test_evaluations_are_equal_to_the_last_digit(runs, stage, world, accum_steps):
     (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
     assert all(rank["results"] == whole["results"] for rank in parts)
 
 
-@pytest.mark.parametrize("stage", MAINS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_ranks_average_their_gradients_once_per_step(runs, stage):
     first, second = runs(stage, 2, 3)
     assert len(first["partial"]) == 2 * STEPS
@@ -214,8 +201,9 @@ def test_sync_bn_converts_the_frozen_networks_too(network):
 
 
 def memory_of_both(rank):
+    args = SimpleNamespace(amp="none", image_size=32, momentum=0.9, accum_steps=1)
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    return [step_memory(model, 4, 32, device=CPU) for model in (plain, sync_model())]
+    return [list(step_memory(model, 4, args, CPU)) for model in (plain, sync_model())]
 
 
 def test_the_memory_check_counts_sync_bn_like_batchnorm_without_the_other_ranks():

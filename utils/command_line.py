@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, print_stack
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
@@ -81,12 +81,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def check_value(self, action: argparse.Action, value):
         """Raises UserError if the command line could not give a flag this value, which comes from a file."""
-        namespace = argparse.Namespace()
+        namespace, words = argparse.Namespace(), split_words(action, value)
+        is_flag = any(word.startswith("-") for word in words[1:])  # such as --help, which would end the run
         try:
-            argparse.ArgumentParser.parse_known_args(self, [".", *split_words(action, value)], namespace)
+            if not is_flag:
+                argparse.ArgumentParser.parse_known_args(self, [".", *words], namespace)
         except argparse.ArgumentError as error:
             self.error(f"{option_name(action)}: {error.message}")
-        if getattr(namespace, action.dest) != value:
+        if is_flag or getattr(namespace, action.dest) != value:
             self.error(f"{option_name(action)} {value}: is of another type")
 
     def error(self, message):
@@ -229,22 +231,25 @@ def escape_unprintable():
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
     """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
 
-    A mistake is printed as one line on stderr; `interrupted` is printed after Ctrl-C.
+    A mistake is printed as one line on stderr, after the stack if the environment has TRACEBACK=1; `interrupted` is
+    printed after Ctrl-C.
     """
     escape_unprintable()
     try:
         status = work(parser.parse_args(argv)) or 0
         sys.stdout.flush()  # here, where a failure is reported
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
         drop_unwritable_output()
         return BROKEN_PIPE
-    except OSError as error:  # a full disk, a folder that may not be written
-        drop_unwritable_output()
-        print(f"error: {error.filename or parser.prog}: {one_line(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return INTERRUPTED
-    return USER_ERROR
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print_stack(error)
+        if isinstance(error, KeyboardInterrupt):
+            print(interrupted, file=sys.stderr)
+            return INTERRUPTED
+        message = str(error)
+        if isinstance(error, OSError):  # a full disk, a folder that may not be written
+            drop_unwritable_output()
+            message = f"{error.filename or parser.prog}: {one_line(error)}"
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR

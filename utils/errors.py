@@ -1,15 +1,24 @@
-"""A user's mistake as an exception, and text on one line."""
+"""A user's mistake as an exception, text on one line, and the stack of an error for those who ask."""
+
+import os
+import re
+import sys
+import sysconfig
+import traceback
+
+LIBRARIES = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))  # how paths of their code begin
 
 
-class UserError(Exception):
-    """A mistake that the user can correct: its one line names the file, line or flag and says how.
-
-    on_all_ranks: whether every rank of the run raises the same error, so that rank 0 alone prints it.
-    """
+class EndOfRun(Exception):
+    """Ends a run with one line. on_all_ranks: whether every rank raises the same, so that rank 0 alone prints it."""
 
     def __init__(self, message: str, on_all_ranks: bool = False):
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class UserError(EndOfRun):
+    """A mistake that the user can correct: its one line names the file, line or flag and says how."""
 
     def __str__(self):
         """On one line, whatever characters a file's name contains."""
@@ -24,3 +33,28 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """The system's message for an error, else its text on one line of at most 200 characters, else its class name."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+
+
+def format_stack(error: BaseException) -> str:
+    """The traceback of an error, and of the one that it replaces; of a data worker's, first the traceback there."""
+    error.__suppress_context__ = False
+    return getattr(error, "worker_stack", "") + "".join(traceback.format_exception(error)).rstrip()
+
+
+def words_and_place(error: BaseException) -> str:
+    """An error's own words on one line, and where it was raised: the innermost line of code that is no library's.
+
+    Both are read from the traceback, since torch keeps nothing else of an error in a data worker.
+    """
+    stack = format_stack(error)
+    words = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)", stack, re.M) or [type(error).__name__]
+    places = re.findall(r'^ *File "(.+)", line (\d+), in ', stack, re.M)
+    own = [(file, line) for file, line in places if not file.startswith(LIBRARIES) and "-packages" not in file]
+    place = " (in {}, line {})".format(*own[-1]) if own else ""
+    return printable(words[-1][:500] + place)
+
+
+def print_stack(error: BaseException):
+    """Prints the stack of an error on stderr if the environment has TRACEBACK=1."""
+    if os.environ.get("TRACEBACK") == "1":
+        print(format_stack(error), file=sys.stderr, flush=True)

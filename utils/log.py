@@ -137,11 +137,13 @@ def truncate_log(folder, epochs: int):
 
 
 def require_tensorboard():
-    """TensorBoard's SummaryWriter class. Raises UserError if the package is missing."""
+    """TensorBoard's SummaryWriter class. Raises UserError if the package is missing or broken."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
+    except Exception as error:  # a broken installation raises anything
+        raise UserError(
+            f"--tensorboard: the package tensorboard cannot be imported ({one_line(error)}); pip install tensorboard"
+        ) from None
     return SummaryWriter
 
 

@@ -1,9 +1,9 @@
 """Signals that ask a run to stop, and how a process obeys them.
 
-Until defer_stop() there is nothing to save: the process leaves at once with status 75, even if it is waiting for
-others. From then on a signal is noted for stop_requested(), so that the run leaves after its checkpoint. If there
-is then no heartbeat() for STUCK_AFTER seconds, it is stuck, for instance in a system call, and the process leaves at
-once. A second SIGINT raises KeyboardInterrupt.
+Until defer_stop() there is nothing to save: the process exits at once with status 75, even if it is waiting for
+others. From then on a signal is noted for stop_requested(), so that the run exits after its checkpoint; without a
+heartbeat() for STUCK_AFTER seconds it is stuck, for instance in a system call, and the process exits at once. A second
+SIGINT raises KeyboardInterrupt.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import os
 import signal
 import threading
 import time
+
+from .errors import EndOfRun
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STUCK_AFTER = 120  # seconds
@@ -22,23 +24,16 @@ STOPPED_STUCK = (
 )
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved what there was to save.
-
-    on_all_ranks: whether every rank raises the same, so that only rank 0 prints it.
-    """
-
-    def __init__(self, message: str, on_all_ranks: bool = False):
-        super().__init__(message)
-        self.on_all_ranks = on_all_ranks
+class Stopped(EndOfRun):
+    """The run was asked to stop, and has saved what there was to save."""
 
 
 class _State:
     """What this process knows about requests to stop."""
 
-    def __init__(self):
+    def __init__(self, interactive: bool = False):
         self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
-        self.interactive = False  # whether stderr is a terminal
+        self.interactive = interactive  # whether stderr is a terminal
 
 
 _state = _State()
@@ -73,14 +68,13 @@ def block_signals():
 def handle_stop_signals(program: str = "", report=None):
     """Installs the handlers; does nothing outside the main thread, where Python does not allow it.
 
-    report(message) is called when the process leaves at once; without it the message goes to stderr.
+    report(message) is called when the process exits at once; without it the message goes to stderr.
     """
     global _state
-    state = _state = _State()
+    state = _state = _State(interactive=bool(program) and os.isatty(2))
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    state.interactive = bool(program) and os.isatty(2)
     receive, send = os.pipe()
     os.set_blocking(send, False)
     stderr = os.dup(2)  # fd 2 may point elsewhere when it is needed
@@ -108,7 +102,7 @@ def _note(number, frame):
         raise KeyboardInterrupt
     _state.requested = True
     if number == signal.SIGINT and _state.deferred and _state.interactive:
-        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+        os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
 
 
 def _watch(receive: int, state: _State, report):

@@ -184,7 +184,7 @@ class TrainState:
         """The text of a line: means of the epoch so far, accuracies in percent, speed, wait for data per step."""
         clock = self.metrics.clock
         means = [
-            f"{name} {100 * mean:.1f} %" if name.startswith("top") else f"{name} {mean:.4g}"
+            f"{name} {100 * mean:.1f} %" if name.startswith(("top1_", "top5_")) else f"{name} {mean:.4g}"
             for name, mean in self.metrics.means().items()
         ]
         steps = clock.images / (self.loader.images_per_step * get_world_size())
@@ -268,7 +268,7 @@ class TrainState:
         with raise_on_all_ranks():
             if is_main_process():
                 folder.write_epoch(record)
-        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith("top")]
+        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith(("top1_", "top5_"))]
         accuracies = [
             f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"
             for name, result in results.items()

@@ -86,30 +86,15 @@ def prepare_published(args):
         print("train with", *(f"--{split}-list {file}" for split, file in files.items()))
 
 
-def prepare_small(args):
-    """CIFAR-LT and Fashion-MNIST-LT, from the original files or from class folders."""
-    read, classes, *_ = SMALL[args.dataset]
-    folders = args.source / "train" if args.source else None
-    if folders and folders.is_dir():
-        found = sum(entry.is_dir() for entry in folders.iterdir())
-        if found != classes:
-            raise UserError(f"--source {args.source}: train/ has {found} class folders, {args.dataset} {classes}")
-        return prepare_long_tail(args)
-    data = read(args.source, args.out / "download", args.url)
-    print_selection(args, *write_long_tail(data, args.out, selection(args), args.overwrite))
-
-
 def prepare_long_tail(args):
-    """A long-tailed selection of class folders."""
-    print_selection(args, *link_long_tail(args.source, args.out, selection(args), args.overwrite))
-
-
-def selection(args) -> Selection:
-    return Selection(args.max_per_class, args.imbalance, args.held_out, args.seed)
-
-
-def print_selection(args, lists: dict[str, list], counts: list[int]):
-    """Prints the numbers of images; a validation list that is the test list is not counted."""
+    """A long-tailed selection of class folders or, for CIFAR and Fashion-MNIST, of the original files."""
+    selection = Selection(args.max_per_class, args.imbalance, args.held_out, args.seed)
+    read, num_classes, *_ = SMALL.get(args.dataset, (None, None))
+    if read is None or (args.source and (args.source / "train").is_dir()):
+        lists, counts = link_long_tail(args.source, args.out, selection, args.overwrite, num_classes)
+    else:
+        data = read(args.source, args.out / "download", args.url)
+        lists, counts = write_long_tail(data, args.out, selection, args.overwrite)
     own = "" if lists["val"] is lists["test"] else f"{len(lists['val'])} validation, "
     print(
         f"{args.out}: {len(lists['train'])} training ({counts[0]} to {counts[-1]} per class), {own}"
@@ -146,7 +131,7 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--link", type=Path, metavar="OUT", help="make a sorted tree of links to the images here")
     for name, (_, _, largest, held_out) in SMALL.items():
         command = commands.add_parser(name, help=f"PNG files and lists: {name}")
-        command.set_defaults(run=prepare_small, held_out=held_out)
+        command.set_defaults(run=prepare_long_tail, held_out=held_out)
         what = "the original files, or a tree of class folders in train/ and test/, instead of a download"
         command.add_argument("--source", type=Path, metavar="DIR", help=what)
         command.add_argument("--url", metavar="BASE", help="a mirror of the original files")

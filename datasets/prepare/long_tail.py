@@ -201,13 +201,13 @@ def write_long_tail(data: SmallImages, out: Path, selection: Selection, overwrit
     return lists, counts
 
 
-def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: bool):
+def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: bool, num_classes: int | None = None):
     """Writes the lists of a long-tailed selection from class folders, with links to them in out: no image is copied.
 
     source: has train/<class>/<image>, and test/ or val/ with the same classes. Test images are those of test/, else of
     val/; validation images the held-out ones of train/, else those of val/, else the test images. Returns what
-    write_long_tail does. overwrite: replace lists and links of another selection. Raises UserError as Selection.choose
-    does, and if source or out cannot be used.
+    write_long_tail does. overwrite: replace lists and links of another selection; num_classes: what source must have.
+    Raises UserError as Selection.choose does, and if source or out cannot be used.
     """
     others = [split for split in ("test", "val") if (source / split).is_dir()]
     if not (source / "train").is_dir() or not others:
@@ -216,8 +216,8 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the source itself; choose another folder for the lists")
     train, classes = class_folders(source, "train")
-    if len(classes) < 2:
-        raise UserError(f"{source / 'train'}: has one class folder; a long tail needs two classes")
+    if len(classes) < 2 or (num_classes and len(classes) != num_classes):
+        raise UserError(f"{source / 'train'}: has {len(classes)} class folders, not {num_classes or 'two or more'}")
     counts, chosen, held = selection.choose(train.labels.numpy(), classes)
     entries = {split: read_entries(class_folders(source, split, classes)[0]) for split in others}
     lists = {"train": read_entries(train, chosen), "val": entries[others[-1]], "test": entries[others[0]]}

@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from tests.helpers import TWO, checkpoint, log_of, train
+from tests.helpers import TWO, assert_same_run, checkpoint, log_of, train
 from tests.helpers_processes import PATIENCE, Job, alive, wait_until
-from tests.test_resume import assert_same_run
 
 STEPS = 9  # per epoch
 FLAGS = ["--cos", "--save-every-steps", 1, "--epochs", 4]  # every step saves, so that kills hit saves, too

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import LAST
+from tests.helpers import LAST, assert_same_run
 from tests.helpers_processes import Job, children, wait_until
-from tests.test_resume import assert_same_run
 
 pytestmark = pytest.mark.full
 ELASTIC = (

@@ -28,6 +28,10 @@ from tests.helpers import (
     ROOT,
     TORCHRUN,
     TWO,
+    Interruption,
+    assert_one_line,
+    assert_same_results,
+    assert_same_run,
     call,
     checkpoint,
     log_of,
@@ -35,19 +39,18 @@ from tests.helpers import (
     results_of,
     run_shell,
     run_stage,
-    same,
     stage_flags,
     train,
     train_ranks,
 )
 from tests.helpers_processes import Job, alive, listening, wait_until
-from tests.test_resume import Interruption, assert_same_run
 from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import launch, spawn
-from utils.launch.failures import describe_failure
+from utils.launch.failures import LOST_CONTACT, describe_failure
+from utils.launch.network import resolve
 from utils.launch.rendezvous import (
     check_equal_starts,
     detect_launcher,
@@ -55,8 +58,8 @@ from utils.launch.rendezvous import (
     note_unused_flags,
     select_device,
 )
-from utils.numerics import StepFlags
 from utils.signals import Stopped, defer_stop
+from utils.train_state import StepFlags
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -74,22 +77,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def assert_one_line(outcome, status, *words):
-    assert outcome.status == status, outcome
-    assert re.fullmatch(r"[^\n]+\n", outcome.err), outcome.err
-    for word in words:
-        assert word in outcome.err
-
-
 def assert_stopped(outcome):
     """Checks that a run stopped, in either epoch: how far it gets before the signal arrives depends on the machine."""
     assert_one_line(outcome, 75, "stopped on request at epoch ", ", step ", "--resume auto")
-
-
-@pytest.fixture
-def interface_is_chosen_by_the_run(monkeypatch):
-    """Removes what the tests set for gloo, so that the run chooses as for a user."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
 # ---- asked to stop
@@ -130,8 +120,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, number):
-    flags = ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
+    with Job("i", plain_tree, tmp_path / "run", *node(0, f"tcp://127.0.0.1:{free_port()}")) as job:
         wait_until(lambda: listening([job.pid]), "the key-value store to listen")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run").exists()
@@ -329,6 +318,40 @@ def test_the_message_is_that_of_the_rank_that_failed(capfd, kind, status, words)
     assert (err.count("\n") == 1) == (kind is not ZeroDivisionError)  # an unknown failure has a traceback
 
 
+WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, r"\[Errno 28\] No space left on device"),
+        (OSError(f'{WORKER}  File "/own/colors.py", line 7, in f\n  File "{tempfile.__file__}", line 1, in g\n'
+                 f'  File "<frozen os>", line 2, in h\n  File "{torch.__file__}", line 3, in i\nOSError: bad disk'),
+         2, r"bad disk \(in /own/colors.py, line 7\)"),
+        (ConnectionResetError("of a transform's own"), 1, "ConnectionResetError: of a transform's own"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, r"a data .* died .*pid 3.*"),
+        (RuntimeError(f"{WORKER}gloo: Connection reset by peer"), 1, "RuntimeError: Caught .*gloo.*"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: .*"),
+        (RuntimeError("[gloo/x.cc:81] Timed out waiting 5000ms for recv operation"), 1, "no answer.*timeout 5 s.*"),
+        (RuntimeError("[gloo/x.cc:547] Connection closed by peer [127.0.0.1]:25311"), 1, "lost contact[^[]*"),
+        (torch.distributed.DistBackendError("NCCL error:\nDuplicate GPU detected"), 1,
+         r"lost contact.*\(NCCL error: Duplicate GPU detected\)"),
+        (torch.distributed.DistStoreError("no more"), 1, "lost contact.*"),
+    ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_the_cause_of_a_failure_gives_status_and_message(error, status, message):
+    found = describe_failure(error)
+    assert found[0] == status and re.fullmatch(message, found[1], re.S), found
+
+
+def test_the_most_informative_outcome_of_several_ranks_is_reported():
+    lost, stop, silent, mistake = (1, LOST_CONTACT), (75, "saved"), (2, ""), (2, "--lr: too high")
+    outcomes = [(0, ""), lost, stop, (1, "Traceback"), silent, mistake]
+    for number in range(1, len(outcomes) + 1):
+        assert spawn.most_informative(outcomes[:number]) == outcomes[number - 1]
+
+
 def test_an_incomplete_report_is_ignored():
     receive, send = multiprocessing.Pipe(duplex=False)
     assert spawn.read_report(receive) is None
@@ -346,12 +369,6 @@ def test_launch_calls_main_worker_itself(capfd):
     parser, _ = SMALL_RUN
     assert launch(lambda args, device: 1 / 0, parser, ["--device", "cpu", str(ROOT)]) == 1
     assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
-
-
-def test_an_error_of_nccl_keeps_its_cause():
-    status, message = describe_failure(torch.distributed.DistBackendError("NCCL error:\nDuplicate GPU detected"))
-    assert status == 1
-    assert message.startswith("lost contact") and message.endswith("(NCCL error: Duplicate GPU detected)")
 
 
 def test_a_full_disk_is_a_mistake_on_all_ranks_but_a_closed_pipe_is_none():
@@ -419,10 +436,13 @@ def test_flags_and_environment_determine_rank_world_size_and_launcher(detect, en
     ("env", "flags", "words"),
     [
         ({}, ["--world-size", 3, "--dist-url", "tcp://a:1"], "--rank -1: with --world-size 3 it must be from 0 to 2"),
+        ({}, ["--world-size", 2, "--rank", 2, "--dist-url", "tcp://a:1"], "--rank 2: "),
         ({}, ["--world-size", 3, "--rank", 0], "--dist-url: name tcp://HOST:PORT"),
         ({}, ["--dist-url", "env://"], "RANK and WORLD_SIZE are not set"),
         (RANKS | {"RANK": "4"}, [], "RANK is '4', must be a number from 0 to 3"),
         (RANKS | {"RANK": "-1"}, [], "RANK is '-1'"),
+        (RANKS | {"RANK": "first"}, [], "environment of the launcher: RANK is 'first'"),
+        (RANKS | {"WORLD_SIZE": ""}, [], "WORLD_SIZE is missing"),
         (RANKS | {"WORLD_SIZE": "9" * 5000}, [], "WORLD_SIZE is '99999999999999999999'"),
         (RANKS | {"LOCAL_WORLD_SIZE": "0"}, [], "LOCAL_WORLD_SIZE is '0', must be a number from 1 to 4"),
         (RANKS | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, [], "LOCAL_RANK is '2'"),
@@ -430,6 +450,8 @@ def test_flags_and_environment_determine_rank_world_size_and_launcher(detect, en
         (RANKS | {"MASTER_ADDR": ""}, [], "MASTER_ADDR is missing"),
         (TASKS | {"SLURM_STEP_NUM_NODES": "0"}, [], "SLURM_STEP_NUM_NODES is '0'"),
         (TASKS | {"SLURM_STEP_NUM_NODES": "5"}, [], "SLURM_STEP_NUM_NODES is '5', must be a number from 1 to 4"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, [], "SLURM_PROCID is missing"),
+        (TASKS | {"SLURM_STEP_NUM_TASKS": "two"}, [], "SLURM_STEP_NUM_TASKS is 'two'"),
         (TASKS | {"SLURM_STEP_NUM_TASKS": "5"}, [], "5 tasks on 2 nodes; give every node as many"),
         (TASKS | {"SLURM_LOCALID": "4"}, [], "SLURM_LOCALID is '4'"),
         (TASKS | {"SLURM_JOB_ID": ""}, [], "SLURM_JOB_ID is missing"),
@@ -452,66 +474,62 @@ def mute_port():
         yield listener.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("rank", "url", "words"),
-    [
-        (0, "tcp://127.0.0.1:FREE", ["the 2 processes did not meet within --dist-timeout 5 s"]),
-        (1, "tcp://127.0.0.1:FREE", ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
-        (1, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # an address that nobody has
-        (0, "tcp://192.0.2.77:2345", ["tcp://192.0.2.77:2345", "cannot listen there"]),
-        (0, "tcp://127.0.0.1:MUTE", ["cannot listen there (Address already in use)"]),
-        (1, "tcp://no.such.host.invalid:2345", ["no.such.host.invalid is not known"]),
-        (0, "tcp://127.0.0.1:99999", ["must be tcp://HOST:PORT"]),
-        (0, "http://127.0.0.1:2345", ["must be tcp://HOST:PORT"]),
-    ],
-)
-def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_port, rank, url, words):
-    url = url.replace("FREE", str(free_port())).replace("MUTE", str(mute_port))
-    seconds = 5 if "did not meet" in words[0] else 1  # in which its own store must answer
-    flags = ["--world-size", 2, "--rank", rank, "--dist-url", url, "--dist-timeout", seconds]
-    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, *words)
-    assert capfd.readouterr().err == ""  # nor does torch.distributed's C++ print anything
-
-
-def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, mute_port):
-    flags = ["--world-size", 2, "--rank", 1, "--dist-url", f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1]
-    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
+def node(rank, url, *more) -> list:
+    """The flags of one of two nodes."""
+    return ["--world-size", 2, "--rank", rank, "--dist-url", url, *more]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--dist-url", "tcp://127.0.0.1:MUTE"], ["cannot listen there (Address already in use)"]),
-        (["--dist-url", "tcp://192.0.2.77:2345"], ["cannot listen there", "assign requested address"]),
-        (["--world-size", 2, "--rank", 1, "--dist-url", "tcp://127.0.0.1:FREE"], ["node 0 is not reached"]),
-        (["--world-size", 2, "--rank", 0, "--dist-url", "tcp://127.0.0.1:FREE", "--dist-interface", "none0"],
-         ["--dist-interface none0"]),
+        (node(0, "tcp://127.0.0.1:FREE"), ["the 2 processes did not meet within --dist-timeout 5 s"]),
+        (node(1, "tcp://127.0.0.1:FREE"), ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
+        (node(1, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # nobody's address
+        (node(0, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "cannot listen there"]),
+        (node(0, "tcp://127.0.0.1:MUTE"), ["cannot listen there (Address already in use)"]),
+        (node(1, "tcp://no.such.host.invalid:2345"), ["no.such.host.invalid is not known"]),
+        ([*TWO, "--dist-url", "tcp://127.0.0.1:MUTE"], ["cannot listen there (Address already in use)"]),
+        ([*TWO, "--dist-url", "tcp://192.0.2.77:2345"], ["cannot listen there", "assign requested address"]),
+        ([*TWO, *node(1, "tcp://127.0.0.1:FREE")], ["node 0 is not reached"]),
+        ([*TWO, *node(0, "tcp://127.0.0.1:FREE"), "--dist-interface", "none0"], ["--dist-interface none0"]),
     ],
-)  # fmt: skip
-def test_spawned_processes_that_cannot_meet_say_why(plain_tree, tmp_path, capfd, mute_port, flags, words):
+)
+def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_port, flags, words):
     flags = [str(flag).replace("FREE", str(free_port())).replace("MUTE", str(mute_port)) for flag in flags]
-    outcome = run_stage("i", plain_tree, tmp_path / "run", *TWO, *flags, "--dist-timeout", 1)
-    assert_one_line(outcome, 2, *words)
-    assert capfd.readouterr().err == ""
+    seconds = 5 if "did not meet" in words[0] else 1  # in which its own store must answer
+    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags, "--dist-timeout", seconds), 2, *words)
+    assert capfd.readouterr().err == ""  # nor does torch.distributed's C++ print anything
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost", "tcp://localhost", "tcp://localhost:high", "tcp://a:65536", "http://a:1", "file:///etc/passwd"]
+)
+def test_an_address_of_another_form_is_refused(url):
+    with pytest.raises(UserError, match=f"--dist-url {url}: must be tcp://HOST:PORT"):
+        resolve(url)
+
+
+def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, mute_port):
+    flags = node(1, f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1)
+    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
+        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
 
 
 def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path, monkeypatch):
     """Debian's /etc/hosts maps the machine's own name to 127.0.1.1. The run must not listen everywhere instead."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
-    flags = ["--world-size", 2, "--rank", 0, "--dist-url", "tcp://node0:2345"]
-    assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on node 0", "--dist-interface")
+    flags = node(0, "tcp://node0:2345")
+    assert_one_line(
+        run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on this node", "--dist-interface"
+    )
 
 
-@pytest.mark.parametrize(("name", "refused"), [("node0", True), ("localhost", False)])
-def test_a_master_addr_that_is_loopback_only_on_its_own_node_is_refused(monkeypatch, name, refused):
+def test_a_master_addr_that_is_loopback_only_on_its_own_node_is_refused(monkeypatch):
     """torchrun takes the machine's own name. gloo would listen where no other node can connect."""
     monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
-    if not refused:
-        assert master_address(name) == "127.0.1.1"
-        return
-    with pytest.raises(UserError, match=r"MASTER_ADDR node0 is 127\.0\.1\.1.*--local-addr"):
-        master_address(name)
+    assert master_address("localhost") == "127.0.1.1"
+    with pytest.raises(UserError, match=r"MASTER_ADDR node0: is 127\.0\.1\.1.*--local-addr"):
+        master_address("node0")
 
 
 # ---- several nodes, on one machine
@@ -525,16 +543,12 @@ def slurm(task, nodes):
     }  # fmt: skip
 
 
-def by_flags(node, url, *more):
-    return ["--world-size", 2, "--rank", node, "--dist-url", url, *more], {}
-
-
 LAUNCHES = {
-    "nodes of one process": lambda node, url: by_flags(node, url),
-    "nodes that spawn": lambda node, url: by_flags(node, url, "--multiprocessing-distributed", "--nproc", 1),
-    "nodes on an interface": lambda node, url: by_flags(node, url, "--dist-interface", "lo"),
-    "srun on one node": lambda node, url: ([], slurm(node, 1)),
-    "srun on two nodes": lambda node, url: ([], slurm(node, 2)),
+    "nodes of one process": lambda rank, url: (node(rank, url), {}),
+    "nodes that spawn": lambda rank, url: (node(rank, url, "--multiprocessing-distributed", "--nproc", 1), {}),
+    "nodes on an interface": lambda rank, url: (node(rank, url, "--dist-interface", "lo"), {}),
+    "srun on one node": lambda rank, url: ([], slurm(rank, 1)),
+    "srun on two nodes": lambda rank, url: ([], slurm(rank, 2)),
 }
 
 
@@ -547,10 +561,10 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     url = f"tcp://127.0.0.1:{free_port()}"
     run, local_batch = tmp_path / "run", "8"
 
-    def start(node):
-        flags, env = LAUNCHES[launch](node, url)
+    def start(rank):
+        flags, env = LAUNCHES[launch](rank, url)
         batch = [] if launch == "srun on one node" else ["-b", local_batch]  # of one node
-        out = run if node == 0 else tmp_path / "other"
+        out = run if rank == 0 else tmp_path / "other"
         return Job("i", plain_tree, out, "--cos", *batch, *flags, env=env, gate=2, gate_file=tmp_path / "gate")
 
     with start(0) as first, start(1) as second:
@@ -563,10 +577,7 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     saved = checkpoint(run)
     assert saved["run"]["world_size"] == 2 and saved["epoch"] < 2
     again = train_ranks("i", plain_tree, run, "--cos", "--resume", "auto")
-    for name in ("state_dict", "optimizer", "best_acc1"):
-        assert same(checkpoint(again)[name], checkpoint(run_of_two_processes)[name]), name
-    assert log_of(again, timed=False) == log_of(run_of_two_processes, timed=False)
-    assert results_of(again) == results_of(run_of_two_processes)
+    assert_same_results(again, run_of_two_processes)
 
 
 @pytest.mark.parametrize(
@@ -578,7 +589,7 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
 )
 def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tree, tmp_path, flags, words):
     url = f"tcp://127.0.0.1:{free_port()}"
-    jobs = [Job("i", plain_tree, tmp_path / f"{n}", *by_flags(n, url)[0], *flags) for n in range(2)]
+    jobs = [Job("i", plain_tree, tmp_path / f"{n}", *node(n, url), *flags) for n in range(2)]
     with jobs[0] as first, jobs[1] as second:
         assert_one_line(first.end(), 2, *words)
         assert second.end()[::2] == (2, "")  # the first has said it
@@ -656,11 +667,6 @@ def test_nodes_with_different_numbers_of_processes_are_several_nodes():
     assert DistInfo(0, 12, 0, 8).nodes == 2 and DistInfo(8, 12, 0, 4).nodes == 3
 
 
-def test_errors_of_the_system_are_one_line():
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert describe_failure(error) == (2, "reading or writing: No space left on device")
-
-
 def test_flags_that_start_no_process_under_torchrun_are_named(capsys):
     parser, argv = SMALL_RUN
     note_unused_flags(parser.parse_args(argv), DistInfo(0, 4, 0, 4, "torchrun", "env://"))
@@ -676,18 +682,6 @@ def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatc
     monkeypatch.setattr(spawn.mp, "start_processes", start_processes)
     assert launch(lambda args, device: None, *SMALL_RUN) == 2
     assert re.fullmatch(r"\S+: --nproc 2: cannot be started \(Too many open files\)\n", capfd.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete", "5 s"),
-        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25311", "lost contact"),
-    ],
-)
-def test_what_gloo_says_of_a_lost_process_becomes_one_plain_line(text, words):
-    status, message = describe_failure(RuntimeError(text))
-    assert status == 1 and words in message and "gloo" not in message
 
 
 def test_a_message_that_torchrun_cannot_be_told_is_still_printed(capsys, monkeypatch, tmp_path):

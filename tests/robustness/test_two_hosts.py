@@ -6,10 +6,9 @@ import re
 import pytest
 import torch
 
-from tests.helpers import LAST, checkpoint, log_of, results_of, same, train
+from tests.helpers import LAST, assert_one_line, assert_same_results, checkpoint, log_of, results_of, train
 from tests.helpers_hosts import TwoHosts, kill_host, published, torchrun, why_no_hosts
 from tests.helpers_processes import wait_until
-from tests.robustness.test_processes import assert_one_line, interface_is_chosen_by_the_run  # noqa: F401
 
 reason = why_no_hosts()
 pytestmark = [
@@ -54,10 +53,7 @@ def test_two_hosts_compute_what_one_does_and_rank_0_alone_writes(
     with on_both(start, hosts, plain_tree, folders, *PER_HOST) as jobs:
         assert [job.end().status for job in jobs] == [0, 0]
     assert files_of(folders[0]) == FILES and not folders[1].exists()
-    for name in ("state_dict", "optimizer", "best_acc1"):
-        assert same(checkpoint(folders[0])[name], checkpoint(run_of_two_processes)[name]), name
-    assert log_of(folders[0], timed=False) == log_of(run_of_two_processes, timed=False)
-    assert results_of(folders[0]) == results_of(run_of_two_processes)
+    assert_same_results(folders[0], run_of_two_processes)
 
 
 def test_two_hosts_of_two_processes_compute_what_one_of_four_does(plain_tree, hosts, folders, tmp_path):

@@ -23,7 +23,7 @@ def launch(main_worker, parser, argv=None) -> int:
 
     0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 141 if the
     reader of the output has closed it; 1 after any other failure. The reason is printed on stderr, in one line if it is
-    known.
+    known; with TRACEBACK=1 in the environment the stack is printed before it.
     """
     status, message = 0, ""
     escape_unprintable()
@@ -37,8 +37,8 @@ def launch(main_worker, parser, argv=None) -> int:
                 with process_group(args, info) as device:
                     main_worker(args, device)
         except (Exception, KeyboardInterrupt) as error:
+            close_progress()
             status, message = describe_failure(error)
-        close_progress()
         if message:
             print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
             tell_torchrun(message)

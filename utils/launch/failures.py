@@ -1,4 +1,4 @@
-"""Why a process failed, in one line and a status."""
+"""Why a process failed, in one line and a status: the table CAUSES."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -14,44 +13,67 @@ import torch.distributed as dist
 
 from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, drop_unwritable_output, output_is_closed
 from ..distributed import get_dist_info
-from ..errors import UserError, one_line
+from ..errors import UserError, format_stack, print_stack, words_and_place
 from ..signals import Stopped
 
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
-NO_ANSWER = (
-    "no answer from another process of the run within --dist-timeout {:g} s: its node, the network or the process "
-    "itself is stuck or down; continue with --resume auto"
-)
-CONNECTION_BROKEN = (  # how gloo and the system say it
-    "Connection closed by peer", "Connection reset by peer", "Connection timed out", "Broken pipe",
-    "Network is unreachable", "No route to host",
+
+
+def is_broken_output(error) -> bool:
+    """Whether the reader of the output has closed it, and not the other end of another pipe."""
+    return isinstance(error, BrokenPipeError) and output_is_closed()
+
+
+OUT_OF_MEMORY = "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
+# (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
+CAUSES = (
+    (UserError, "", USER_ERROR, "{text}"),
+    (Stopped, "", os.EX_TEMPFAIL, "{text}"),
+    (KeyboardInterrupt, "", INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"),
+    (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
+    (ConnectionError, "", 1, format_stack),
+    (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
+    ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "can't allocate memory", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
+    (
+        RuntimeError, r"^DataLoader worker \(pid", 1,
+        "a data loading worker died ({text:.200}); give the run more memory or fewer --workers",
+    ),
+    (
+        RuntimeError, r"Timed out waiting (?P<ms>\d+)ms for (?:recv|send) operation", 1,  # gloo's words
+        "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "
+        "process itself is stuck or down; continue with --resume auto",
+    ),
+    (dist.DistBackendError, "", 1, LOST_CONTACT + " ({text:.300})"),  # NCCL's; it may be the cause itself
+    (dist.DistError, "", 1, LOST_CONTACT),
+    (
+        RuntimeError,
+        "gloo.*(Connection (closed by peer|reset by peer|timed out)|Broken pipe|unreachable|No route to host)",
+        1, LOST_CONTACT,
+    ),
+    (BaseException, "", 1, format_stack),
 )  # fmt: skip
 
 
 def describe_failure(error: BaseException) -> tuple[int, str]:
-    """(exit status, message): one line if the cause is known, else the traceback; empty if rank 0 prints the same."""
+    """(exit status, message) by CAUSES; the message is empty if rank 0 prints the same.
+
+    With TRACEBACK=1 in the environment it also prints the stack, unless that is the message.
+    """
     text = " ".join(str(error).split())
-    if isinstance(error, UserError | Stopped):
-        status = USER_ERROR if isinstance(error, UserError) else os.EX_TEMPFAIL
-        return status, "" if error.on_all_ranks and get_dist_info().rank > 0 else text
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"
-    if isinstance(error, BrokenPipeError) and output_is_closed():
-        return BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # a full disk, for instance
-        drop_unwritable_output()
-        return USER_ERROR, f"{error.filename or 'reading or writing'}: {one_line(error)}"
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return USER_ERROR, "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return 1, f"a data loading worker died ({text[:200]}); give the run more memory or fewer --workers"
-    if timed_out := re.search(r"Timed out waiting (\d+)ms for (?:recv|send) operation", text):  # gloo's words
-        return 1, NO_ANSWER.format(int(timed_out[1]) / 1000)
-    if isinstance(error, dist.DistBackendError):  # NCCL's; every rank has one, and it may be the cause itself
-        return 1, f"{LOST_CONTACT} ({text[:300]})"
-    if isinstance(error, dist.DistError) or ("gloo" in text and any(words in text for words in CONNECTION_BROKEN)):
-        return 1, LOST_CONTACT
-    return 1, "".join(traceback.format_exception(error)).rstrip()
+    for kind, words, status, message in CAUSES:  # noqa: B007
+        match = re.search(words, text)
+        if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
+            break
+    drop_unwritable_output()
+    if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
+        return status, ""
+    if message is not format_stack:
+        print_stack(error)
+    if callable(message):
+        return status, message(error)
+    return status, message.format(text=text, seconds=int(match.groupdict().get("ms", 0)) / 1000)
 
 
 def tell_torchrun(message: str):

@@ -18,8 +18,6 @@ from ..distributed import DistInfo, find_difference, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
 
-LOOPBACK = r"(localhost|127\.)"  # how the name of a host begins that is meant to be this machine
-
 
 def detect_launcher(args) -> DistInfo:
     """Rank and world size, from flags and environment; --multiprocessing-distributed: of this node's first process."""
@@ -173,20 +171,19 @@ def init_process_group(args, info: DistInfo, device):
 
 
 def master_address(name: str) -> str:
-    """torchrun's MASTER_ADDR as an address. Raises UserError if it is this node's own name, and loopback only.
-
-    Debian's /etc/hosts makes it so; gloo would then listen at an address that no other node reaches.
-    """
+    """torchrun's MASTER_ADDR as an address. Raises UserError if no other node reaches it."""
     try:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError):
         return name  # IPv6, or unknown: torch says so
-    if address.startswith("127.") and not re.match(LOOPBACK, name):
-        raise UserError(
-            f"MASTER_ADDR {name} is {address} on this node, which no other node reaches; "
-            "give torchrun --local-addr ADDRESS, or --dist-interface"
-        )
+    refuse_loopback(name, address, f"MASTER_ADDR {name}", "give torchrun --local-addr ADDRESS, or --dist-interface")
     return address
+
+
+def refuse_loopback(name: str, address: str, flag: str, remedy: str):
+    """Raises UserError if a node's own name is loopback on it, as in Debian's /etc/hosts: gloo would listen there."""
+    if address.startswith("127.") and not name.startswith(("localhost", "127.")):
+        raise UserError(f"{flag}: is {address} on this node, which no other node reaches; {remedy}")
 
 
 def session_store(info: DistInfo, timeout: timedelta):
@@ -226,11 +223,9 @@ def open_store(args, info: DistInfo, is_master: bool):
         host = "127.0.0.1"
     elif is_master and args.dist_interface:
         host = network.interface_address(args.dist_interface)
-    elif is_master and host.startswith("127.") and not re.match(f"tcp://{LOOPBACK}", info.url):
-        raise UserError(
-            f"--dist-url {info.url}: its name is {host} on node 0, which no other node reaches; "
-            "give node 0's address, or --dist-interface"
-        )
+    elif is_master:
+        name, remedy = info.url.removeprefix("tcp://"), "give node 0's address, or --dist-interface"
+        refuse_loopback(name, host, f"--dist-url {info.url}", remedy)
     timeout = timedelta(seconds=args.dist_timeout)
     try:
         if is_master:

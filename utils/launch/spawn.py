@@ -1,5 +1,6 @@
 """--multiprocessing-distributed: starts the processes of this node, and watches them until all have ended."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,14 +18,13 @@ from .rendezvous import open_store, process_group
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
+KINDS = {0: "success", USER_ERROR: "mistake", os.EX_TEMPFAIL: "stop"}  # of outcomes by status; others are failures
+ORDER = ("mistake", "failure", "stop", "lost contact", "success")  # from the most informative
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
-    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message).
-
-    Of several outcomes the most informative is returned: a user's mistake, another failure, a stop, a lost contact.
-    """
+    """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message)."""
     store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
@@ -47,10 +47,16 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
 
+    return most_informative(outcomes)
+
+
+def most_informative(outcomes) -> tuple[int, str]:
+    """The first of (status, message) by ORDER; of several of a kind, one with a message."""
+
     def order(outcome):
         status, message = outcome
-        lost = message.startswith(LOST_CONTACT)
-        return status == 0, lost, status == os.EX_TEMPFAIL, status != USER_ERROR, not message
+        kind = KINDS.get(status, "failure")
+        return ORDER.index("lost contact" if message.startswith(LOST_CONTACT) else kind), not message
 
     return min(outcomes, key=order)
 
@@ -85,10 +91,9 @@ def kill(processes):
 def read_report(channel) -> tuple[int, str] | None:
     """What a process has reported; None if it ended before."""
     os.set_blocking(channel.fileno(), False)  # there may be half a report
-    try:
+    with contextlib.suppress(Exception):
         return channel.recv()
-    except Exception:
-        return None
+    return None
 
 
 def describe_death(rank: int, code: int) -> str:

@@ -99,4 +99,3 @@ def pattern(folders: list[Path]) -> tuple[str, ...]:
 
 
 # for utils/run_folder.py, until it reads "starts_from"
-CHECKPOINTS = ("last_stage_ckpt", "teacher_ckpt")
