@@ -23,10 +23,9 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from benchmarks import common
-from datasets.dataset import ListFileDataset
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.splits import class_folders
+from datasets.splits import Split, class_folders
 from datasets.transforms import GaussianBlur, Views
 from models.preprocess import MEAN, SMALL, STD
 from utils.command_line import whole_number
@@ -77,7 +76,7 @@ def loaders(folder: Path, names, workers: int, args) -> dict:
     device, (images, _) = torch.device(args.device), class_folders(folder.parent, folder.name)
 
     def ours(augment):
-        dataset = ListFileDataset(images, folder.parent, Views(names, args.size, 0, augment))
+        dataset = Split("train", str(folder.parent), images).dataset(Views(names, args.size, 0, augment))
         return Loader("train", dataset, BatchSampler(ShuffledSampler(images.labels, 0), args.batch), workers, device)
 
     plain = ImageFolder(folder, SeveralCrops([baseline_view(name, args.size) for name in names]))

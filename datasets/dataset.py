@@ -7,20 +7,19 @@ import torch
 from utils.errors import UserError
 from utils.images import load_rgb, memory_errors
 
-from .layout import as_listed
 from .lists import ImageList
 
 
 class ListFileDataset(torch.utils.data.Dataset):
-    """Images of a list below a root folder.
+    """Images of a list; layout(path in the list, split) is where the file of an entry lies below root.
 
     Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index has come before in the
     epoch. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns, a tuple of
     uint8 tensors (3, S, S). Raises UserError, naming file and list line, for an image that cannot be read.
     """
 
-    def __init__(self, images: ImageList, root, transform, layout=as_listed, split="train"):
-        self.images, self.root, self.transform = images, os.fspath(root), transform
+    def __init__(self, images: ImageList, root: str, transform, layout, split: str):
+        self.images, self.root, self.transform = images, root, transform
         self.layout, self.split = layout, split
 
     def __len__(self):

@@ -1,8 +1,9 @@
-"""Which lists a run uses, and in which layout their images lie below DIR."""
+"""Which lists a run uses, where the files of their entries lie below DIR, and which are missing."""
 
 import os
 import shlex
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from torchvision.datasets.folder import find_classes, make_dataset
@@ -11,18 +12,53 @@ from utils.errors import UserError, one_line
 from utils.images import is_image_file
 
 from .dataset import ListFileDataset
-from .layout import as_listed, find_layout
 from .lists import ImageList
 
 SPLITS = ("train", "val", "test")
 CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
+CHUNK = 1024  # entries that a thread looks up at a time
+
+
+def as_listed(path: str, split: str) -> str:
+    """The layout of a tree whose paths are those of the list."""
+    return path
+
+
+def by_split(path: str, split: str) -> str:
+    """The layout of a tree with one folder per split: <split>/<class>/<file>."""
+    parts = PurePosixPath(path).parts
+    return "/".join((split, *parts[-2:]))
+
+
+def missing_entries(images: ImageList, root, layout, split: str, progress=iter) -> list[int]:
+    """The entries without a regular file below root; a pool of threads looks them up.
+
+    progress: wraps the iterator over the results.
+    """
+
+    def missing(chunk):
+        return [i for i in chunk if not os.path.isfile(os.path.join(root, layout(images.path(i), split)))]
+
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return [i for found in progress(pool.map(missing, chunks)) for i in found]
+
+
+def find_layout(images: ImageList, root, split: str, progress=iter):
+    """(layout, missing): the layout under which most files exist below root, and the entries that are still missing."""
+    layout, missing = as_listed, missing_entries(images, root, as_listed, split, progress)
+    if missing:
+        others = missing_entries(images, root, by_split, split, progress)
+        if len(others) < len(missing):
+            layout, missing = by_split, others
+    return layout, missing
 
 
 class Split(NamedTuple):
     """The entries of a split, where their files lie, and the entries whose files are missing.
 
-    layout: a function of datasets.layout, (path in the list, name of the split) -> path below root; folders: the names
+    layout: a function (path in the list, name of the split) -> path below root, such as as_listed; folders: the names
     of the class folders in the order of their labels, if the split was read from class folders.
     """
 

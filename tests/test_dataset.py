@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.dataset import ListFileDataset
 from datasets.lists import ImageList
-from datasets.splits import class_folders
+from datasets.splits import Split, class_folders
 from utils.errors import UserError
 from utils.images import load_rgb
 
@@ -95,7 +94,7 @@ def test_a_system_without_memory_is_not_called_a_damaged_image(tmp_path, monkeyp
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(Image, "open", fail)
-    dataset = ListFileDataset(ImageList.from_bytes("list", b"image.png 0"), tmp_path, None)
+    dataset = Split("train", tmp_path, ImageList.from_bytes("list", b"image.png 0")).dataset(None)
     saved(tmp_path, Image.new("RGB", (4, 4)))
     assert "ran out of memory" in str(dataset.__getitems__([(0, 0, 0)]))
 
@@ -105,7 +104,7 @@ def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):
     (tmp_path / "train" / "a" / "1.png").write_text("no image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()  # hidden folders are no classes
     images, classes = class_folders(tmp_path, "train")
-    returned = ListFileDataset(images, tmp_path, None).__getitems__([(0, 0, 0)])
+    returned = Split("train", tmp_path, images).dataset(None).__getitems__([(0, 0, 0)])
     assert classes == ["a"] and images.locate([0]) == "train/a/1.png"
     assert str(returned).startswith(f"{tmp_path}/train/a/1.png: ") and "line" not in str(returned)
     (tmp_path / "train" / "a" / "2\n.png").touch()
@@ -145,7 +144,7 @@ def test_a_lack_of_memory_is_returned_as_a_user_error(tmp_path, error):
         raise error
 
     saved(tmp_path, Image.new("RGB", (4, 4)))
-    dataset = ListFileDataset(ImageList.from_bytes("list", b"image.png 0"), tmp_path, transform)
+    dataset = Split("train", tmp_path, ImageList.from_bytes("list", b"image.png 0")).dataset(transform)
     returned = dataset.__getitems__([(0, 0, 0)])
     assert isinstance(returned, UserError)
     assert all(flag in str(returned) for flag in ("--workers", "--batch-size", "--image-size"))

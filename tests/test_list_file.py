@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import splits, verify
-from datasets.layout import as_listed, by_split, find_layout
 from datasets.lists import ImageList
 from datasets.prepare.list_writer import list_content
-from datasets.splits import SPLITS, choose_lists, class_folders, find_splits
+from datasets.splits import SPLITS, as_listed, by_split, choose_lists, class_folders, find_layout, find_splits
 from utils.errors import UserError
 
 

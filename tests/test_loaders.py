@@ -19,6 +19,7 @@ from datasets.dataset import ListFileDataset
 from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
+from datasets.splits import Split
 from datasets.transforms import Views
 from tests.helpers import TWO, assert_mistake
 from utils.arguments import training_parser
@@ -37,7 +38,7 @@ def loaded(plain_tree):
 
     def epochs(workers):
         images = ImageList.from_file(plain_tree / "train.txt")
-        loader = build_loader(ListFileDataset(images, plain_tree, Views(("query", "key"), 32, 7)), workers)
+        loader = build_loader(Split("train", plain_tree, images).dataset(Views(("query", "key"), 32, 7)), workers)
         given = []
         for epoch in range(2):
             loader.start_at(epoch, 0)

@@ -1,13 +1,31 @@
-"""Writing files so that a crash at any moment leaves the old file or the complete new one."""
+"""Writing files so that after a crash at any moment there is the old file or the complete new one."""
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError, one_line
+
+
+@contextmanager
+def temporary_beside(path):
+    """Yields a name for a temporary file in the folder of `path`; the file, if it is still there, is removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder, *names: str):
+    """Removes what a process did not remove that was killed while it wrote one of the named files."""
+    for name in names:
+        for file in Path(folder).glob(f".{name}.{'?' * 8}"):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -18,25 +36,13 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
     file is removed. before_replacing is called when the new file is complete. sync=False skips flushing to the disk,
     which takes milliseconds per file; use it for many files that can be made again. Raises OSError.
     """
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-            apply_umask(file.name)
-            before_replacing()
-            (replace if sync else os.replace)(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
-def apply_umask(path):
-    """Gives a temporary file, which is private at first, the permissions of an ordinary new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    with temporary_beside(path) as temporary, open(temporary, "xb") as file:
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+        before_replacing()
+        (replace if sync else os.replace)(temporary, path)
 
 
 def replace(source, target):
@@ -54,19 +60,14 @@ def replace(source, target):
 
 def link(source, target):
     """Gives a file, which must never change in place, a second name; copies it if the file system has no links."""
-    temporary = Path(f"{target}.link")
-    temporary.unlink(missing_ok=True)
-    try:
+    with temporary_beside(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
-            with open(source, "rb") as original, open(temporary, "wb") as copy:
+            with open(source, "rb") as original, atomic_write(target) as copy:
                 shutil.copyfileobj(original, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # os.replace does nothing if both are the same file
+        else:
+            replace(temporary, target)  # does nothing if both are the same file already
 
 
 def walk(folder):
@@ -85,10 +86,3 @@ def walk(folder):
             continue
         seen.add(real)
         yield path, names
-
-
-def remove_temporary_files(folder, *names: str):
-    """Removes what a process left behind that was killed while it wrote one of the named files."""
-    for name in names:
-        for file in [*Path(folder).glob(f".{name}.{'?' * 8}"), Path(folder) / f"{name}.link"]:
-            file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError
 
-from ..layout import as_listed, by_split
+from ..splits import as_listed, by_split
 from .folders import write_folder_lists
 from .list_writer import write_files
 from .long_tail import Selection, link_long_tail, read_cifar, read_fashion_mnist, write_long_tail

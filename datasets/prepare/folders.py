@@ -10,8 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from utils.errors import UserError
 from utils.images import is_image_file
 
-from ..layout import as_listed, missing_entries
-from ..splits import SPLITS, Split, class_folders, visible_classes
+from ..splits import SPLITS, Split, as_listed, class_folders, missing_entries, visible_classes
 from .list_writer import list_files, read_entries, write_files
 from .trees import require_files
 

@@ -8,8 +8,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-from ..layout import by_split, missing_entries
-from ..splits import Split, find_splits
+from ..splits import Split, by_split, find_splits, missing_entries
 
 SUFFIXES = (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp")
 

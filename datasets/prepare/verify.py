@@ -28,8 +28,7 @@ from utils.groups import FEW_BELOW, MANY_ABOVE, shot_groups
 from utils.images import load_rgb
 from utils.results.plots import require_matplotlib, save_figure
 
-from ..layout import as_listed, by_split
-from ..splits import SPLITS, Split, find_splits
+from ..splits import SPLITS, Split, as_listed, by_split, find_splits
 from .trees import bar, diagnose, flat
 
 MAX_SHOWN = 20
