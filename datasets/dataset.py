@@ -5,7 +5,7 @@ import os
 import torch
 
 from utils.errors import UserError
-from utils.images import load_rgb, memory_errors
+from utils.images import load_rgb
 
 from .lists import ImageList
 
@@ -40,7 +40,6 @@ class ListFileDataset(torch.utils.data.Dataset):
     def __getitems__(self, items):
         """The items of a batch, or the UserError of one of them: raised in a worker, it would print a traceback."""
         try:
-            with memory_errors():
-                return [self[item] for item in items]
+            return [self[item] for item in items]
         except UserError as error:
             return error

@@ -14,9 +14,8 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from models.preprocess import MEAN, STD, normalize
+from utils.distributed import block_signals
 from utils.errors import UserError, format_stack
-from utils.images import memory_errors
-from utils.signals import block_signals
 
 from .device_augment import to_float
 
@@ -26,14 +25,13 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers
 def collate(items):
     """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
 
-    Returns a UserError, for the run to raise, if it is given in place of the items or if there is no memory left.
+    Returns a UserError, for the run to raise, if it is given in place of the items.
     """
     try:
         if isinstance(items, UserError):
             raise items
         views, labels, indices = zip(*items, strict=True)
-        with memory_errors():
-            return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
+        return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
     except UserError as error:
         if get_worker_info() is not None:
             error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1; sending it would lose it
@@ -130,7 +128,7 @@ class Loader(DataLoader):
 
     def __iter__(self):
         batches = self._start()
-        with memory_errors(), report_killed_workers(batches):
+        with report_killed_workers(batches):
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
@@ -140,12 +138,12 @@ class Loader(DataLoader):
                 yield images, labels.to(self.device, non_blocking=True), indices
 
     def _start(self):
-        """Starts the workers; returns the iterator over batches. Raises UserError if there is no memory for them."""
+        """Starts the workers, all or none; returns the iterator over batches."""
         others = set(active_children())
         try:
-            with memory_errors(), block_signals():
+            with block_signals():
                 return super().__iter__()
-        except UserError:
+        except BaseException:
             end_processes(set(active_children()) - others)
             raise
 

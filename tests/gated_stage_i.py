@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from utils import signals
+from utils import distributed, signals
 
 GATE, FILE = os.environ["GATE"], Path(os.environ["GATE_FILE"])
 OWN_FILE = Path(f"{FILE}.{os.getpid()}")
 WATCHES = __name__ == "__main__" and "--multiprocessing-distributed" in sys.argv
 
 
-def heartbeat(real=signals.heartbeat, calls=[]):  # noqa: B006
+def heartbeat(real=distributed.heartbeat, calls=[]):  # noqa: B006
     real()
     calls.append(None)
     if WATCHES:
@@ -32,17 +32,17 @@ def heartbeat(real=signals.heartbeat, calls=[]):  # noqa: B006
     elif GATE == "twice" and len(calls) == 6:
         OWN_FILE.touch()
         while True:
-            if signals.stop_requested():
+            if distributed.stop_requested():
                 OWN_FILE.unlink(missing_ok=True)
             time.sleep(0.01)
     elif str(len(calls)) == GATE:
         while not FILE.exists():
-            if signals.stop_requested():
+            if distributed.stop_requested():
                 FILE.touch()
             time.sleep(0.01)
 
 
-signals.heartbeat = heartbeat
+distributed.heartbeat = heartbeat
 if GATE == "hang":
     signals.STUCK_AFTER = 1
 while GATE == "start" and __name__ == "__mp_main__" and not signal.sigpending():

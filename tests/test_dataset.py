@@ -12,6 +12,7 @@ from datasets.lists import ImageList
 from datasets.splits import Split, class_folders
 from utils.errors import UserError
 from utils.images import load_rgb
+from utils.launch.failures import describe_failure
 
 
 def saved(tmp_path, image, name="image.png", **options):
@@ -96,7 +97,9 @@ def test_a_system_without_memory_is_not_called_a_damaged_image(tmp_path, monkeyp
     monkeypatch.setattr(Image, "open", fail)
     dataset = Split("train", tmp_path, ImageList.from_bytes("list", b"image.png 0")).dataset(None)
     saved(tmp_path, Image.new("RGB", (4, 4)))
-    assert "ran out of memory" in str(dataset.__getitems__([(0, 0, 0)]))
+    with pytest.raises(OSError) as caught:
+        dataset.__getitems__([(0, 0, 0)])
+    assert describe_failure(caught.value)[0] == 2 and "out of memory" in describe_failure(caught.value)[1]
 
 
 def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):

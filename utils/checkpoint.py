@@ -13,11 +13,11 @@ from models.loading import is_names, read_checkpoint, state_dict_of, transform_o
 from models.state_dicts import check_weights, find_mismatch, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
-from .distributed import gather_objects, get_world_size, is_main_process, print_main, raise_on_all_ranks
+from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
 from .metrics import MetricLogger
-from .signals import Stopped, heartbeat
+from .signals import Stopped
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 BEST_METRIC = "class_mean"

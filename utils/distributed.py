@@ -1,9 +1,15 @@
-"""The ranks of a run and what they exchange. Without a process group, every exchange returns its input."""
+"""The ranks of a run: what they exchange, what rank 0 shows, and whether one was asked to stop.
+
+Without a process group, every exchange returns its input.
+"""
 
 import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -11,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .errors import UserError, one_line
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class DistInfo(NamedTuple):
@@ -117,6 +125,42 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}" if hours else f"{minutes}m{seconds:02}"
+
+
+class StopState:
+    """What this process knows of requests to stop, which signals.py notes."""
+
+    def __init__(self, interactive: bool = False):
+        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+        self.interactive = interactive  # whether stderr is a terminal
+
+
+stop_state = StopState()
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop."""
+    return stop_state.requested
+
+
+def defer_stop():
+    """From now on there may be something to save: a signal is noted, not obeyed at once."""
+    stop_state.deferred = True
+
+
+def heartbeat():
+    """Says that the run is making progress."""
+    stop_state.heartbeat = time.monotonic()
+
+
+@contextlib.contextmanager
+def block_signals():
+    """Blocks STOP_SIGNALS in this thread during the block, and permanently in processes that are started within it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def distribute(model, device):

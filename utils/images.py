@@ -4,9 +4,7 @@ import ctypes
 import errno
 import os
 import stat
-import traceback
 import warnings
-from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
@@ -47,21 +45,6 @@ def load_rgb(file) -> Image.Image:
             raise
         what, hint = ("decoded", "; replace the file") if number is None else ("read", "")
         raise UserError(f"{file}: cannot be {what} ({one_line(error)}){hint}") from None
-
-
-@contextmanager
-def memory_errors():
-    """Turns the errors of a system that has no more memory, or threads, into a UserError."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:  # the latter two from torch's allocators and multiprocessing
-        words = "allocate memory", "start new thread"
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
-            raise
-        traceback.clear_frames(error.__traceback__)  # frees the memory that they hold
-        raise UserError(
-            "loading the images ran out of memory: lower -j/--workers, --batch-size or --image-size"
-        ) from None
 
 
 def is_image_file(path) -> bool:

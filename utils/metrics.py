@@ -7,10 +7,18 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from .distributed import all_reduce, broadcast_buffers, gather_objects, get_rank, get_world_size
+from .distributed import (
+    all_reduce,
+    broadcast_buffers,
+    defer_stop,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    heartbeat,
+    stop_requested,
+)
 from .errors import UserError
 from .groups import GROUPS, shot_groups
-from .signals import defer_stop, heartbeat, stop_requested
 
 MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in full
 

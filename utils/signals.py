@@ -13,9 +13,10 @@ import signal
 import threading
 import time
 
+from . import distributed
+from .distributed import STOP_SIGNALS
 from .errors import EndOfRun
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STUCK_AFTER = 120  # seconds
 STOPPED_EARLY = "stopped on request before the first step; start again with the same command"
 STOPPED_STUCK = (
@@ -28,50 +29,13 @@ class Stopped(EndOfRun):
     """The run was asked to stop, and has saved what there was to save."""
 
 
-class _State:
-    """What this process knows about requests to stop."""
-
-    def __init__(self, interactive: bool = False):
-        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
-        self.interactive = interactive  # whether stderr is a terminal
-
-
-_state = _State()
-
-
-def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
-    return _state.requested
-
-
-def defer_stop():
-    """From now on there may be something to save: a signal is noted, not obeyed at once."""
-    _state.deferred = True
-
-
-def heartbeat():
-    """Says that the run is making progress."""
-    _state.heartbeat = time.monotonic()
-
-
-@contextlib.contextmanager
-def block_signals():
-    """Blocks STOP_SIGNALS in this thread during the block, and permanently in processes that are started within it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 @contextlib.contextmanager
 def handle_stop_signals(program: str = "", report=None):
     """Installs the handlers; does nothing outside the main thread, where Python does not allow it.
 
     report(message) is called when the process exits at once; without it the message goes to stderr.
     """
-    global _state
-    state = _state = _State(interactive=bool(program) and os.isatty(2))
+    distributed.stop_state = state = distributed.StopState(interactive=bool(program) and os.isatty(2))
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,14 +62,15 @@ def handle_stop_signals(program: str = "", report=None):
 
 
 def _note(number, frame):
-    if _state.requested and number == signal.SIGINT:
+    state = distributed.stop_state
+    if state.requested and number == signal.SIGINT:
         raise KeyboardInterrupt
-    _state.requested = True
-    if number == signal.SIGINT and _state.deferred and _state.interactive:
+    state.requested = True
+    if number == signal.SIGINT and state.deferred and state.interactive:
         os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
 
 
-def _watch(receive: int, state: _State, report):
+def _watch(receive: int, state, report):
     """Ends the process at the right time; runs in a thread, since the main thread may be stuck in a system call."""
     while (number := os.read(receive, 1)[0]) not in STOP_SIGNALS:
         if number == 0:

@@ -11,19 +11,21 @@ from . import checkpoint
 from .distributed import (
     Progress,
     all_reduce,
+    defer_stop,
     duration,
     gather_objects,
     get_rank,
     get_world_size,
+    heartbeat,
     is_main_process,
     print_main,
     raise_on_all_ranks,
+    stop_requested,
 )
 from .errors import UserError
 from .groups import percent
 from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
-from .signals import defer_stop, heartbeat, stop_requested
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")

@@ -46,7 +46,7 @@ from tests.helpers import (
 from tests.helpers_processes import Job, alive, listening, wait_until
 from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
-from utils.distributed import DistInfo, get_dist_info, num_cores, raise_on_all_ranks
+from utils.distributed import DistInfo, defer_stop, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
@@ -58,7 +58,7 @@ from utils.launch.rendezvous import (
     note_unused_flags,
     select_device,
 )
-from utils.signals import Stopped, defer_stop
+from utils.signals import Stopped
 from utils.train_state import StepFlags
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it

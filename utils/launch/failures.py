@@ -24,7 +24,7 @@ def is_broken_output(error) -> bool:
     return isinstance(error, BrokenPipeError) and output_is_closed()
 
 
-OUT_OF_MEMORY = "out of memory: lower --batch-size or --eval-batch-size, or use --amp bf16"
+OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
 # (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
@@ -32,9 +32,9 @@ CAUSES = (
     (KeyboardInterrupt, "", INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"),
     (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
     (ConnectionError, "", 1, format_stack),
-    (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
-    (Exception, "can't allocate memory", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "allocate memory|start new thread", USER_ERROR, OUT_OF_MEMORY),
+    (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
     (
         RuntimeError, r"^DataLoader worker \(pid", 1,

@@ -10,9 +10,9 @@ from multiprocessing import connection, resource_tracker
 import torch.multiprocessing as mp
 
 from ..command_line import USER_ERROR, escape_unprintable
-from ..distributed import DistInfo
+from ..distributed import STOP_SIGNALS, DistInfo, block_signals, defer_stop, heartbeat, stop_requested
 from ..errors import UserError, one_line
-from ..signals import STOP_SIGNALS, block_signals, defer_stop, handle_stop_signals, heartbeat, stop_requested
+from ..signals import handle_stop_signals
 from .failures import LOST_CONTACT, describe_failure, exit_now
 from .rendezvous import open_store, process_group
 
