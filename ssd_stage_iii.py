@@ -9,7 +9,7 @@ A new student has two classifiers: the hard one learns from the labels, the soft
     python ssd_stage_iii.py --cos --kd-weight 0 DIR                 the student without a teacher
 
 Input: the checkpoint of stage II. Output: weights/stage_iii/last_checkpoint.pth.tar. Published for ImageNet-LT, top-1
-in per cent of many-, medium-, few-shot and all classes: hard 71.1, 46.2, 15.3, 51.6; soft 67.3, 53.1, 30.0, 55.4.
+in percent of many-, medium-, few-shot and all classes: hard 71.1, 46.2, 15.3, 51.6; soft 67.3, 53.1, 30.0, 55.4.
 """
 
 import sys

@@ -32,7 +32,7 @@ def dequeue_and_enqueue(queue, label_queue, queue_ptr, keys, labels):
 
     queue (dim, K), label_queue (K,), queue_ptr (1,): the buffers; keys (N, dim) and labels (N,) with N <= K.
     A key that is not finite leaves the entry that it would replace unchanged: an overflow in half precision must not
-    stay among the negatives until the queue has gone round. (The scripts end a run before that, since its loss is not
+    stay among the negatives until the queue has gone around. (The scripts end a run before that, since its loss is not
     finite.) Raises ValueError if N > K.
     """
     size, count = queue.shape[1], len(keys)

@@ -49,7 +49,7 @@ def plain_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reorganized_tree(tmp_path_factory):
     """The same images and lists, with one folder per split."""
-    return write_tree(tmp_path_factory.mktemp("reorganised"), reorganized=True)
+    return write_tree(tmp_path_factory.mktemp("reorganized"), reorganized=True)
 
 
 @pytest.fixture(scope="session")

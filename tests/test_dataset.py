@@ -21,14 +21,14 @@ def saved(tmp_path, image, name="image.png", **options):
 
 
 def test_images_of_every_mode_become_rgb(tmp_path):
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    gray = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     images = {
-        "grey.png": grey,
-        "palette.gif": grey.convert("P"),
-        "transparent.png": grey.convert("LA"),
-        "cmyk.jpg": grey.convert("CMYK"),
-        "bilevel.png": grey.convert("1"),
-        "rgba.webp": grey.convert("RGBA"),
+        "gray.png": gray,
+        "palette.gif": gray.convert("P"),
+        "transparent.png": gray.convert("LA"),
+        "cmyk.jpg": gray.convert("CMYK"),
+        "bilevel.png": gray.convert("1"),
+        "rgba.webp": gray.convert("RGBA"),
     }
     for name, image in images.items():
         loaded = load_rgb(saved(tmp_path, image, name))

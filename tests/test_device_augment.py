@@ -61,7 +61,7 @@ def check(images, parameters):
 
 @pytest.fixture
 def images():
-    """24 float images (3, 40, 30), half noise, half photographs; some with grey, black and saturated pixels."""
+    """24 float images (3, 40, 30), half noise, half photographs; some with gray, black and saturated pixels."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.rand(12, 3, 40, 30, generator=generator)
     noise[:, :, :4] = noise[:, :1, :4]
@@ -133,8 +133,8 @@ def test_parameters_have_the_distributions_of_the_views():
         shares = jittered, drawn[:, GRAYSCALE] == 1, drawn[:, BLUR] > 0
         for share, probability in zip(shares, probabilities, strict=True):
             assert abs(share.float().mean() - probability) < 0.05
-        for column, (centre, reach) in enumerate([(1, 0.4), (1, 0.4), (1, 0.4), (0, hue)]):
-            values = factors[jittered, column] - centre
+        for column, (center, reach) in enumerate([(1, 0.4), (1, 0.4), (1, 0.4), (0, hue)]):
+            values = factors[jittered, column] - center
             assert values.abs().max() <= reach + 1e-6
             assert abs(values.mean()) <= 0.05 * reach
             assert values.std() == pytest.approx(reach / 3**0.5, rel=0.05)

@@ -141,15 +141,15 @@ def test_pieces_of_lists_raise_nothing_but_user_errors(pieces):
 
 def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
     images = ImageList.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
-    plain, reorganised = tmp_path / "plain", tmp_path / "reorganised"
+    plain, reorganized = tmp_path / "plain", tmp_path / "reorganized"
     for file in (plain / "train/cat/1.jpg", plain / "train/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    for file in (reorganised / "val/cat/1.jpg", reorganised / "val/dog/2.jpg"):
+    for file in (reorganized / "val/cat/1.jpg", reorganized / "val/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     assert find_layout(images, plain, "val") == (as_listed, [2])
-    assert find_layout(images, reorganised, "val") == (by_split, [2])
+    assert find_layout(images, reorganized, "val") == (by_split, [2])
     assert find_layout(images, tmp_path, "val") == (as_listed, [0, 1, 2])
 
 

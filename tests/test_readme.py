@@ -26,7 +26,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
 FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
-    "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--full", "--smoke",
+    "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--nodes", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
     "--wait", "--variants",
     "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment", "--student-ckpt",

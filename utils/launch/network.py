@@ -59,7 +59,7 @@ def interface_address(name: str) -> str:
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface whose address this machine uses towards host; None if that is unknown."""
+    """The network interface whose address this machine uses toward host; None if that is unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, UnicodeError):
         probe.connect((host, 9))  # for a datagram socket this sends nothing, it only picks the route
         address = probe.getsockname()[0]
