@@ -48,7 +48,7 @@ def network_of(path, content: dict) -> nn.Module:
     try:
         transform, classes = transform_of(content), content.get("classes")
         network = from_state_dict(state_dict, transform.size)
-        num_classes = network.state_dict()[f"{network.linear}bias"].numel()
+        num_classes = len(network.state_dict()[f"{network.linear}weight"])
         if not is_names(classes):
             raise ValueError("its classes are not a list of names")
         if classes is not None and len(classes) != num_classes:
@@ -195,11 +195,11 @@ def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None
     """
     state_dict = strip_module(state_dict)
     stage = next((s for s in STAGES.values() if any(name.startswith(s.mark) for name in state_dict)), None)
-    bias = state_dict.get(f"{stage.linear}bias") if stage else None
-    if bias is None or bias.dim() != 1:
+    weight = state_dict.get(f"{stage.linear}weight") if stage else None
+    if weight is None or weight.dim() != 2:
         return None
     arch = infer_arch(strip_prefix(state_dict, stage.backbone), image_size)
-    return {"stage": stage.stage, "arch": arch, "num_classes": len(bias), **stage.sizes(state_dict)}
+    return {"stage": stage.stage, "arch": arch, "num_classes": len(weight), **stage.sizes(state_dict)}
 
 
 def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:

@@ -27,7 +27,7 @@ class Stage(nn.Module):
 
     stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
     logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
-    no other stage has; linear: that of W and b. takes: the stages whose checkpoints it can start from.
+    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from.
     """
 
     stage = number = title = backbone = mark = linear = ""

@@ -53,6 +53,8 @@ def plain_network(model, arch: str, classifier: str) -> nn.Module:
     """
     backbone = model.get_submodule(model.backbone.rstrip("."))
     fc = model.classifier_kd if classifier == "soft" else model.get_submodule(model.linear.rstrip("."))
+    if not isinstance(fc, nn.Linear):
+        raise UserError(f"--format: the classifier of stage {model.number} is no linear layer; take --format published")
     if isinstance(model.classifier, LWS):
         with torch.no_grad():
             fc.weight *= model.classifier.scales[:, None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models import SSFL
 from models.moco import SplitBatchNorm, without_exchange
@@ -26,7 +26,11 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
     how much memory it has, all fits.
     """
     measure = partial(step_memory, model, image_size=image_size, momentum=momentum, dtype=dtype, device=device)
-    needed = measure(batch_size, accum_steps=accum_steps)
+    try:
+        needed = measure(batch_size, accum_steps=accum_steps)
+    except DataDependentOutputException:
+        print_main("the memory of a step is not checked: the network's forward pass depends on its values")
+        return
     gather_objects(None)  # from here on every rank holds its model
     free, source = min(gather_objects(available_memory(device)))
     available = free + storage_bytes([*model.parameters(), *model.buffers()])  # these are in memory already

@@ -7,7 +7,8 @@ import torch
 import torchvision
 
 import models
-from models.backbones import CIFAR, infer_arch
+from models import backbones
+from models.backbones import infer_arch
 from models.loading import read_checkpoint
 from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
 
@@ -53,7 +54,7 @@ def download(arch: str, wanted: bool = True) -> str:
 
     Raises UserError if there are none for arch, or if the download fails.
     """
-    if arch in CIFAR:
+    if arch not in backbones.TORCHVISION:
         raise UserError(
             f"--pretrained: torchvision has no weights for {arch}; name a file (--pretrained PATH), or choose another "
             "--arch"
