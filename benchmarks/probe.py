@@ -3,8 +3,9 @@
     python -m benchmarks.probe runs/stage_i/last_checkpoint.pth.tar DIR [--json docs/study/GROUP/CELL/seed_0/probe.json]
 
 The backbone is frozen, in eval mode. Each of three splits (seeds 0, 1, 2) halves the images of every class at random; a
-classifier is trained on either half and tested on the other. It minimizes cross entropy + 0.005 |W|^2 on standardized
-features, in float64 (LBFGS). Shown are means and standard deviations (n - 1) over the splits, in percent.
+classifier is trained on either half and tested on the other. It minimizes cross entropy + 0.005 |W|^2 on features that
+are standardized over all test images, in float64 (LBFGS). Shown are means and sample standard deviations over the
+splits, in percent: of all images, and of the mean accuracies of the many-, medium- and few-shot classes.
 """
 
 import sys
@@ -23,7 +24,8 @@ from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
 from utils.metrics import ShotAccuracy
-from utils.predict import load_network
+from utils.networks import load_network
+from utils.numerics import set_numerics
 from utils.results.tables import format_accuracy
 
 DECAY, SEEDS, ACCURACIES = 0.01, (0, 1, 2), ("overall", "many", "medium", "few")
@@ -69,7 +71,8 @@ def split_accuracies(features, labels, train_counts, seed: int) -> dict:
 
 def probe(args):
     """Prints the accuracies, and writes them to the file of --json."""
-    model, _ = load_network(args.checkpoint, "hard")
+    set_numerics(tf32=False, deterministic=True)
+    model, _, _ = load_network(args.checkpoint, "hard")
     train, test = find_splits(args.data, vars(args), ("train", "test"), check=("test",)).values()
     test.require()
     features, labels = extract_features(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
