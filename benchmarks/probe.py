@@ -24,9 +24,9 @@ from utils.distributed import num_cores
 from utils.errors import UserError
 from utils.log import write_json
 from utils.metrics import ShotAccuracy
-from utils.networks import load_network
-from utils.numerics import set_numerics
+from utils.predict import load_network
 from utils.results.tables import format_accuracy
+from utils.train_state import set_numerics
 
 DECAY, SEEDS, ACCURACIES = 0.01, (0, 1, 2), ("overall", "many", "medium", "few")
 
@@ -72,7 +72,7 @@ def split_accuracies(features, labels, train_counts, seed: int) -> dict:
 def probe(args):
     """Prints the accuracies, and writes them to the file of --json."""
     set_numerics(tf32=False, deterministic=True)
-    model, _, _ = load_network(args.checkpoint, "hard")
+    model, _ = load_network(args.checkpoint, "hard")
     train, test = find_splits(args.data, vars(args), ("train", "test"), check=("test",)).values()
     test.require()
     features, labels = extract_features(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -14,7 +14,7 @@ from datasets.device_augment import BLUR, FACTORS, GRAYSCALE, NEUTRAL, ORDER, ap
 from datasets.loaders import collate
 from datasets.transforms import Views, key_view, query_view
 from models.preprocess import SMALL, normalize
-from tests.helpers import assert_same_run, checkpoint, same, train
+from tests.helpers import assert_same_results, assert_same_run, checkpoint, same, train
 
 DRAWS = 2000
 
@@ -210,4 +210,4 @@ def test_the_same_seed_gives_the_same_result_with_any_number_of_workers(whole, p
 def test_a_resumed_run_equals_one_that_never_stopped(whole, plain_tree, tmp_path):
     train("i", plain_tree, tmp_path / "parts", "--augment", "device", "--epochs", 1)
     train("i", plain_tree, tmp_path / "parts", "--epochs", 2, "--resume", "auto")
-    assert_same_run(tmp_path / "parts", whole)
+    assert_same_results(tmp_path / "parts", whole)

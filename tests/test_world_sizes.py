@@ -1,7 +1,5 @@
 """A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -201,9 +199,8 @@ def test_sync_bn_converts_the_frozen_networks_too(network):
 
 
 def memory_of_both(rank):
-    args = SimpleNamespace(amp="none", image_size=32, momentum=0.9, accum_steps=1)
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    return [list(step_memory(model, 4, args, CPU)) for model in (plain, sync_model())]
+    return [step_memory(model, 4, 32, device=CPU) for model in (plain, sync_model())]
 
 
 def test_the_memory_check_counts_sync_bn_like_batchnorm_without_the_other_ranks():

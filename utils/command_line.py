@@ -89,7 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             self.error(f"{option_name(action)}: {error.message}")
         if is_flag or getattr(namespace, action.dest) != value:
-            self.error(f"{option_name(action)} {value}: is of another type")
+            self.error(f"{option_words(action, value)}: is of another type")
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""

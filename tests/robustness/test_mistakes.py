@@ -98,8 +98,8 @@ def test_flags_that_cannot_be_parsed_are_named(plain_tree, flags, words):
         ("i", ["-b", 0], ["--batch-size 0"]),  # from the parser
         ("i", ["-b", 1], ["--batch-size 1", "two images"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
-        ("i", ["--accum-steps", 9], ["--accum-steps 9", "at most 8", "--batch-size 16", "two images"]),
-        ("i", ["--accum-steps", 17], ["--accum-steps 17", "at most 8", "--batch-size 16", "1 process:"]),
+        ("i", ["--accum-steps", 9], ["--accum-steps 9", "1 images", "--batch-size 18"]),
+        ("i", ["--accum-steps", 17], ["--accum-steps 17", "0 images", "--batch-size 34"]),
         ("i", ["--accum-steps", 4, "-b", 160, "--moco-k", 200], ["--batch-size 160", "154 images", "no full step"]),
         ("i", ["--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys", "--batch-size"]),
         ("i", ["--moco-k", 15], ["--moco-k 15", "16 keys"]),
@@ -389,8 +389,8 @@ def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, 
 @pytest.mark.parametrize(
     "flags, world, words",
     [
-        (["-b", 3], 2, ["--batch-size 3", "2 processes", "at least 4"]),
-        (["-b", 16, "--accum-steps", 5], 2, ["--accum-steps 5", "at most 4", "2 processes"]),
+        (["-b", 3], 2, ["--batch-size 3", "2 processes", "--batch-size 4"]),
+        (["-b", 16, "--accum-steps", 5], 2, ["--accum-steps 5", "2 processes", "--batch-size 20"]),
         (["-b", 16, "--accum-steps", 4, "--moco-k", 15], 2, ["--moco-k 15", "16 keys"]),
         (["-b", 156, "--moco-k", 200], 4, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
     ],

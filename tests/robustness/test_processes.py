@@ -59,7 +59,7 @@ from utils.launch.rendezvous import (
     select_device,
 )
 from utils.signals import Stopped
-from utils.train_state import StepFlags
+from utils.train_state import TrainState
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -642,12 +642,26 @@ def test_two_nodes_with_different_lists_end_in_one_line_on_both(plain_tree, tmp_
         assert message.startswith(f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1")
 
 
-def loss_of_two_ranks(rank):
-    return StepFlags(torch.tensor([1.0, torch.nan][rank]), False).loss_is_finite()
+def check_of_two_ranks(rank, loss, gradient):
+    """What a step's check says; the values are those of rank 1."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([0.0, gradient if rank else 0.0])
+    args = SimpleNamespace(start_epoch=0, accum_steps=1, amp="none")
+    state = TrainState(
+        SimpleNamespace(classifiers=("linear",)), torch.optim.SGD([weight], 0.1), torch.device("cpu"), args
+    )
+    state.loader = SimpleNamespace(locate=lambda: f"images of rank {rank}")
+    loss = torch.tensor(loss if rank else 0.0)
+    state.not_finite.append(~loss.isfinite())
+    state.metrics.update({"loss": loss}, (), None)
+    return refusal(state.check_finite, state.optimizer)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
-    assert on_ranks(2, loss_of_two_ranks) == [False, False]
+@pytest.mark.parametrize(("loss", "gradient"), [(torch.nan, 0.0), (0.0, torch.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_stops_all(loss, gradient):
+    first, second = on_ranks(2, check_of_two_ranks, loss, gradient)
+    assert first == second and ("gradients" in first) == (gradient != 0)
+    assert gradient or "images of rank 1" in first
 
 
 def failed_save(rank):
