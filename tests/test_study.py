@@ -87,7 +87,8 @@ def test_the_tables_average_over_the_seeds(project, capsys):
         folder.mkdir(parents=True)
         names = ("overall", "class_mean", "top5", "many", "medium", "few")
         record = {"phase": "test", "classifier": "linear", **dict.fromkeys(names, value)}
-        record |= {"per_class": [value, value / 2], "train_counts": [20, 5]}
+        record |= {"per_class": [value, value / 2], "train_counts": [20, 5], "test_counts": [4, 4], "count": 8}
+        record |= {"classes": None, "confusion_groups": [[0] * 3] * 3}
         (folder / "results.json").write_text(json.dumps([record]))
     (project / "doc.md").write_text("<!-- table: imbalance_100_1 -->\n<!-- end -->\n")
     assert study.main(["--write", "doc.md"]) == 0
