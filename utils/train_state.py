@@ -230,7 +230,8 @@ class TrainState:
         terms = self.metrics.not_finite()
         found = gather_objects((terms, self.loader.locate()) if terms else None)
         terms, where = next((one for one in found if one), ([], self.loader.locate()))
-        what = f"the loss is not finite ({', '.join(terms)})" if bad_loss else "gradients are not finite, the loss is"
+        what = "the loss is not finite" if bad_loss else "gradients are not finite, the loss is"
+        what += f" ({', '.join(terms)})" if terms else ""
         raise UserError(
             f"{what} at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
             f"{self.optimizer.param_groups[0]['lr']:g}; this step changed no weight and no checkpoint; lower --lr, or "
