@@ -96,7 +96,7 @@ def test_flags_that_cannot_be_parsed_are_named(plain_tree, flags, words):
     ("stage", "flags", "words"),
     [
         ("i", ["-b", 0], ["--batch-size 0"]),  # from the parser
-        ("i", ["-b", 1], ["--batch-size 1", "two images"]),
+        ("i", ["-b", 1], ["--batch-size 1", "two or more"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
         ("i", ["--accum-steps", 9], ["--accum-steps 9", "1 images", "--batch-size 18"]),
         ("i", ["--accum-steps", 17], ["--accum-steps 17", "0 images", "--batch-size 34"]),
