@@ -87,7 +87,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if not is_flag:
                 argparse.ArgumentParser.parse_known_args(self, [".", *words], namespace)
         except argparse.ArgumentError as error:
-            self.error(f"{option_name(action)}: {error.message}")
+            self.error(f"{option_words(action, value)}: {error.message}")
         if is_flag or getattr(namespace, action.dest) != value:
             self.error(f"{option_words(action, value)}: is of another type")
 
@@ -175,8 +175,8 @@ def number(least: float = 0.0, most: float = 1e6, above: float | None = None, ki
     def parse(text: str):
         try:
             value = kind(text)
-            if len(text) > 40 or math.isnan(value):
-                raise ValueError
+            if math.isnan(value) or (kind is int and (len(text) > 20 or not text.removeprefix("-").isdecimal())):
+                raise ValueError  # int also takes underscores, blanks and a plus
         except ValueError:
             whole = "whole " if kind is int else ""
             raise argparse.ArgumentTypeError(
