@@ -195,11 +195,12 @@ def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None
     """
     state_dict = strip_module(state_dict)
     stage = next((s for s in STAGES.values() if any(name.startswith(s.mark) for name in state_dict)), None)
-    weight = state_dict.get(f"{stage.linear}weight") if stage else None
-    if weight is None or weight.dim() != 2:
+    linear = strip_prefix(state_dict, stage.linear) if stage else {}
+    one_per_class = linear.get("weight", linear.get("bias"))
+    if one_per_class is None or one_per_class.dim() == 0:
         return None
     arch = infer_arch(strip_prefix(state_dict, stage.backbone), image_size)
-    return {"stage": stage.stage, "arch": arch, "num_classes": len(weight), **stage.sizes(state_dict)}
+    return {"stage": stage.stage, "arch": arch, "num_classes": len(one_per_class), **stage.sizes(state_dict)}
 
 
 def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:

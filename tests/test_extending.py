@@ -85,7 +85,7 @@ assert len(indices) == 404 and 20 < (labels[indices] == 1).sum() < 60  # a share
 assert len(set(zip(draws.tolist(), indices.tolist()))) == 404
 
 model, images = models.load({str(tmp_path / "ii" / LAST)!r}), torch.randn(2, 3, 32, 32)
-torch.testing.assert_close(plain_network(model, "mobilenet_v3_small")(images), model(images))  # what ONNX gets
+torch.testing.assert_close(plain_network(model, "mobilenet_v3_small", "hard")(images), model(images))  # what ONNX gets
 
 q, queue = torch.randn(3, 4), torch.randn(4, 5)
 loss = attraction_loss(q, torch.tensor([1, 2, 0]), queue, torch.tensor([0, 1, -1, 1, 0]))

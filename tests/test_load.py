@@ -122,8 +122,8 @@ def test_garbage_is_refused(spoil, options, tmp_path):
         ({"classifier_kd__weight": torch.zeros(3, 64)}, "classifier_kd.weight"),
         ({"extra": torch.zeros(1)}, "extra"),
         ({"encoder_q__conv1__weight": None}, "known backbone"),
-        ({"classifier__bias": None}, "to no stage"),
-        ({"classifier__bias": torch.tensor(1.0)}, "to no stage"),
+        ({"classifier__bias": None}, "classifier.bias is missing"),
+        ({"classifier__bias": torch.tensor(1.0)}, "classifier.bias has the shape ()"),
         ({"encoder_k__conv1__weight": torch.zeros(1)}, "does not fit stage I: classifier_kd.bias is unknown"),
     ],
 )

@@ -73,8 +73,12 @@ def test_stopped_or_killed_within_a_stage_it_ends_with_the_same_results(trained,
 
 
 def test_ctrl_c_while_a_stage_starts_ends_the_run(plain_tree, tmp_path):
-    run = start(write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out")
+    launch = tmp_path / "launch"
+    launch.write_text(f'#!/bin/bash\necho started\nexec {sys.executable} "$@"\n')
+    launch.chmod(0o755)
+    run = start(write_recipes(tmp_path / "config"), plain_tree, tmp_path / "out", launch=str(launch))
     assert run.stdout.readline().startswith("== stage I:")
+    assert run.stdout.readline() == "started\n"  # until then bash has it ignore SIGINT
     os.killpg(run.pid, signal.SIGINT)  # as the terminal does
     output, _ = run.communicate()
     assert run.returncode not in (0, None) and "== stage II:" not in output

@@ -228,8 +228,8 @@ class TrainState:
         if not bad_loss and not bad_gradient:
             return
         terms = self.metrics.not_finite()
-        found = gather_objects((terms, self.loader.locate()) if terms else None)
-        terms, where = next((one for one in found if one), ([], self.loader.locate()))
+        found = gather_objects((terms, self.loader.locate()))
+        terms, where = next((one for one in found if one[0]), found[0])
         what = "the loss is not finite" if bad_loss else "gradients are not finite, the loss is"
         what += f" ({', '.join(terms)})" if terms else ""
         raise UserError(

@@ -668,7 +668,9 @@ def failed_save(rank):
     """Rank 0 cannot write; the others only find out."""
     with mock.patch.object(checkpoints, "checkpoint_of"), mock.patch.object(checkpoints.torch, "save") as write:
         write.side_effect = OSError(errno.ENOSPC, "No space left on device")
-        state = SimpleNamespace(step=0, args=SimpleNamespace(output_dir=tempfile.gettempdir()))
+        model, optimizer = torch.nn.Linear(1, 1), SimpleNamespace(state={})
+        args = SimpleNamespace(output_dir=tempfile.gettempdir())
+        state = SimpleNamespace(step=0, args=args, model=model, optimizer=optimizer)
         return refusal(checkpoints.save, state)
 
 
