@@ -10,6 +10,7 @@ the packages onnx and onnxscript. published: the whole network and its optimizer
 them, in the file format before PyTorch 1.6.
 """
 
+import copy
 import json
 import logging
 import os
@@ -48,9 +49,10 @@ def get_parser():
 def plain_network(model, arch: str, classifier: str) -> nn.Module:
     """Backbone and linear classifier `fc` of a network of any stage, one module from images to logits, in eval mode.
 
-    It takes the network's own modules. For torchvision's archs it is torchvision's network. The scales s of stage II
-    are folded in: (W h + b) * s = (s W) h + s b.
+    It is a copy: the network stays as it is. For torchvision's archs it is torchvision's network. The scales s of stage
+    II are folded in: (W h + b) * s = (s W) h + s b.
     """
+    model = copy.deepcopy(model)
     backbone = model.get_submodule(model.backbone.rstrip("."))
     fc = model.classifier_kd if classifier == "soft" else model.get_submodule(model.linear.rstrip("."))
     if not isinstance(fc, nn.Linear):
