@@ -66,6 +66,7 @@ MAIN = (
     Cell("iii_tuned_hard", "ii", "iii", "--classifier hard"),
     Cell("iii_tuned_soft", "ii", "iii", "--classifier soft"),
 )
+PARTS = (*(cell for cell in MAIN if cell.name != "iii_tuned_hard"), Cell("iii_teacher_ce", "iii", "ce_lws"))
 ABLATIONS = (
     Cell("iii_teacher_ce", "iii", "ce_lws"),
     Cell("iii_no_kd", "iii", None, "--kd-weight 0"),
@@ -82,18 +83,19 @@ TRIALS = (
 
 
 class Plan(NamedTuple):
-    """Cells on a data set, each with these seeds; epochs: of stages I and III."""
+    """Cells on a data set, each with these seeds; epochs: of stages I and III; splits: --bn-splits of all cells."""
 
     lists: str
     epochs: int
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     title: str
+    splits: int = 1
 
     @property
     def group(self) -> Path:
-        """The relative folder of its records; plans of the same lists and epochs share it."""
-        return Path(self.lists, f"{self.epochs}_epochs")
+        """The relative folder of its records; plans of the same lists, epochs and splits share it."""
+        return Path(self.lists, f"{self.epochs}_epochs" + (f"_splits_{self.splits}" if self.splits > 1 else ""))
 
 
 def choice_cells():
@@ -122,6 +124,10 @@ PLANS = {
     "long": Plan("imbalance_100", 200, (0,), MAIN, "imbalance 100, 200 epochs"),
     "imbalance_50": Plan("imbalance_50", 100, (0,), MAIN, "imbalance 50, 100 epochs"),
     "imbalance_10": Plan("imbalance_10", 100, (0,), MAIN, "imbalance 10, 100 epochs"),
+    "parts": Plan("imbalance_100", 100, (0, 1, 2), PARTS, "BatchNorm in 4 parts, imbalance 100, 100 epochs", 4),
+    "parts_50": Plan("imbalance_50", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 50, 100 epochs", 4),
+    "parts_10": Plan("imbalance_10", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 10, 100 epochs", 4),
+    "parts_long": Plan("imbalance_100", 200, (0,), PARTS, "BatchNorm in 4 parts, imbalance 100, 200 epochs", 4),
 }
 
 
@@ -140,7 +146,7 @@ class Job(NamedTuple):
     @property
     def source(self) -> "Job | None":
         """The job whose checkpoint it starts from; its cell may belong to another plan."""
-        cells = {cell.name: cell for plan in PLANS.values() for cell in plan.cells}
+        cells = {cell.name: cell for plan in PLANS.values() if plan.group == self.plan.group for cell in plan.cells}
         return self._replace(cell=cells[self.cell.source]) if self.cell.source else None
 
     @property
@@ -158,6 +164,7 @@ class Job(NamedTuple):
         words = [sys.executable, f"ssd_stage_{stage}.py", f"@{recipe}/stage_{stage}.txt"]
         if stage != "ii":
             words += ["--epochs", str(self.plan.epochs)]
+        words += ["--bn-splits", str(self.plan.splits)]
         if self.source:
             flag = {"ii": "--last_stage_ckpt", "iii": "--teacher_ckpt"}[stage]
             words += [flag, str(work / self.source.path / LAST)]
