@@ -1,5 +1,6 @@
 """Loaders: the same batches for any number of workers, and an error if a worker fails."""
 
+import gc
 import sys
 import time
 from contextlib import closing
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import _utils
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datasets import loaders
 from datasets.dataset import ListFileDataset
@@ -114,7 +116,7 @@ class Unsendable:
 
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
-    [(MemoryError(), MemoryError, ""), (TypeError("cannot pickle"), TypeError, "cannot pickle")],
+    [(MemoryError(), MemoryError, "MemoryError"), (TypeError("cannot pickle"), TypeError, "cannot pickle")],
 )
 def test_a_batch_that_cannot_be_sent_ends_the_run(monkeypatch, capfd, error, raised, words):
     """Otherwise the run would wait for the batch forever."""
@@ -167,10 +169,13 @@ def test_workers_that_cannot_be_asked_for_batches_are_ended(quick_joins, monkeyp
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(Thread, "start", start_once_refused)
+    monkeypatch.delattr(_MultiProcessingDataLoaderIter, "__del__")  # at its collection it would start that thread
     loader = build_loader(Items(lambda: ()), 2)
     with pytest.raises(RuntimeError) as caught:
         list(loader)
     assert not active_children() and "out of memory" in describe_failure(caught.value)[1]
+    del caught
+    gc.collect()
 
 
 # ---- a transform of one's own, in the process itself or in workers, in one process or several
