@@ -56,16 +56,16 @@ def train_one_epoch(model, loader, optimizer, state, args):
     for views, labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
-        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
-            # The momentum encoder moves before a step's first keys; its keys enter the queue with the last.
-            logits, contrastive_loss = model(*views, labels=labels, update=first, enqueue=last)
+        with sync_gradients(model, last), state.autocast():  # makes the last backward pass average over the ranks
+            # update: the key encoder moves before a step's first keys; enqueue: a step's keys enter the queue together.
+            logits, con_loss = model(*views, labels=labels, update=first, enqueue=last)
             ce_loss = F.cross_entropy(logits, labels)
-            loss = ce_loss + args.con_weight * contrastive_loss
+            loss = ce_loss + args.con_weight * con_loss
         state.backward(loss / args.accum_steps)  # fp16: scaled
-        figures = {"loss": loss, "cross_entropy": ce_loss, "contrastive": contrastive_loss}
+        figures = {"loss": loss, "cross_entropy": ce_loss, "contrastive": con_loss}
         state.metrics.update(figures, (logits,), labels)
         if last:
-            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
             state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 

@@ -53,13 +53,13 @@ def train_one_epoch(model, loader, optimizer, state, args):
     for (images,), labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
-        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
+        with sync_gradients(model, last), state.autocast():  # makes the last backward pass average over the ranks
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         state.backward(loss / args.accum_steps)  # fp16: scaled
         state.metrics.update({"loss": loss}, (logits,), labels)
         if last:
-            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
             state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 

@@ -52,7 +52,7 @@ def train_one_epoch(model, loader, optimizer, state, args):
     for (images,), labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
-        with sync_gradients(model, last), state.autocast():  # ranks average gradients in a step's last backward pass
+        with sync_gradients(model, last), state.autocast():  # makes the last backward pass average over the ranks
             hard, soft, kd_loss = model(images)
             ce_loss = F.cross_entropy(hard, labels)
             loss = ce_loss + args.kd_weight * kd_loss
@@ -60,7 +60,7 @@ def train_one_epoch(model, loader, optimizer, state, args):
         figures = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
         state.metrics.update(figures, (hard, soft), labels)
         if last:
-            state.optimizer_step(optimizer)  # not finite on any rank: all ranks exit here, before a weight moves
+            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
             state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
 
 

@@ -109,6 +109,7 @@ class SSFL(Stage):
         if not contrast:
             return logits, logits.new_zeros(())
         q = F.normalize(full_precision(self.q_fc(features)), dim=1)  # q = g_q(h) / |g_q(h)|
+        # The queue is overwritten below, before backward: a loss through which autograd runs takes self.queue.clone().
         loss = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
         self.pending.append((k, labels))
         if enqueue:

@@ -1,10 +1,14 @@
 """One step of each stage, by the stage's own loop, on a loader that this project does not ship: batches in memory."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 
 from models import STAGES
 from tests.helpers import SCRIPTS, stage_flags
+from utils.errors import UserError
 from utils.train_state import TrainState
 
 pytestmark = pytest.mark.method
@@ -48,3 +52,45 @@ def test_a_step_moves_exactly_the_parameters_that_train(stage, tmp_path):
     assert means["loss"] > 0 and {f"top1_{name}" for name in model.classifiers} <= means.keys()
     if stage == "i":
         assert model.queue_ptr == BATCH * STEPS and (model.label_queue >= 0).sum() == BATCH * STEPS
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("zero_grad", "backward", "update", "step", "save"))])
+def test_lines_of_a_step_in_an_order_that_would_train_something_else_are_refused(order, tmp_path):
+    args = SCRIPTS["ii"].get_parser().parse_args(stage_flags("ii", tmp_path, tmp_path / "run", []))
+    model = STAGES["ii"]("resnet8", CLASSES)
+    optimizer = torch.optim.SGD(model.classifier.parameters(), args.lr)
+    state = TrainState(model, optimizer, torch.device("cpu"), args)
+    state.loader = InMemory(1)
+    loss, labels = model.classifier.scales.sum(), torch.arange(CLASSES)
+    calls = {
+        "zero_grad": optimizer.zero_grad,
+        "backward": lambda: state.backward(loss),
+        "update": lambda: state.metrics.update({"loss": loss}, (torch.eye(CLASSES),), labels),
+        "step": lambda: state.optimizer_step(optimizer),
+        "save": state.save_if_due,
+    }
+    zero_grad, backward, update, step, save = map(order.index, calls)
+    right = backward < step and not backward < zero_grad < step and update < step and not update < save < step
+    with contextlib.nullcontext() if right else pytest.raises(AssertionError, match=r"\(\) "):
+        for name in order:
+            calls[name]()
+
+
+def test_fp16_that_overflows_in_every_step_ends_the_run(tmp_path):
+    """20 steps of a finite loss whose gradient is infinite with any loss scale."""
+    flags = [*stage_flags("ii", tmp_path, tmp_path / "run", []), "--amp", "fp16"]
+    args = SCRIPTS["ii"].get_parser().parse_args(flags)
+    model = STAGES["ii"]("resnet8", CLASSES)
+    optimizer = torch.optim.SGD(model.classifier.parameters(), args.lr, args.momentum, fused=True)
+    state = TrainState(model, optimizer, torch.device("cpu"), args)
+    state.loader = InMemory(1)
+    before = model.classifier.scales.clone()
+    for _ in range(20):
+        loss = (model.classifier.scales - before).sqrt().sum()
+        optimizer.zero_grad()
+        state.backward(loss)
+        state.metrics.update({"loss": loss}, (), None)
+        state.optimizer_step(optimizer)
+    assert torch.equal(model.classifier.scales, before)
+    with pytest.raises(UserError, match="--amp fp16: the gradients of epoch 1 overflow"):
+        state.end_epoch(None, {})

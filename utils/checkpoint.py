@@ -168,8 +168,11 @@ def check_fields(content: dict):
     """
     fields = {"epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number}
     content |= {name: convert(content[name]) for name, convert in fields.items() if name in content}
-    if content.get("averages") is not None:
-        MetricLogger.check_state_dict(content["averages"])
+    averages = content.get("averages")
+    if averages is not None:
+        MetricLogger.check_state_dict(averages)
+    if content.get("step", 0) != (averages["steps"] if averages else 0):
+        raise ValueError
     for fact in content.get("run", {}).values():
         whole_number(fact)
     lists = [value if isinstance(value, list) else [value] for value in content.get("args", {}).values()]

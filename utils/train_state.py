@@ -209,6 +209,9 @@ class TrainState:
         Raises UserError on all ranks, before any weight moves, if a loss or gradient is not finite on any of them.
         Gradients of fp16 are the scaler's: it skips a step whose gradients overflow, and lowers its scale.
         """
+        updates = (self.step + 1) * self.args.accum_steps
+        assert len(self.not_finite) == self.args.accum_steps, "backward() for every micro-batch, before the step"
+        assert self.metrics.updates == updates, "metrics.update() for every micro-batch, before the step"
         self.check_finite(optimizer)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -222,6 +225,7 @@ class TrainState:
         bad_gradient = torch.zeros_like(bad_loss)
         if not self.scaler.is_enabled():
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            assert gradients, "zero_grad() after backward()"
             bad_gradient = ~torch.nn.utils.get_total_norm(gradients).isfinite()
         flags = torch.stack([bad_loss, bad_gradient, torch.full_like(bad_loss, stop_requested())]).to(torch.int32)
         bad_loss, bad_gradient, self.stopping = map(bool, all_reduce(flags, torch.distributed.ReduceOp.MAX).tolist())
@@ -241,6 +245,7 @@ class TrainState:
 
     def save_if_due(self):
         """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
+        assert self.metrics.steps == self.step, "optimizer_step() before save_if_due()"
         if self.stopping:
             checkpoint.save(self)
             raise checkpoint.stopped(self)
@@ -258,8 +263,14 @@ class TrainState:
         """Logs the epoch and saves it, also as best if the last classifier has its best class mean.
 
         folder: the RunFolder; results: classifier -> its record of the validation list, empty without a validation.
-        Raises Stopped if a stop was asked for.
+        Raises Stopped if a stop was asked for, UserError on all ranks if fp16 overflows in every step.
         """
+        if self.scaler.get_scale() < 1:  # from 65,536: no step has been taken for long; 1 without fp16
+            raise UserError(
+                f"--amp fp16: the gradients of epoch {self.epoch + 1} overflow in every step, also with a loss scale "
+                f"of {self.scaler.get_scale():g}; use --amp bf16 or lower --lr; the last checkpoint is intact",
+                on_all_ranks=True,
+            )
         means, clock = self.metrics.global_means(), self.metrics.clock
         record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
         record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}

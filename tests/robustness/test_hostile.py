@@ -296,6 +296,10 @@ def averages(whole, **changes):
     return {"names": names, "sums": [[1.0] * len(names)], "steps": 2} | changes
 
 
+def with_averages(whole, file, averages, step=2):
+    changed(whole, file, step=step, images=16 * step, averages=averages)
+
+
 def sums(whole, value):
     return averages(whole, sums=[[value] * 5])
 
@@ -333,8 +337,12 @@ CHECKPOINTS = {
     "an epoch of 0.5": (lambda w, f: changed(w, f, epoch=0.5), "its fields"),
     "an epoch of two numbers": (lambda w, f: changed(w, f, epoch=torch.tensor([1, 2])), "its fields"),
     "a huge step": (lambda w, f: changed(w, f, step=10**30), "its fields"),
-    "steps without images": (lambda w, f: changed(w, f, epoch=0, step=10), "step 10 after 0 images"),
-    "more images than the epoch has": (lambda w, f: changed(w, f, step=10, images=160), "160 images, an epoch has 154"),
+    "steps without images": (
+        lambda w, f: changed(w, f, epoch=0, step=10, averages=averages(w, steps=10)), "step 10 after 0 images",
+    ),
+    "more images than the epoch has": (
+        lambda w, f: with_averages(w, f, averages(w, steps=10), step=10), "160 images, an epoch has 154",
+    ),
     "a number of images that is text": (lambda w, f: changed(w, f, images="all"), "its fields"),
     "arguments that are a list": (lambda w, f: changed(w, f, args=[1]), "its fields"),
     "an argument out of bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
@@ -351,14 +359,15 @@ CHECKPOINTS = {
     "a seed that is text": (lambda w, f: changed(w, f, run={"seed": "x"}), "its fields"),
     "averages that are text": (lambda w, f: changed(w, f, averages="none"), "its fields"),
     "averages of different lengths": (
-        lambda w, f: changed(w, f, averages={"names": ["a"], "sums": [[1.0, 2.0]], "steps": 1}), "its fields",
+        lambda w, f: with_averages(w, f, {"names": ["a"], "sums": [[1.0, 2.0]], "steps": 1}, step=1), "its fields",
     ),
-    "averages that are not finite": (lambda w, f: changed(w, f, averages=sums(w, math.nan)), "its fields"),
-    "averages with text as sums": (lambda w, f: changed(w, f, averages=sums(w, "high")), "its fields"),
-    "averages with numbers as names": (lambda w, f: changed(w, f, averages=averages(w, names=[1] * 5)), "its fields"),
-    "averages over 2.0 steps": (lambda w, f: changed(w, f, averages=averages(w, steps=2.0)), "its fields"),
+    "averages that are not finite": (lambda w, f: with_averages(w, f, sums(w, math.nan)), "its fields"),
+    "averages with text as sums": (lambda w, f: with_averages(w, f, sums(w, "high")), "its fields"),
+    "averages with numbers as names": (lambda w, f: with_averages(w, f, averages(w, names=[1] * 5)), "its fields"),
+    "averages of another step": (lambda w, f: with_averages(w, f, averages(w), step=3), "its fields"),
+    "averages over 2.0 steps": (lambda w, f: with_averages(w, f, averages(w, steps=2.0)), "its fields"),
     "averages of unknown metrics": (
-        lambda w, f: changed(w, f, step=2, images=32, averages=averages(w, names=list("abcde"))), "averages are of a",
+        lambda w, f: with_averages(w, f, averages(w, names=list("abcde"))), "averages are of a",
     ),
     "an optimizer that is a list": (lambda w, f: changed(w, f, optimizer=[1]), "its optimizer"),
     "an empty optimizer": (lambda w, f: changed(w, f, optimizer=optimizer(w, param_groups=[])), "its optimizer"),
