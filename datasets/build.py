@@ -18,6 +18,7 @@ from utils.distributed import (
     raise_on_all_ranks,
 )
 from utils.errors import UserError
+from utils.groups import numbering_note
 
 from .loaders import Loader
 from .samplers import BatchSampler, ShuffledSampler, eval_batches
@@ -65,7 +66,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
     train_counts = train.counts(num_classes)
-    for line in (*list_warnings(splits, train_counts), *([note] if note else ())):
+    for line in (*list_warnings(splits, train_counts), *([note] if note else ()), *numbering_note(classes)):
         print_main(line)
     loaders = {}
     for name, split in splits.items():
@@ -168,8 +169,8 @@ def check_labels(args, splits: dict) -> int:
         if largest >= num_classes:
             where = split.images.locate([int(split.images.labels.argmax())])
             raise UserError(
-                f"{where}: the label {largest} is out of range of {num_classes} classes; correct the list, or give "
-                f"--num-classes {largest + 1}"
+                f"{where}: the label {largest} is out of range of {num_classes} classes{split.images.label_hint()}; "
+                f"correct the list, or give --num-classes {largest + 1}"
             )
     return num_classes
 
@@ -179,8 +180,9 @@ def list_warnings(splits: dict, train_counts: torch.Tensor):
     train, empty = splits["train"].images, (train_counts == 0).nonzero()[:, 0].tolist()
     if empty:
         number = f"{len(empty)} of {len(train_counts)}"
-        yield f"warning: {train.name}: {number} classes have no images, such as class {empty[0]}"
+        yield f"warning: {train.name}: {number} classes have no images, such as class {empty[0]}{train.label_hint()}"
     for name, split in splits.items():
+        yield from split.images.notes
         if name != "train" and split.images.checksum == train.checksum:
             yield f"warning: {split.images.name}: has the images of the training list"
 

@@ -50,8 +50,10 @@ class ImageList:
     """Paths and labels of a list: its bytes, and the start and the label of every entry.
 
     No Python object per entry, and the arrays are tensors, so that worker processes, forked or spawned, share them.
-    name: the list's file, for messages. labels: int32 (entries,).
+    name: the list's file, for messages. labels: int32 (entries,). notes: lines on what class folders have besides.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, content: np.ndarray, starts: array, labels: array):
         self.name = name
@@ -153,7 +155,15 @@ class ImageList:
         """Raises UserError, which ends with the hint, if the largest label means more classes than MAX_CLASSES."""
         if self.num_classes > MAX_CLASSES:
             where, number = self.locate([int(self.labels.argmax())]), self.num_classes
+            hint = self.label_hint() + hint
             raise UserError(f"{where}: the label {number - 1} would mean {number} classes; correct the list{hint}")
+
+    def label_hint(self) -> str:
+        """What may be wrong with labels that do not number the classes from 0, or an empty text."""
+        labels = self.labels.unique()
+        if 2 * len(labels) < self.num_classes:
+            return f"; its {len(labels)} labels look like ids: number the classes from 0 to {len(labels) - 1}"
+        return "; its labels start at 1: subtract 1 from each" if int(labels[0]) == 1 else ""
 
     def counts(self, num_classes: int) -> torch.Tensor:
         """The number of images per class, int64 (num_classes,)."""

@@ -2,13 +2,16 @@
 
 import os
 import shlex
+import stat
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, one_line
+from utils.files import name_refused, walk
 from utils.images import is_image_file
 
 from .dataset import ListFileDataset
@@ -55,6 +58,23 @@ def find_layout(images: ImageList, root, split: str, progress=iter):
     return layout, missing
 
 
+def explain_missing(root, path: str) -> str | None:
+    """Why root/path is no regular file, and what helps; None if it is simply not there."""
+    place, mode = str(root), stat.S_IFDIR
+    for name in path.split("/"):
+        folder, place = place, os.path.join(place, name)
+        try:
+            mode = os.stat(place).st_mode
+        except OSError as error:
+            if os.path.islink(place):
+                why = f"{place}: a broken link, to {os.readlink(place)} ({one_line(error)})"
+                return f"{why}; have its target there too (mount it in a container), or make the links again"
+            if isinstance(error, PermissionError):
+                return f"{folder}: {one_line(error)}, the folder may not be searched; correct its permissions"
+            return None
+    return None if stat.S_ISREG(mode) else f"{place}: not a regular file; replace it with the image"
+
+
 class Split(NamedTuple):
     """The entries of a split, where their files lie, and the entries whose files are missing.
 
@@ -77,8 +97,20 @@ class Split(NamedTuple):
         if self.missing:
             given = [f"--{self.name}-list", self.images.name] if self.images.has_list_file else []
             command = shlex.join(["python", "-m", "datasets.verify", self.root, *given, "--report", "FILE"])
-            remedy = f"correct DIR or the list; {command} lists them all"
-            raise UserError(f"{self.missing_message()}; {remedy}")
+            remedy = self.cause_of_missing() or "correct DIR or the list"
+            raise UserError(f"{self.missing_message()}; {remedy}; {command} lists them all")
+
+    def cause_of_missing(self) -> str | None:
+        """Why files are missing, and what helps, if that is certain of one in up to 200 of them."""
+        for i in self.missing[:: max(1, len(self.missing) // 200)]:
+            path = self.images.path(i)
+            for layout in (self.layout, as_listed, by_split):
+                if why := explain_missing(self.root, layout(path, self.name)):
+                    return why
+                there = layout(path.replace("\\", "/"), self.name)
+                if "\\" in path and os.path.isfile(os.path.join(self.root, there)):
+                    return f"{self.images.name} has \\ for /: {path} is {there} there; write / in the list"
+        return None
 
     def missing_message(self) -> str:
         """One line with the first missing files and their number."""
@@ -91,6 +123,7 @@ class Split(NamedTuple):
         return f"{self.images.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
 
 
+@name_refused()
 def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str, Path] | None:
     """The list file of each wanted split, or None if root is to be read as class folders.
 
@@ -101,6 +134,7 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     if not root.is_dir():
         kind = "a file" if root.exists() else "no such folder"
         raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
+    os.stat(root / ".")  # refused if the folder may not be searched
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     present = [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]
@@ -129,31 +163,48 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
 
 
 def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[ImageList, list[str]]:
-    """(images, classes) of root/split/<class>/<image>, as read by torchvision's ImageFolder.
+    """(images, classes) of root/split/<class>/<image>, in the order of torchvision's ImageFolder.
 
-    classes: the class names in the order of their labels; by default the folder's, sorted. Hidden folders and files are
-    left out. Raises UserError if a folder belongs to no class, or if there is no image.
+    classes: the class names in the order of their labels; by default the folder's, sorted. Raises UserError if a folder
+    belongs to no class, if there is no image, and as class_paths does.
     """
-    folder = Path(root) / split
-    try:
-        found = visible_classes(folder)
-        classes = classes or found
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
-            raise UserError(f"{folder / unknown[0]}: a class that train/ does not have")
-        labels = {name: classes.index(name) for name in found}
-        samples = make_dataset(folder, labels, is_valid_file=is_image_file, allow_empty=True)
-    except OSError as error:
-        raise UserError(f"{folder}: no class folders in it ({error})") from None
-    if not samples:
+    folder = os.path.join(root, split)
+    found, left_out = class_paths(folder)
+    classes = classes or list(found)
+    if unknown := sorted(set(found) - set(classes)):
+        raise UserError(f"{folder}/{unknown[0]}: a class that train/ does not have")
+    if not any(found.values()):
         raise UserError(f"{folder}: no images in its class folders")
-    entries = ((os.path.relpath(file, root), label) for file, label in samples)
-    return ImageList.from_entries(str(folder), entries), classes
+    labels = {name: label for label, name in enumerate(classes)}
+    entries = ((f"{split}/{path}", labels[name]) for name, paths in found.items() for path in paths)
+    images = ImageList.from_entries(folder, entries)
+    images.notes = tuple(f"{folder}: {line}" for line in left_out)
+    return images, classes
 
 
-def visible_classes(folder) -> list[str]:
-    """The sorted names of the class folders, without hidden ones. Raises FileNotFoundError if there is no folder."""
-    return [name for name in find_classes(folder)[0] if not name.startswith(".")]
+def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
+    """({class: paths of its images below root}, a line on each kind of thing that is left out).
+
+    Classes and paths are sorted; a class may have no images. Raises UserError as walk does, and for a link beside the
+    class folders that leads nowhere: without it the next classes would have other numbers.
+    """
+    ((_, beside), *tree), left_out = walk(root, is_image_file)
+    for name in beside:
+        if os.path.islink(os.path.join(root, name)) and (why := explain_missing(root, name)):
+            raise UserError(why)
+    classes, endings = {}, Counter()
+    for folder, names in tree:
+        below = os.path.relpath(folder, root)
+        paths = classes.setdefault(below.split(os.sep)[0], [])
+        for name in names:
+            if is_image_file(name):
+                paths.append(f"{below}/{name}")
+            else:
+                endings[os.path.splitext(name)[1].lower() or "none"] += 1
+    kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
+    for ending, number in sorted(endings.items()):
+        left_out.append(f"left out: {number} files with the ending {ending}; convert them to one of {kinds}")
+    return dict(sorted(classes.items())), left_out
 
 
 def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter, check=SPLITS) -> dict[str, Split]:

@@ -1,6 +1,7 @@
 """Small long-tailed image trees, and stages run on them: in this process, through the shell, or as ranks of a group."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.ma
 PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 STAGES = tuple(SCRIPTS)
+SPLITS = ("train", "val", "test")
 COUNTS = {"train": (104, 25, 12, 6, 4, 3), "val": (4,) * 6, "test": (5,) * 6}  # images per class; all shot groups occur
 CLASSES, IMAGES = len(COUNTS["train"]), sum(COUNTS["train"])
 SMALL = "--arch resnet8 --image-size 32 -b 16 -j 0 --epochs 2 --seed 3 --device cpu -p 1000"
@@ -252,6 +255,20 @@ def limited_memory(more=2**34):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Lets the permissions of files and folders hold for root too, in this thread and those that it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, whole = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)  # version 3; effective, ...
+    assert libc.capget(header, whole) == 0
+    effective, *others = struct.unpack("6I", whole.raw)
+    assert libc.capset(header, struct.pack("6I", effective & ~0b110, *others)) == 0  # DAC_OVERRIDE, DAC_READ_SEARCH
+    try:
+        yield
+    finally:
+        assert libc.capset(header, whole.raw) == 0
 
 
 def same(a, b) -> bool:

@@ -3,10 +3,11 @@
 import errno
 import os
 import random
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from datasets.lists import ImageList
 from datasets.splits import Split, class_folders
@@ -39,6 +40,56 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     loaded = load_rgb(saved(tmp_path, Image.fromarray(levels)))
     assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("levels", "kind", "expected"),
+    [
+        ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255]),
+        ([0, 3.6, 128, 255], np.float32, [0, 4, 128, 255]),
+        ([0, 257, 32896, 65535], np.float32, [0, 1, 128, 255]),
+        ([0, 1, 128, 255], np.int32, [0, 1, 128, 255]),
+        ([0, 257, 32896, 65535], np.int32, [0, 1, 128, 255]),
+        ([0, 1, 128, 255], np.uint16, [0, 1, 128, 255]),
+    ],
+)
+def test_values_of_more_bits_are_scaled_by_their_range(tmp_path, levels, kind, expected):
+    file = saved(tmp_path, Image.fromarray(np.array([levels], kind)), "image.tif")
+    assert np.abs(np.asarray(load_rgb(file))[0].astype(int).T - expected).max() <= (kind is np.float32)
+
+
+@pytest.mark.parametrize(
+    ("levels", "kind", "mode"),
+    [
+        ([0, 1.5], np.float32, "F"), ([-1, 1], np.float32, "F"), ([0, np.nan], np.float32, "F"),
+        ([0, 7e4], np.float32, "F"), ([0, 1000], np.float32, "F"), ([0, 65536], np.int32, "I"), ([-9, 9], np.int32, "I"),
+    ],
+)  # fmt: skip
+def test_values_of_no_known_range_are_refused_with_file_and_mode(tmp_path, levels, kind, mode):
+    file = saved(tmp_path, Image.fromarray(np.array([levels], kind)), "image.tif")
+    with pytest.raises(UserError, match=rf"image\.tif: .*mode {mode}, values from {levels[0]:g} to"):
+        load_rgb(file)
+
+
+def test_twelve_bits_are_scaled(tmp_path):
+    pixels = np.array([[0xFFF8, 0x0000, 0x00FF]], ">u2").tobytes()[:6]  # 4095, 2048, 0, 255 packed
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 134), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "image.tif").write_bytes(head.ljust(134, b"\0") + pixels)
+    assert np.asarray(load_rgb(tmp_path / "image.tif"))[0, :, 0].tolist() == [255, 128, 0, 16]
+
+
+@pytest.mark.parametrize("metadata", ["text", "profile", "international text"])
+@pytest.mark.parametrize("size", [2**21, 2**25])
+def test_a_png_with_much_metadata_is_read(tmp_path, metadata, size):
+    info = PngImagePlugin.PngInfo()
+    if metadata != "profile":
+        add = info.add_text if metadata == "text" else info.add_itxt
+        add("history", "x" * size, zip=True)
+    options = {"icc_profile": bytes(size)} if metadata == "profile" else {}
+    file = saved(tmp_path, Image.new("RGB", (5, 4), (1, 2, 3)), pnginfo=info, **options)
+    assert load_rgb(file).getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_cmyk_keeps_its_color(tmp_path):

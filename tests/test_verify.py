@@ -155,13 +155,26 @@ def test_the_same_path_below_two_splits_is_not_the_same_image(root, verify):
 
 def test_repeated_entries_and_untrained_classes_are_information(root, verify):
     append(root / "train.txt", "train/ant/0.jpg 0\n")
-    append(root / "val.txt", "val/cat/0.jpg 7\n")
+    (root / "val.txt").write_text((root / "val.txt").read_text().replace("cat/0.jpg 2", "cat/0.jpg 7"))
     (root / "train.txt").write_text((root / "train.txt").read_text().replace(" 1\n", " 3\n"))
     status, said = verify(root)
     assert status == 0
     assert "train: 1 entries are in the list more than once" in said
     assert "val: 2 classes have no training image, such as 1" in said
     assert "train: 1 classes have no image, such as 1" in said
+
+
+def test_an_image_with_two_labels_is_a_problem(root, verify):
+    append(root / "train.txt", "./train/ant/0.jpg 2\n")
+    status, said = verify(root)
+    file = root / "train.txt"
+    assert status == 1 and f"train/ant/0.jpg: label 0 in {file}, line 1 and label 2 in {file}, line 18" in said
+    (root / "train.txt").write_text(file.read_text().replace("./train/ant/0.jpg 2\n", ""))
+    (root / "test.txt").write_text((root / "val.txt").read_text().replace("cat/0.jpg 2", "cat/0.jpg 1"))
+    status, said = verify(root)
+    assert status == 1 and f"label 2 in {root / 'val.txt'}, line 3 and label 1 in {root / 'test.txt'}, line 3" in said
+    append(root / "train.txt", "".join(f"train/ant/{i}.jpg 1\n" for i in range(12)) * 2)
+    assert "and 5 more paths with two labels" in verify(root)[1]
 
 
 def test_links_that_leave_the_root_are_information(root, verify, tmp_path):

@@ -16,6 +16,7 @@ from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
 from .files import atomic_write, link, remove_temporary_files
+from .groups import numbering_note
 from .metrics import MetricLogger
 from .signals import Stopped
 
@@ -271,7 +272,7 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
 
 
 def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) -> list[str] | None:
-    """The names of the classes: from the data, else from the checkpoint, else None; warns if the two differ."""
+    """The names of the classes: from the data, else from the checkpoint, else None; warns if the two may differ."""
     from_checkpoint = loaded.content.get("classes") if loaded else None
     if from_data and from_checkpoint and from_data != from_checkpoint:
         pairs = zip(from_checkpoint, from_data, strict=True)
@@ -280,6 +281,8 @@ def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) ->
             f"warning: class {number} is {theirs!r} in {loaded.path}, and {ours!r} in the data: if the classes were "
             "renumbered, its weights belong to other classes"
         )
+    for note in numbering_note(from_checkpoint if not from_data else None):
+        print_main(f"{note} ({loaded.path})")
     return from_data or from_checkpoint
 
 

@@ -1,13 +1,20 @@
-"""Writing files so that after a crash at any moment there is the old file or the complete new one."""
+"""Writing files so that after a crash at any moment there is the old file or the complete new one; walking folders."""
 
 import errno
 import os
 import secrets
 import shutil
+import stat
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, printable
+
+SYSTEM_FOLDERS = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
+    "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
+    "system volume information", "lost+found",
+}  # fmt: skip
 
 
 @contextmanager
@@ -70,19 +77,66 @@ def link(source, target):
             replace(temporary, target)  # does nothing if both are the same file already
 
 
-def walk(folder):
-    """(path, names of its files) of a folder and those below it; links are followed, and no folder comes twice.
+@contextmanager
+def name_refused():
+    """Makes a refusal of the system, such as of a folder that may not be read, a UserError with its path."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: {one_line(error)}; correct its permissions or the path") from None
 
-    Raises UserError for one that cannot be read.
+
+def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """([(folder, names of its files)] of root and all below it, sorted; a line on each kind of thing that is left out).
+
+    What is hidden and SYSTEM_FOLDERS are left out. Links are followed, but a real folder comes once, and so does a real
+    file with a wanted name: under its own path or, if it lies elsewhere, that of the first link. A link to a folder
+    around root is left out. Raises UserError for a folder that may not be read or searched, and OSError.
     """
+    top, tree = os.path.realpath(root), {}  # real folder: (folder, names)
+    folders, links, file_links, hidden, repeated = deque([os.fspath(root)]), deque(), [], [], []
+    with name_refused():
+        while folders or links:
+            if not folders:  # all real folders come before the first link
+                link = links.popleft()
+                (folders if is_folder(link) else file_links).append(link)
+                continue
+            folder = folders.popleft()
+            real = os.path.realpath(folder)
+            if tree and (real in tree or os.path.commonpath((real, top)) == real):
+                repeated.append(folder)
+                continue
+            os.stat(os.path.join(folder, "."))  # refused if the folder may be read, but not searched
+            tree[real] = folder, []
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                below = entry.is_dir(follow_symlinks=False)
+                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
+                    hidden += [entry.path] if below else []
+                elif below or entry.is_symlink():
+                    (folders if below else links).append(entry.path)
+                else:
+                    tree[real][1].append(entry.name)
+    own = {f"{real}/{name}" for real, (_, names) in tree.items() if file_links for name in names if is_wanted(name)}
+    for link in sorted(file_links):
+        if (real := os.path.realpath(link)) in own:
+            repeated.append(link)
+        else:
+            own.add(real)
+            tree[os.path.realpath(os.path.dirname(link))][1].append(os.path.basename(link))
+    left_out = {"hidden folders or folders of thumbnails": hidden, "links to what is there without them": repeated}
+    notes = [
+        f"left out: {len(paths)} {what}, such as {printable(os.path.relpath(min(paths), root))}"
+        for what, paths in left_out.items()
+        if paths
+    ]
+    return sorted((folder, sorted(names)) for folder, names in tree.values()), notes
 
-    def fail(error):
-        raise UserError(f"{error.filename}: cannot be read ({one_line(error)}); correct its permissions or the path")
 
-    seen = set()
-    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield path, names
+def is_folder(path) -> bool:
+    """Whether a path is a folder, or leads to one; False if it leads nowhere. Raises OSError if it may not be told."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return False

@@ -1,4 +1,7 @@
-"""The groups of classes that accuracies are reported for, and how an accuracy is written."""
+"""Groups and names of classes, and how an accuracy is written."""
+
+import re
+from collections import Counter
 
 import torch
 
@@ -14,3 +17,21 @@ def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
 def percent(value: float | None) -> str:
     """An accuracy of [0, 1] in percent, or - for None."""
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def tell_names_apart(names: list[str]) -> list[str]:
+    """The names of the classes for texts; those that several classes have are followed by the class number."""
+    number = Counter(names)
+    return [name if number[name] == 1 else f"{name} (class {label})" for label, name in enumerate(names)]
+
+
+def numbering_note(names: list[str] | None) -> list[str]:
+    """A warning if names that differ by a number, such as 0 to 11 or class1 to class12, are not in its order."""
+    parts = [re.fullmatch(r"(\D*)(\d{1,18})(.*)", name, re.DOTALL) for name in names or []]
+    if not all(parts) or len({part[1] for part in parts}) > 1:
+        return []
+    numbers = [int(part[2]) for part in parts]
+    label = next((i for i, number in enumerate(sorted(numbers)) if numbers[i] != number), None)
+    what = "names are in the order of text, not of their numbers; lists and checkpoints that count otherwise mean other"
+    remedy = "classes (names with leading zeros, such as 02, have one order)"
+    return [] if label is None else [f"warning: class {label} is {names[label]!r}: {what} {remedy}"]

@@ -28,7 +28,8 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, printable
-from .files import walk
+from .files import is_folder, name_refused, walk
+from .groups import tell_names_apart
 from .images import is_image_file, load_rgb
 
 
@@ -79,9 +80,14 @@ def find_images(paths) -> list[str]:
     """
     files = []
     for path in paths:
-        if os.path.isdir(path):
-            below = [os.path.join(folder, name) for folder, names in walk(path) for name in names]
+        with name_refused():
+            searched = is_folder(path)
+        if searched:
+            tree, left_out = walk(path, is_image_file)
+            below = (os.path.join(folder, name) for folder, names in tree for name in names)
             found = sorted(filter(is_image_file, below))
+            for line in left_out:
+                print(f"{printable(path)}: {line}", file=sys.stderr)
             if not found:
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
             files += found
@@ -150,6 +156,7 @@ def run(args) -> int:
     files, unreadable = find_images(args.images), 0
     num_classes = loaded.found["num_classes"]
     topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
+    shown = tell_names_apart(names) if model.classes else range(num_classes)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", *(f"{of}_{k}" for k in range(1, topk + 1) for of in ("label", "name", "probability"))])
@@ -163,7 +170,7 @@ def run(args) -> int:
                     classes = [(label, names[label], f"{probability:.6f}") for label, probability in found]
                     table.writerow([printable(file), *itertools.chain.from_iterable(classes)])
                 else:
-                    classes = [f"{names[label] or label} {100 * probability:.1f} %" for label, probability in found]
+                    classes = [f"{shown[label]} {100 * probability:.1f} %" for label, probability in found]
                     print(f"{printable(file)}: {', '.join(classes)}")
             bar.update()
     if unreadable:

@@ -91,7 +91,9 @@ def prepare_long_tail(args):
     selection = Selection(args.max_per_class, args.imbalance, args.held_out, args.seed)
     read, num_classes, *_ = SMALL.get(args.dataset, (None, None))
     if read is None or (args.source and (args.source / "train").is_dir()):
-        lists, counts = link_long_tail(args.source, args.out, selection, args.overwrite, num_classes)
+        lists, counts, notes = link_long_tail(args.source, args.out, selection, args.overwrite, num_classes)
+        for note in notes:
+            print(note)
     else:
         data = read(args.source, args.out / "download", args.url)
         lists, counts = write_long_tail(data, args.out, selection, args.overwrite)

@@ -1,16 +1,14 @@
 """Lists of a user's own tree of class folders."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from utils.errors import UserError
-from utils.images import is_image_file
+from utils.groups import numbering_note
 
-from ..splits import SPLITS, Split, as_listed, class_folders, missing_entries, visible_classes
+from ..splits import SPLITS, Split, as_listed, class_folders, class_paths, missing_entries
 from .list_writer import list_files, read_entries, write_files
 from .trees import require_files
 
@@ -39,34 +37,18 @@ def split_class(count: int, val: float, test: float) -> tuple[int, int]:
     return held[0], held[1]
 
 
-def class_paths(root: Path):
+def photo_paths(root: Path):
     """({class: paths below root}, notes) of root/<class>/<image>, images in deeper folders included.
 
-    Classes are in sorted order; hidden folders and files, and folders without images, are left out. notes: one line for
-    each folder without images and each kind of file that is left out. Raises UserError if there are fewer than two
-    classes.
+    As class_paths, but classes without images, and what is not a regular file, are left out too. notes: one line for
+    each. Raises UserError if there are fewer than two classes.
     """
-    try:
-        folders = visible_classes(root)
-    except FileNotFoundError:
-        folders = []
-    numbers = {name: i for i, name in enumerate(folders)}
-    files = make_dataset(root, numbers, is_valid_file=lambda file: True, allow_empty=True) if folders else []
-    paths, notes, endings = {name: [] for name in folders}, [], Counter()
-    for file, number in files:
-        path = os.path.relpath(file, root).replace(os.sep, "/")
-        if os.path.basename(file).startswith("."):
-            continue
-        if not os.path.isfile(file):
-            notes.append(f"left out: {path} is not a regular file")
-        elif is_image_file(file):
-            paths[folders[number]].append(path)
-        else:
-            endings[os.path.splitext(file)[1].lower() or "none"] += 1
-    notes += [f"{name}: no images in it, left out" for name in folders if not paths[name]]
-    kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
-    for ending, number in sorted(endings.items()):
-        notes.append(f"left out: {number} files with the ending {ending}; convert them to one of {kinds}")
+    paths, notes = class_paths(root)
+    for name, found in paths.items():
+        regular = [path for path in found if os.path.isfile(root / path)]
+        notes += [f"left out: {path} is not a regular file" for path in sorted({*found} - {*regular})]
+        notes += [] if regular else [f"{name}: no images in it, left out"]
+        paths[name] = regular
     paths = {name: found for name, found in paths.items() if found}
     if len(paths) < 2:
         hint = "DIR is the folder that contains one folder of images per class"
@@ -82,9 +64,9 @@ def join_names(names, most: int) -> str:
 def split_folder(root: Path, val: float, test: float, seed: int):
     """(classes, {split: entries}, notes): the images of every class drawn for train, val and test.
 
-    notes: those of class_paths, and one line for each split that lacks classes. Raises UserError as class_paths does.
+    notes: those of photo_paths, and one line for each split that lacks classes. Raises UserError as photo_paths does.
     """
-    paths, notes = class_paths(root)
+    paths, notes = photo_paths(root)
     random = np.random.RandomState(seed)
     entries = {split: [] for split in SPLITS}
     lacking = {split: [] for split in SPLITS}
@@ -120,13 +102,14 @@ def coarse_note(classes: list[str], tested) -> list[str]:
 def own_splits(root: Path):
     """As split_folder, for a tree of train/, val/ and test/; if val/ or test/ is absent, the other is used for both."""
     there = [split for split in SPLITS if (root / split).is_dir()]
-    entries, classes = {}, None
+    entries, classes, left_out = {}, None, []
     for split in there:  # train comes first: it numbers the classes
         image_list, classes = class_folders(root, split, classes)
+        left_out += image_list.notes
         missing = missing_entries(image_list, root, as_listed, split)
         require_files(Split(split, str(root), image_list, missing=tuple(missing)))
         entries[split] = read_entries(image_list)
-    notes = [f"{root} is split into {', '.join(f'{split}/' for split in there)} already: these splits are kept"]
+    notes = [*left_out, f"{root} is split into {', '.join(f'{split}/' for split in there)} already, which are kept"]
     for split, other in (("val", "test"), ("test", "val")):
         if split not in entries:
             entries[split] = entries[other]
@@ -143,4 +126,4 @@ def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int
     if not entries["val"] or not entries["test"]:
         raise UserError(f"{root}: has too few images of each class to validate on, or to test on; add images")
     write_files(out, list_files(entries, classes), overwrite)
-    return classes, entries, notes + coarse_note(classes, entries["test"])
+    return classes, entries, notes + numbering_note(classes) + coarse_note(classes, entries["test"])

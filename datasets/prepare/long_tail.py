@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, one_line
 from utils.files import atomic_write
+from utils.groups import numbering_note
 from utils.images import is_image_file
 
 from ..splits import SPLITS, class_folders
@@ -206,8 +207,8 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
 
     source: has train/<class>/<image>, and test/ or val/ with the same classes. Test images are those of test/, else of
     val/; validation images the held-out ones of train/, else those of val/, else the test images. Returns what
-    write_long_tail does. overwrite: replace lists and links of another selection; num_classes: what source must have.
-    Raises UserError as Selection.choose does, and if source or out cannot be used.
+    write_long_tail does, and lines to print. overwrite: replace lists and links of another selection; num_classes: what
+    source must have. Raises UserError as Selection.choose does, and if source or out cannot be used.
     """
     others = [split for split in ("test", "val") if (source / split).is_dir()]
     if not (source / "train").is_dir() or not others:
@@ -219,7 +220,8 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
     if len(classes) < 2 or (num_classes and len(classes) != num_classes):
         raise UserError(f"{source / 'train'}: has {len(classes)} class folders, not {num_classes or 'two or more'}")
     counts, chosen, held = selection.choose(train.labels.numpy(), classes)
-    entries = {split: read_entries(class_folders(source, split, classes)[0]) for split in others}
+    held_apart = {split: class_folders(source, split, classes)[0] for split in others}
+    entries = {split: read_entries(images) for split, images in held_apart.items()}
     lists = {"train": read_entries(train, chosen), "val": entries[others[-1]], "test": entries[others[0]]}
     if held:
         lists["val"] = read_entries(train, held)
@@ -227,9 +229,10 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
     refuse_other_content(out, files, overwrite)
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", *others):
-        make_link(out / split, os.path.abspath(source / split), overwrite, "--out")
+        make_link(out / split, source / split, overwrite, "--out")
     write_files(out, files, overwrite)
-    return lists, counts
+    notes = numbering_note(classes) + [note for images in (train, *held_apart.values()) for note in images.notes]
+    return lists, counts, notes
 
 
 def remove_other_images(out: Path, images: dict, overwrite: bool):

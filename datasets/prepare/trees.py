@@ -1,6 +1,8 @@
 """Trees of images: why listed files are missing, and the sorted tree of symbolic links."""
 
 import os
+import unicodedata
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from utils.errors import UserError
 from ..splits import Split, by_split, find_splits, missing_entries
 
 SUFFIXES = (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp")
+real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 def flat(path: str, split: str) -> str:
@@ -34,10 +37,6 @@ class Missing(NamedTuple):
     absent: list[str]
 
 
-def irregular_files(missing: Missing):
-    return (file for file in missing.files if os.path.lexists(missing.root / file))
-
-
 def unsorted_files(missing: Missing):
     paths = [] if missing.split.layout is flat else [flat(path, missing.split.name) for path in missing.paths]
     return (path for path in paths if (missing.root / path).is_file())
@@ -57,18 +56,36 @@ def class_archives(missing: Missing):
     return (f"{folder}.tar" for folder in missing.absent if (missing.root / f"{folder}.tar").is_file())
 
 
+def other_spelling(root, path: str) -> str | None:
+    """The path of a file below root whose names differ from the path's in capitals or forms of accents, if any."""
+
+    def folded(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    there = ""
+    for name in path.split("/"):
+        folder = os.path.join(root, there)
+        if os.path.isdir(folder) and not os.path.lexists(os.path.join(folder, name)):
+            name = next((other for other in sorted(os.listdir(folder)) if folded(other) == folded(name)), name)
+        there = os.path.join(there, name)
+    return there if os.path.isfile(os.path.join(root, there)) else None
+
+
+def other_spellings(missing: Missing):
+    return filter(None, (other_spelling(missing.root, file) for file in missing.files))
+
+
 def other_suffixes(missing: Missing):
     others = (PurePosixPath(file).with_suffix(suffix) for file in missing.files for suffix in SUFFIXES)
     return (other for other in others if (missing.root / other).is_file())
 
 
 CAUSES = (  # cause, with {} for what was found; how to find it; remedy. The first that finds something is named
-    ("something that is not a regular file, such as a FIFO or a broken link ({})", irregular_files,
-     "replace it with the image"),
     ("an unsorted validation folder, images without class folders ({})", unsorted_files,
      "python -m datasets.prepare imagenet-lt (or places-lt) --root DIR --link OUT sorts it"),
     ("the wrong root: these files lie below {}", other_roots, "give that folder"),
     ("class archives that are not unpacked yet ({})", class_archives, "unpack each into a folder of its name"),
+    ("capitals or accents that are written in another way ({} is there)", other_spellings, "correct the list"),
     ("another release or a converted copy ({} is there)", other_suffixes, "get the release that the lists are of"),
     ("an incomplete copy, or the wrong root: folders such as {} are not there", lambda missing: missing.absent,
      "copy them, or give the folder that contains them"),
@@ -78,7 +95,9 @@ CAUSES = (  # cause, with {} for what was found; how to find it; remedy. The fir
 
 
 def diagnose(split: Split) -> str:
-    """The likely cause of a split's missing files, and its remedy."""
+    """The cause of a split's missing files, if one is certain, else the likely one, and its remedy."""
+    if cause := split.cause_of_missing():
+        return cause
     root = Path(split.root)
     paths = [split.images.path(i) for i in split.missing[:: max(1, len(split.missing) // 200)]]
     files = [split.layout(path, split.name) for path in paths]
@@ -133,14 +152,20 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     return sum(make_link(out / link, image, True, "--link") for link, image in progress)
 
 
-def make_link(link: Path, target: str, replace: bool, flag: str) -> bool:
+def make_link(link: Path, image, replace: bool, flag: str) -> bool:
     """Makes a symbolic link; returns whether it was not there yet. replace: also in the place of another link.
 
-    Raises UserError, which names the flag of the link's folder, if something else is there.
+    It is relative if both ends lie below one folder, which may then be moved, or mounted somewhere else. Raises
+    UserError, which names the flag of the link's folder, if something else is there.
     """
-    if link.is_symlink() and os.readlink(link) == target:
+    folder, name = os.path.split(os.path.abspath(image))
+    target, ends = os.path.join(folder, name), (real_folder(folder), real_folder(link.parent))
+    if os.path.commonpath(ends) != os.sep:
+        target = os.path.join(os.path.relpath(*ends), name)
+    is_link = link.is_symlink()
+    if is_link and os.readlink(link) == target:
         return False
-    if link.is_symlink() and replace:
+    if is_link and (replace or os.path.realpath(link) == os.path.realpath(image)):
         link.unlink()
     if os.path.lexists(link):
         raise UserError(f"{link}: exists and is not a link to {target}; use another folder for {flag}")

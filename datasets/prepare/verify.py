@@ -4,8 +4,8 @@
     python -m datasets.verify DIR my_train.txt           only these lists; their names end in train, val or test
     python -m datasets.verify DIR --decode               reads every image, as training does
 
-Exit status: 0; 1 if an image is missing or unreadable, or if two splits share images (val and test may be the same);
-2 if nothing could be checked (no such folder, a malformed list).
+Exit status: 0; 1 if an image is missing or unreadable, if an image has two labels, or if two splits share images (val
+and test may be the same); 2 if nothing could be checked (no such folder, a malformed list).
 """
 
 import filecmp
@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
-from utils.groups import FEW_BELOW, MANY_ABOVE, shot_groups
-from utils.images import load_rgb
+from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
+from utils.images import FORMATS, load_rgb
 from utils.results.plots import require_matplotlib, save_figure
 
-from ..splits import SPLITS, Split, as_listed, by_split, find_splits
+from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits
 from .trees import bar, diagnose, flat
 
 MAX_SHOWN = 20
@@ -37,13 +37,18 @@ LARGE_IMAGE = Lock()  # held while a large image is decoded
 FORMAT_OF_SUFFIX = Image.registered_extensions()
 LAYOUT_NAMES = {as_listed: "plain", by_split: "reorganized", flat: "flat"}
 FAULTS = ("missing", "unreadable")  # the findings that are problems of an image
+INFORMATION = {
+    "renamed": "have another format than their name says; training reads them all",
+    "flat": "use less than an eighth of the range of brightness, once they are RGB",
+    "transparent": "are transparent in part; training uses the colors that are hidden there",
+}
 
 
 def examine(split: Split, decode: bool) -> dict[str, list[tuple[int, str]]]:
     """{kind of finding: [(entry, detail)]} of a split's images.
 
     missing: why; outside (a link leads out of the root): the file; and, if decode, unreadable: why; renamed (another
-    format than the name says): the format; converted (not RGB): the mode.
+    format than the name says): the format; converted (not RGB): the mode; flat: its levels; transparent: the mode.
     """
     root = os.path.realpath(split.root)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
@@ -52,7 +57,8 @@ def examine(split: Split, decode: bool) -> dict[str, list[tuple[int, str]]]:
     def look(i):
         file = os.path.join(split.root, split.layout(split.images.path(i), split.name))
         if i in missing:
-            return [("missing", "not a regular file" if os.path.exists(file) else "no such file")]
+            why = explain_missing(split.root, split.layout(split.images.path(i), split.name)) or "no such file"
+            return [("missing", "not a regular file" if os.path.exists(file) else why)]
         found = decode_image(file) if decode else []
         folder, name = os.path.split(file)
         real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
@@ -81,16 +87,27 @@ def decode_image(file: str) -> list[tuple[str, str]]:
         if os.path.getsize(file) == 0:
             return [("unreadable", "an empty file, 0 bytes")]
         with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
-            load_rgb(file)
+            low, high = zip(*load_rgb(file).getextrema(), strict=True)
+            transparent = has_transparency(file)
     except MemoryError:
         return [("unreadable", "not enough memory to decode it")]
     except (UserError, OSError) as error:
         return [("unreadable", str(error).removeprefix(f"{file}: "))]
     found = [] if mode == "RGB" else [("converted", mode)]
+    if max(high) - min(low) < 256 / 8:
+        found.append(("flat", f"levels from {min(low)} to {max(high)} of 255"))
+    if transparent:
+        found.append(("transparent", mode))
     named = FORMAT_OF_SUFFIX.get(os.path.splitext(file)[1].lower(), kind)
     if named != kind and {named, kind} != {"JPEG", "MPO"}:  # MPO: a JPEG followed by further pictures
         found.append(("renamed", kind))
     return found
+
+
+def has_transparency(file: str) -> bool:
+    """Whether pixels of an image are transparent to any degree."""
+    with Image.open(file, formats=FORMATS) as image:
+        return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bool):
@@ -112,11 +129,22 @@ def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bo
 
 def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
     """(problems, information): lines about images of several splits, repeated entries, and classes without images."""
-    problems, information, paths = [], [], {}
+    problems, information, paths, labeled, contradictions = [], [], {}, {}, []
     for name, split in splits.items():
-        paths[name] = {posixpath.normpath(split.images.path(i)) for i in range(len(split.images))}
+        paths[name] = set()
+        for i, label in enumerate(split.images.labels.tolist()):
+            path = posixpath.normpath(split.images.path(i))
+            paths[name].add(path)
+            other, j = labeled.setdefault(path, (split, i))
+            if label != int(other.images.labels[j]) and is_same_image(path, other, split):
+                contradictions.append((path, ((other, j), (split, i))))
         if repeated := len(split.images) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
+    for path, entries in contradictions[:MAX_SHOWN]:
+        labels = (f"label {int(split.images.labels[i])} in {split.images.locate([i])}" for split, i in entries)
+        problems.append(f"{path}: {' and '.join(labels)}; correct one of them")
+    if len(contradictions) > MAX_SHOWN:
+        problems.append(f"and {len(contradictions) - MAX_SHOWN} more paths with two labels")
     for one, other in combinations(splits, 2):
         both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
         if both and paths[one] == paths[other] and "train" not in (one, other):
@@ -124,12 +152,14 @@ def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
         elif both:
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
     labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
+    hints = {name: split.images.label_hint() for name, split in splits.items()}
     if "train" in splits:
         if empty := set(range(max(labels["train"]))) - labels["train"]:
-            information.append(f"train: {len(empty)} classes have no image, such as {min(empty)}")
+            information.append(f"train: {len(empty)} classes have no image, such as {min(empty)}{hints['train']}")
         for name in splits:
             if untrained := labels[name] - labels["train"]:
-                information.append(f"{name}: {len(untrained)} classes have no training image, such as {min(untrained)}")
+                what = f"{len(untrained)} classes have no training image, such as {min(untrained)}"
+                information.append(f"{name}: {what}{hints[name]}")
     return problems, information
 
 
@@ -156,15 +186,15 @@ def describe(split: Split, findings: dict[str, list]):
     def name_entry(i):
         return split.images.with_line(split.layout(split.images.path(i), split.name), i)
 
-    missing, unreadable, outside, renamed = (findings[kind] for kind in (*FAULTS, "outside", "renamed"))
+    missing, unreadable, outside = (findings[kind] for kind in (*FAULTS, "outside"))
     if missing:
         show(missing, f"{len(missing)} of {len(split.images)} images are missing; {diagnose(split)}")
     show(unreadable, f"{len(unreadable)} images cannot be read")
     if outside:
         where = f"links lead out of {split.root}; the first: {name_entry(outside[0][0])}"
         print(f"{split.name}: information: {len(outside)} {where}")
-    what = "images have another format than their name says; training reads them all"
-    show(renamed, f"information: {len(renamed)} {what}")
+    for kind, what in INFORMATION.items():
+        show(findings[kind], f"information: {len(findings[kind])} images {what}")
     if modes := sorted(Counter(mode for _, mode in findings["converted"]).items()):
         numbers = ", ".join(f"{number} {mode}" for mode, number in modes)
         print(f"{split.name}: information: images of modes that training converts to RGB: {numbers}")
@@ -219,7 +249,9 @@ def verify(args) -> int:
     print_table(splits, findings, args.decode)
     for name, split in splits.items():
         describe(split, findings[name])
-    for line in [*problems, *(f"information: {line}" for line in information)]:
+    notes = [note for split in splits.values() for note in split.images.notes]
+    notes += [note for split in splits.values() if split.name == "train" for note in numbering_note(split.folders)]
+    for line in [*problems, *(f"information: {line}" for line in [*information, *notes])]:
         print(line)
     if args.report:
         write_report(args.report, splits, findings)

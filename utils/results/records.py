@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import UserError, one_line, printable
 from ..files import walk
+from ..groups import tell_names_apart
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
 
@@ -47,7 +48,7 @@ def run_folders(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run's --output_dir, or a folder of runs")
-    runs = sorted(Path(path) for path, files in walk(folder) if "results.json" in files)
+    runs = sorted(Path(path) for path, files in walk(folder)[0] if "results.json" in files)
     if not runs:
         raise UserError(f"{folder}: neither it nor a folder below it holds results.json; finish the run first")
     return runs
@@ -109,7 +110,7 @@ def check_record(record) -> dict:
         if not is_valid(record[name]):
             raise ValueError(f"{name} does not fit")
     names = record["classes"] or [f"class {label}" for label in range(size)]
-    return record | {"classes": [printable(name) for name in names]}
+    return record | {"classes": tell_names_apart([printable(name) for name in names])}
 
 
 def is_accuracy(value) -> bool:

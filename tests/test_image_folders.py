@@ -1,0 +1,317 @@
+"""Folders of images as every command reads them: each image once, nothing vanishes in silence, classes keep numbers."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.verify import main as verify
+from tests.helpers import LAST, SPLITS, call, class_image, results_of, run_stage, stage_flags, without_privileges
+from tests.helpers_prepare import fails, read_lists, succeeds
+from utils import predict, report
+
+NAMES = ("ant", "cat", "dog")
+HIDDEN = "left out: 4 hidden folders or folders of thumbnails, such as @eaDir"
+
+
+def write_folders(root, names=NAMES, count=8):
+    """root/<class>/<number>.jpg."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(names):
+        (Path(root) / name).mkdir(parents=True)
+        for number in range(count):
+            class_image(random, label, 32).save(Path(root) / name / f"{number}.jpg")
+    return Path(root)
+
+
+def write_splits(root, names=NAMES):
+    """Class folders without lists, for a training."""
+    for split in SPLITS:
+        write_folders(root / split, names)
+    return root
+
+
+def litter(root):
+    """What browsers, notebooks and NAS systems leave in folders of photos."""
+    photo = (root / "ant/0.jpg").read_bytes()
+    for file in (
+        "cat/.ipynb_checkpoints/1-checkpoint.jpg",
+        "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg",
+        "dog/.@__thumb/s1.jpg",
+        "@eaDir/2.jpg",
+        "cat/more/2.jfif",
+    ):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(photo)
+
+
+def link_around(root):
+    """Links to images and folders that are there anyway, to folders around them, and to one image elsewhere."""
+    elsewhere = root.parent / f"{root.name} elsewhere"
+    (elsewhere / "below").mkdir(parents=True)
+    (root / "dog/0.jpg").rename(elsewhere / "below/0.jpg")
+    for link, target in {
+        "cat/again": ".", "cat/up": "..", "dog/up": "..", "dog/around": "../../..", "ant/of the next": "../cat",
+        "ant/0 too.jpg": "../cat/0.jpg", "dog/0.jpg": elsewhere / "below/0.jpg", "dog/1 too.jpg": "1.jpg",
+        "dog/elsewhere": elsewhere,
+    }.items():  # fmt: skip
+        (root / link).symlink_to(target)
+
+
+def short_run(data, out, *flags):
+    return run_stage("i", data, out, "-b", 4, "--epochs", 1, "--con-weight", 0, *flags)
+
+
+def test_every_image_comes_once_and_what_is_left_out_is_counted(tmp_path, capsys, trained):
+    data = write_splits(tmp_path / "data")
+    link_around(data / "train")
+    for split in SPLITS:
+        litter(data / split)
+    said = succeeds(capsys, "folder", data, "--out", tmp_path / "lists")
+    expected = {(f"train/{name}/{i}.jpg", label) for label, name in enumerate(NAMES) for i in range(8)}
+    listed = read_lists(tmp_path / "lists")
+    moved = ("train/dog/0.jpg", "train/dog/elsewhere/below/0.jpg")  # one image: its folder comes before its link
+    assert {entry if entry[0] != moved[1] else (moved[0], 2) for entry in listed["train"]} == expected
+    assert len(listed["train"]) == 24 and {len(entries) for entries in listed.values()} == {24}
+
+    plain = succeeds(capsys, "folder", data / "train", "--out", tmp_path / "plain", "--val", 2, "--test", 2)
+    drawn = [path for entries in read_lists(tmp_path / "plain").values() for path, _ in entries]
+    assert len(drawn) == len(set(drawn)) == 24
+    long_tail = succeeds(capsys, "long-tail", data, "--imbalance", 2, "--out", tmp_path / "lt")
+    assert "17 training (8 to 4 per class), 24 validation, 24 test" in long_tail
+    assert verify([str(data)]) == 0
+    verified = capsys.readouterr().out
+    outcome = short_run(data, tmp_path / "run")
+    assert outcome.status == 0 and results_of(tmp_path / "run")[0]["train_counts"] == [8] * 3
+    for text in (said, plain, long_tail, verified, outcome.out):
+        assert HIDDEN in text and "left out: 1 files with the ending .jfif" in text, text
+        assert "left out: 8 links to what is there without them, such as ant/0 too.jpg" in text, text
+
+    assert predict.main([str(trained["i"] / LAST), str(data / "train"), "--device", "cpu"]) == 0
+    found = capsys.readouterr()
+    assert len(found.out.splitlines()) == 24 and HIDDEN in found.err
+
+
+def test_numbers_and_order_are_those_of_torchvision(tmp_path, capsys):
+    """So that an old seed draws the same lists."""
+    from torchvision.datasets import ImageFolder
+
+    root = write_folders(tmp_path / "train", ("b-c", "b", "10", "B"), 2)
+    for folder in ("b/x/y", "b/x-y"):
+        write_folders(root / folder, ("1", "0"), 2)
+    write_folders(tmp_path / "val", ("b",), 1)
+    succeeds(capsys, "folder", tmp_path)
+    theirs = [(os.path.relpath(file, tmp_path), label) for file, label in ImageFolder(root).samples]
+    assert read_lists(tmp_path)["train"] == theirs
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])  # 444: names can be listed, files not be opened
+@pytest.mark.parametrize("place", ["train/cat", "train/ant/deeper", "elsewhere"])
+def test_a_folder_that_may_not_be_read_is_named_everywhere(tmp_path, capsys, trained, place, mode):
+    data = write_splits(tmp_path / "data")
+    folder = write_folders(tmp_path / place, ("a",)) if place == "elsewhere" else data / place
+    if place == "elsewhere":
+        (data / "train/bee").symlink_to(folder)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(mode)
+    try:
+        with without_privileges():
+            run = short_run(data, tmp_path / "run")
+            assert run.status == 2 and run.err.count("\n") == 1
+            errors = [run.err]
+            for argv in (["folder", data], ["folder", data / "train"], ["long-tail", data, "--out", tmp_path / "lt"]):
+                errors.append(fails(capsys, *argv))
+            assert verify([str(data)]) == 2
+            assert predict.main([str(trained["i"] / LAST), str(data / "train"), "--device", "cpu"]) == 2
+            assert report.main([str(data)]) == 2
+            errors += capsys.readouterr().err.splitlines()
+        name = data / "train/bee" if place == "elsewhere" else folder
+        assert len(errors) == 7 and all(f"{name}" in line and "Permission denied" in line for line in errors), errors
+    finally:
+        folder.chmod(0o755)
+
+
+def test_a_path_in_a_folder_that_may_not_be_searched_is_not_called_absent(tmp_path, capsys, trained):
+    data = write_folders(tmp_path / "data")
+    data.chmod(0)
+    try:
+        with without_privileges():
+            assert predict.main([str(trained["i"] / LAST), str(data / "cat/0.jpg"), "--device", "cpu"]) == 2
+            assert "Permission denied" in capsys.readouterr().err
+            outcome = short_run(data, tmp_path / "run")
+            assert outcome.status == 2 and "Permission denied" in outcome.err and str(data) in outcome.err
+    finally:
+        data.chmod(0o755)
+
+
+def test_a_class_folder_that_is_a_broken_link_does_not_renumber_the_others(tmp_path, capsys):
+    data = write_splits(tmp_path / "data")
+    (data / "train/bee").symlink_to("/gone/bee")
+    outcome = short_run(data, tmp_path / "run")
+    for error in (outcome.err, fails(capsys, "folder", data), fails(capsys, "folder", data / "train")):
+        assert "train/bee: a broken link, to /gone/bee" in error
+
+
+# ---- the numbers and names of the classes
+
+
+@pytest.mark.parametrize("pattern", ["{}", "class{}", "{}_of_them"])
+def test_numbered_folders_that_text_orders_otherwise_give_a_warning(tmp_path, capsys, trained, pattern):
+    names = [pattern.format(number) for number in range(5, 11)]  # as text, 10 comes first
+    data = write_splits(tmp_path / "data", names)
+    note = f"warning: class 0 is '{pattern.format(10)}'"
+    assert note in succeeds(capsys, "folder", data, "--out", tmp_path / "lists")
+    assert note in succeeds(capsys, "folder", data / "train", "--out", tmp_path / "plain")
+    assert note in succeeds(capsys, "long-tail", data, "--imbalance", 2, "--out", tmp_path / "lt")
+    verify([str(data)])
+    assert note in capsys.readouterr().out
+    assert note in short_run(data, tmp_path / "run").out
+    evaluate = ["--evaluate", "--resume", trained["i"] / LAST]  # of a run whose classes have no names
+    assert note in call("i", stage_flags("i", data, tmp_path / "evaluation", evaluate)).out
+    lists = [flag for split in SPLITS for flag in (f"--{split}-list", tmp_path / "lists" / f"{split}.txt")]
+    (tmp_path / "lists/classes.txt").unlink()
+    outcome = short_run(data, tmp_path / "e", "--evaluate", "--resume", tmp_path / "run" / LAST, *lists)
+    assert outcome.status == 0 and note in outcome.out and str(tmp_path / "run" / LAST) in outcome.out
+
+
+def test_a_numbered_source_of_cifar_gives_the_warning(tmp_path, capsys):
+    for split in ("train", "test"):
+        write_folders(tmp_path / "tree" / split, [f"{number}" for number in range(100)], 1)
+    command = ("cifar100-lt", "--imbalance", 1, "--source", tmp_path / "tree", "--out", tmp_path / "out")
+    assert "warning: class 2 is '10'" in succeeds(capsys, *command)
+
+
+@pytest.mark.parametrize("names", [[f"{n:02}" for n in range(5, 11)], ["a1", "a2", "b1"], ["707", "b52", "c3"]])
+def test_names_in_one_order_give_no_warning(tmp_path, capsys, names):
+    assert "warning" not in succeeds(capsys, "folder", write_folders(tmp_path / "data", names))
+
+
+def test_labels_that_do_not_number_the_classes_get_a_hint(plain_tree, tmp_path):
+    def run(change, *splits):
+        for split in SPLITS:
+            entries = [line.split() for line in (plain_tree / f"{split}.txt").read_text().splitlines()]
+            lines = [f"{path} {change(int(label)) if split in splits else label}\n" for path, label in entries]
+            (tmp_path / f"{split}.txt").write_text("".join(lines))
+        lists = [flag for split in SPLITS for flag in (f"--{split}-list", tmp_path / f"{split}.txt")]
+        outcome = run_stage("i", plain_tree, tmp_path / "run", "--epochs", 1, "--overwrite", *lists)
+        verify([str(plain_tree), *map(str, lists)])
+        return outcome
+
+    assert "labels start at 1: subtract 1" in run(lambda label: label + 1, *SPLITS).out
+    assert "labels start at 1: subtract 1" in run(lambda label: label + 1, "val").err
+    assert "6 labels look like ids: number the classes from 0 to 5" in run(lambda label: 90 + 7 * label, *SPLITS).out
+    assert "6 labels look like ids" in run(lambda label: 10**7 + label, *SPLITS).err
+    assert "hint" not in run(lambda label: label).out
+
+
+def test_classes_with_one_name_are_told_apart(trained, tmp_path, capsys, plain_tree):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in plain_tree.iterdir():
+        (data / file.name).symlink_to(file)
+    (data / "classes.txt").write_text("crane\nbee\ncrane\ndog\neel\nfox\n")
+    assert run_stage("i", data, tmp_path / "run", "--epochs", 1).status == 0
+    assert report.main([str(tmp_path / "run"), "--per-class"]) == 0
+    said = capsys.readouterr().out
+    assert "crane (class 0)" in said and "crane (class 2)" in said and "bee (class" not in said
+    photo = next((data / "train").rglob("*.png"))
+    assert predict.main([str(tmp_path / "run" / LAST), str(photo), "--topk", "6", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "crane (class 0) " in said and "crane (class 2) " in said and "bee (class" not in said
+
+
+# ---- why files are missing
+
+
+def in_training_and_verify(root, tmp_path, capsys):
+    """What a run and verify say of missing images."""
+    outcome = run_stage("i", root, tmp_path / "run", "--overwrite")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome
+    assert verify([str(root)]) == 1
+    said = capsys.readouterr().out
+    for text in (outcome.err, said):
+        assert "wrong release" not in text and "correct DIR" not in text, text
+    return outcome.err, said
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Class folders with lists."""
+    root = write_splits(tmp_path / "root")
+    for split in SPLITS:
+        lines = [f"{split}/{name}/{i}.jpg {label}\n" for label, name in enumerate(NAMES) for i in range(8)]
+        (root / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+def test_backslashes_in_a_list_are_named(lists, tmp_path, capsys):
+    for split in SPLITS:
+        (lists / f"{split}.txt").write_text((lists / f"{split}.txt").read_text().replace("/", "\\"))
+    for said in in_training_and_verify(lists, tmp_path, capsys):
+        assert f"{lists / 'train.txt'} has \\ for /" in said and "train/ant/0.jpg is there" not in said
+    text = (lists / "test.txt").read_text().replace("test", "val")  # in a tree with a folder per split
+    for split in SPLITS:
+        (lists / f"{split}.txt").write_text(text)
+    assert "has \\ for /" in in_training_and_verify(lists, tmp_path, capsys)[1]
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat", "train/cat/3.jpg"])
+def test_a_link_whose_target_is_elsewhere_is_named(lists, tmp_path, capsys, place):
+    (lists / place).rename(tmp_path / "gone")
+    (lists / place).symlink_to("/mount/gone")
+    for said in in_training_and_verify(lists, tmp_path, capsys):
+        assert f"{lists / place}: a broken link, to /mount/gone" in said and "in a container" in said
+
+
+@pytest.mark.parametrize("mode", [0, 0o644])
+def test_a_folder_that_may_not_be_searched_is_named(lists, tmp_path, capsys, mode):
+    (lists / "train/cat").chmod(mode)
+    try:
+        with without_privileges():
+            for said in in_training_and_verify(lists, tmp_path, capsys):
+                assert f"{lists / 'train/cat'}: Permission denied" in said
+    finally:
+        (lists / "train/cat").chmod(0o755)
+
+
+def test_other_capitals_and_forms_of_accents_are_named(lists, capsys):
+    (lists / "val/cat").rename(lists / "val/Cat")
+    assert verify([str(lists)]) == 1 and "capitals or accents" in capsys.readouterr().out
+    (lists / "val/Cat/3.jpg").rename(lists / "val/Cat/e\u0301.jpg")
+    (lists / "val.txt").write_text("val/Cat/\u00e9.jpg 1\n")
+    assert verify([str(lists)]) == 1
+    assert (
+        "capitals or accents that are written in another way (val/Cat/e\u0301.jpg is there)" in capsys.readouterr().out
+    )
+
+
+def test_links_are_relative_if_both_ends_lie_below_one_folder(tmp_path, capsys):
+    source = write_splits(tmp_path / "disk/source")
+    command = ("long-tail", source, "--imbalance", 2, "--out", tmp_path / "disk/lists")
+    out = tmp_path / "disk/lists"
+    out.mkdir()
+    (out / "train").symlink_to(source / "train")  # as earlier versions made it
+    succeeds(capsys, *command)
+    assert os.readlink(out / "train") == "../source/train"
+    (tmp_path / "disk").rename(tmp_path / "mounted elsewhere")
+    assert verify([str(tmp_path / "mounted elsewhere/lists")]) == 0
+
+
+# ---- pixels
+
+
+def test_verify_names_dark_and_transparent_images(lists, capsys):
+    pixels = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)  # 12 bits in 16
+    Image.fromarray(pixels).save(lists / "train/ant/1.jpg", format="PNG")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA")
+    image.save(lists / "train/ant/2.jpg", format="PNG")
+    image.putalpha(255)
+    image.save(lists / "train/ant/3.jpg", format="PNG")  # opaque
+    image.convert("P").save(lists / "train/ant/4.jpg", format="PNG", transparency=0)
+    assert verify([str(lists), "--decode"]) == 0
+    said = capsys.readouterr().out.split("train: information: ")
+    dark, transparent = (next(part for part in said if what in part) for what in ("an eighth", "transparent in part"))
+    assert dark.startswith("1 images") and "train/ant/1.jpg" in dark and "levels from 0 to 15 of 255" in dark
+    assert transparent.startswith("2 images") and "ant/2.jpg" in transparent and "ant/4.jpg" in transparent
