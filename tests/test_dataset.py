@@ -61,13 +61,14 @@ def test_values_of_more_bits_are_scaled_by_their_range(tmp_path, levels, kind, e
 @pytest.mark.parametrize(
     ("levels", "kind", "mode"),
     [
-        ([0, 1.5], np.float32, "F"), ([-1, 1], np.float32, "F"), ([0, np.nan], np.float32, "F"),
-        ([0, 7e4], np.float32, "F"), ([0, 1000], np.float32, "F"), ([0, 65536], np.int32, "I"), ([-9, 9], np.int32, "I"),
+        ([0, 1.5], np.float32, "F"), ([-1, 1], np.float32, "F"), ([np.nan, 1], np.float32, "F"),
+        ([0, 7e4], np.float32, "F"), ([0, 1000], np.float32, "F"), ([0, 65536], np.int32, "I"),
+        ([-9, 9], np.int32, "I"),
     ],
 )  # fmt: skip
 def test_values_of_no_known_range_are_refused_with_file_and_mode(tmp_path, levels, kind, mode):
     file = saved(tmp_path, Image.fromarray(np.array([levels], kind)), "image.tif")
-    with pytest.raises(UserError, match=rf"image\.tif: .*mode {mode}, values from {levels[0]:g} to"):
+    with pytest.raises(UserError, match=rf"image\.tif: .*mode {mode}, values from {np.min(levels):g} to"):
         load_rgb(file)
 
 

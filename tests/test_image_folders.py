@@ -282,9 +282,7 @@ def test_other_capitals_and_forms_of_accents_are_named(lists, capsys):
     (lists / "val/Cat/3.jpg").rename(lists / "val/Cat/e\u0301.jpg")
     (lists / "val.txt").write_text("val/Cat/\u00e9.jpg 1\n")
     assert verify([str(lists)]) == 1
-    assert (
-        "capitals or accents that are written in another way (val/Cat/e\u0301.jpg is there)" in capsys.readouterr().out
-    )
+    assert "capitals or accents that" in (said := capsys.readouterr().out) and "(val/Cat/e\u0301.jpg is there)" in said
 
 
 def test_links_are_relative_if_both_ends_lie_below_one_folder(tmp_path, capsys):
