@@ -11,21 +11,28 @@ from collections import Counter
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar  # numpy 1.26 has it under this name too
 from torch import nn
 
 from .backbones import infer_arch
 from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
 from .ssd import STAGES
-from .state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
+from .state_dicts import (
+    check_weights,
+    common_prefix,
+    find_mismatch,
+    find_state_dict,
+    is_dense,
+    is_state_dict,
+    strip_module,
+    strip_prefix,
+)
 
 MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
 MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all of which has to be read
 
-# Published checkpoints may hold best_acc1 as a numpy scalar, under the module's new or old name.
+# Published checkpoints may hold best_acc1 as a numpy scalar, under the module's new name or that before numpy 1.26.
 NUMPY_SCALARS = [
-    scalar,
-    (scalar, "numpy.core.multiarray.scalar"),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
 ]
@@ -175,16 +182,19 @@ def storage_sizes(content) -> Counter:
 
 
 def state_dict_of(path, content: dict) -> dict:
-    """The state dict in a checkpoint's content. Raises ValueError if it has none with dense tensors only."""
-    state_dict = content.get("state_dict")
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
-    ):
-        raise ValueError(f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors; use another file")
+    """The state dict in a checkpoint's content, without a prefix that all of its names have, such as `model.`.
+
+    Raises ValueError if it has none with dense tensors only.
+    """
+    state_dict = find_state_dict(content)
+    if not is_state_dict(state_dict):
+        raise ValueError(
+            f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors, but {', '.join(map(str, content))[:100]}; use another file"
+        )
     for name, value in strip_module(state_dict).items():
         if not is_dense(value):
             raise ValueError(f"{path}: not a checkpoint of SSD-LT: no dense tensor at {name}; use another file")
-    return state_dict
+    return strip_prefix(state_dict, common_prefix(state_dict))
 
 
 def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None:

@@ -7,6 +7,8 @@
 # LAUNCH is what starts a stage, python by default; scripts/train.sbatch starts it in SLURM:
 #   LAUNCH="torchrun --nproc-per-node 8" bash scripts/train.sh configs/imagenet_lt imagenet-lt runs/imagenet --amp bf16
 set -euo pipefail
+{ : >&1; } 2>/dev/null || exec >/dev/null # closed: echo would fail
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
 
 if [ $# -lt 3 ] || [[ $1 == -* || $2 == -* || $3 == -* ]]; then
   echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]; the flags come last" >&2
@@ -24,10 +26,10 @@ find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
 python "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
 read -ra launch <<<"${LAUNCH:-python}"
 
-# SIGTERM and SIGUSR1 are passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. If
+# SIGTERM and what else asks a run to stop is passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. If
 # they come too late for the stage, at least no other starts.
 child='' signaled='' stop=
-trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
+trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1 USR2 HUP XCPU
 trap 'signaled=1 stop=130' INT
 
 # stage TITLE NAME SCRIPT [flags]: trains one stage, unless it has results already.
@@ -57,7 +59,7 @@ stage() {
   if [ "$status" != 0 ]; then
     local hint="the same command continues"
     case $status in 1 | 2) hint="correct the cause, and $hint" ;; esac # torchrun has 1 for a mistake
-    echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2
+    echo "== $title: ended with status $status after $((SECONDS - started)) s; $hint" >&2 || true # a terminal that was closed
     exit "$status"
   fi
   echo "== $title: $((SECONDS - started)) s"

@@ -26,6 +26,7 @@ from .command_line import (
     STARTS_FROM,
     ArgumentParser,
     add_flag,
+    expand_home,
     expand_recipes,
     non_empty,
     number,
@@ -43,7 +44,7 @@ WORKERS_PER_CORE = 8
 
 
 class IgnoreWord(argparse.Action):
-    """The action of a word that only separates others."""
+    """The action of words that say nothing here."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pass
@@ -58,7 +59,7 @@ class TrainingParser(ArgumentParser):
     """
 
     def parse_args(self, argv=None):
-        words = list(sys.argv[1:] if argv is None else argv)
+        words = list(map(expand_home, sys.argv[1:] if argv is None else argv))
         args = super().parse_args(words)
         args.program = self.prog
         args.recipes = [word[1:] for word in words if word.startswith("@")]
@@ -93,6 +94,8 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         doc, epilog="@FILE stands for the words in the file FILE, such as those in configs/; later flags win."
     )
     parser.add_argument(END, nargs=0, dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
+    # torch.distributed.launch gives it to every process, which has it in its environment too.
+    parser.add_argument("--local-rank", dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
     parser.add_argument(
         "data", metavar="DIR", help="image folder that the lists' paths are relative to, or a tree of class folders"
     )

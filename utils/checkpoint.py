@@ -108,7 +108,7 @@ def read(path, flag: str) -> dict:
     """
     try:
         content = read_checkpoint(path)
-        state_dict_of(path, content)
+        content["state_dict"] = state_dict_of(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
@@ -125,7 +125,8 @@ def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     content = read(path, flag)
     found = models.infer_stage_and_arch(content["state_dict"], image_size_of(content))
     if found is None:
-        raise UserError(f"{path}: the names of its weights belong to no stage of SSD-LT; correct {flag}")
+        names = f"the names of its weights, such as {min(content['state_dict'], default='none')},"
+        raise UserError(f"{path}: {names} belong to no stage of SSD-LT; correct {flag}")
     if found["stage"] not in stages:
         stage = models.STAGES[found["stage"]].number
         raise UserError(f"{path}: a checkpoint of stage {stage}; {flag} takes one of stage {stage_names(stages)}")

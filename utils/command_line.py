@@ -53,7 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """As in argparse; the error for an unknown flag suggests one that it resembles."""
         known = {with_hyphens(option): option for option in self._option_string_actions}
         words = []
-        for word in args if args is not None else sys.argv[1:]:
+        for word in map(expand_home, args if args is not None else sys.argv[1:]):
             name, equals, value = word.partition("=")
             if name.startswith("--"):
                 name = known.get(with_hyphens(name), name)
@@ -96,11 +96,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def expand_home(word: str) -> str:
+    """A word of the command line with ~ expanded where shells leave it: in @~/FILE and --flag=~/PATH."""
+    start, sign, path = word.partition("=") if word.startswith("--") else ("", word[:1], word[1:])
+    return start + sign + os.path.expanduser(path) if sign in ("@", "=") else word
+
+
 def expand_recipes(words: list[str], folder: Path = Path(), depth: int = 0) -> list[str]:
     """The words, with those of its recipe in place of each @FILE.
 
-    A recipe has words as in a shell, on any number of lines, and comments from # on; @FILE in it is relative to its own
-    folder. Raises UserError, with file and line, for a recipe that cannot be read.
+    A recipe has words as in a shell, on any number of lines, and comments from # on; ~ and $VARIABLE are expanded, and
+    @FILE in it is relative to its own folder. Raises UserError, with file and line, for a recipe that cannot be read.
     """
     expanded = []
     for word in words:
@@ -121,7 +127,8 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            words += shlex.split(line, comments=True)
+            split = map(os.path.expandvars, shlex.split(line, comments=True))
+            words += [expand_home(os.path.expanduser(word)) for word in split]
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
     return expand_recipes(words, path.parent, depth + 1)
@@ -204,14 +211,25 @@ def non_empty(text: str) -> str:
     return text
 
 
-def output_is_closed() -> bool:
-    """Whether the reader of the output, such as head, has closed it; what is still written then goes nowhere."""
+def is_lost(descriptor: int) -> bool:
+    """Whether the reader of a pipe, such as head, has closed it, or a terminal is gone."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLERR)
-    if not poll.poll(0):
+    poll.register(descriptor, select.POLLERR)
+    return bool(poll.poll(0))
+
+
+def output_is_closed() -> bool:
+    """Whether the reader of the output has closed it; what is still written then goes nowhere."""
+    if not is_lost(sys.stdout.fileno()):
         return False
     drop_unwritable_output()
     return True
+
+
+def drop_lost_output():
+    """Sends nowhere what this process still writes to stdout and stderr, if they are lost."""
+    for descriptor in filter(is_lost, (1, 2)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def drop_unwritable_output():
@@ -222,8 +240,17 @@ def drop_unwritable_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def escape_unprintable():
-    """Lets stdout escape the characters of paths and names that a terminal or file of its encoding cannot hold."""
+def prepare_streams():
+    """Lets stdout escape characters that a terminal or file of its encoding cannot hold, such as those of a path.
+
+    What is closed of stdin, stdout and stderr, as by 2>&-, is opened on the null device: the next file would take its
+    number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -234,7 +261,7 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
     A mistake is printed as one line on stderr, after the stack if the environment has TRACEBACK=1; `interrupted` is
     printed after Ctrl-C.
     """
-    escape_unprintable()
+    prepare_streams()
     try:
         status = work(parser.parse_args(argv)) or 0
         sys.stdout.flush()  # here, where a failure is reported

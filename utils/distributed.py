@@ -4,6 +4,7 @@ Without a process group, every exchange returns its input.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -16,9 +17,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from .command_line import drop_lost_output
 from .errors import UserError, one_line
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What asks a run to stop: a scheduler, Ctrl-C, a closed terminal; the last three unless they are ignored, as by nohup.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) + tuple(
+    number for number in (signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU) if signal.getsignal(number) != signal.SIG_IGN
+)
 
 
 class DistInfo(NamedTuple):
@@ -67,9 +72,15 @@ def is_main_process() -> bool:
 
 
 def print_main(text: str):
-    """Prints on rank 0."""
-    if is_main_process():
+    """Prints on rank 0; goes on without a terminal that is gone, whose SIGHUP was ignored."""
+    if not is_main_process():
+        return
+    try:
         print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        drop_lost_output()
 
 
 class Progress:
@@ -102,7 +113,7 @@ class Progress:
                 self.bar.postfix = short()
                 self.bar.refresh()
         elif due and is_main_process():
-            print(f"{self.title} [{self.done}/{self.total}] {long()}".rstrip(), flush=True)
+            print_main(f"{self.title} [{self.done}/{self.total}] {long()}".rstrip())
 
     def __enter__(self):
         return self

@@ -1,5 +1,6 @@
 """A user's mistake as an exception, text on one line, and the stack of an error for those who ask."""
 
+import contextlib
 import os
 import re
 import sys
@@ -52,6 +53,15 @@ def words_and_place(error: BaseException) -> str:
     own = [(file, line) for file, line in places if not file.startswith(LIBRARIES) and "-packages" not in file]
     place = " (in {}, line {})".format(*own[-1]) if own else ""
     return printable(words[-1][:500] + place)
+
+
+@contextlib.contextmanager
+def optional_package(flag: str, names: str):
+    """A block that imports optional packages. Raises UserError, naming the flag, if they are missing or broken."""
+    try:
+        yield
+    except Exception as error:  # a broken installation raises anything
+        raise UserError(f"{flag}: {names} cannot be imported ({one_line(error)}); pip install {names}") from None
 
 
 def print_stack(error: BaseException):

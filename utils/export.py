@@ -27,7 +27,7 @@ from models.heads import LWS
 
 from .checkpoint import LoadedCheckpoint, system_error
 from .command_line import ArgumentParser, run_command
-from .errors import UserError
+from .errors import UserError, optional_package
 from .files import atomic_write
 from .predict import load_network
 
@@ -75,11 +75,9 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
     transform, classes: models.load's; they are in its metadata as JSON (image_size, mean, std, classes). Raises
     UserError if a package is missing.
     """
-    try:
+    with optional_package("--format onnx", "onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--format onnx: the package {error.name} is missing; pip install onnx onnxscript") from None
     example = torch.zeros(2, 3, transform.size, transform.size)  # a batch of one would be taken as fixed
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -90,6 +88,7 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
         )  # fmt: skip
     proto = program.model_proto
     values = {"image_size": transform.size, "mean": transform.mean, "std": transform.std, "classes": classes}
+    values |= {"preprocessing": transform.steps}
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in values.items()})
     return proto.SerializeToString()
 

@@ -15,7 +15,7 @@ import torchvision
 
 from .checkpoint import LAST
 from .distributed import get_world_size
-from .errors import UserError, one_line
+from .errors import UserError, one_line, optional_package
 from .files import atomic_write
 from .groups import GROUPS, shot_groups
 
@@ -138,12 +138,8 @@ def truncate_log(folder, epochs: int):
 
 def require_tensorboard():
     """TensorBoard's SummaryWriter class. Raises UserError if the package is missing or broken."""
-    try:
+    with optional_package("--tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # a broken installation raises anything
-        raise UserError(
-            f"--tensorboard: the package tensorboard cannot be imported ({one_line(error)}); pip install tensorboard"
-        ) from None
     return SummaryWriter
 
 

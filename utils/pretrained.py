@@ -10,7 +10,16 @@ import models
 from models import backbones
 from models.backbones import infer_arch
 from models.loading import read_checkpoint
-from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module, strip_prefix
+from models.state_dicts import (
+    check_weights,
+    common_prefix,
+    find_mismatch,
+    find_state_dict,
+    is_dense,
+    is_state_dict,
+    strip_module,
+    strip_prefix,
+)
 
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
@@ -88,21 +97,22 @@ def read_backbone(file, arch: str, image_size: int = 224) -> dict:
         raise UserError(f"{file}: cannot be opened ({one_line(error)}); correct --pretrained") from None
     except ValueError as error:
         raise UserError(f"{error} (--pretrained)") from None
-    state_dict = content.get("state_dict", content)
-    named = isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict)
-    if not named or not all(isinstance(value, torch.Tensor) and is_dense(value) for value in state_dict.values()):
-        raise UserError(f"{file}: holds no state dict of tensors; correct --pretrained")
-    entries, prefix = backbone_entries(state_dict)
+    state_dict = find_state_dict(content)
+    if not is_state_dict(state_dict) or not all(map(is_dense, state_dict.values())):
+        names = ", ".join(map(str, content))[:100]
+        raise UserError(f"{file}: holds no state dict of tensors, but {names}; correct --pretrained")
+    with torch.device("meta"):
+        backbone = models.build_backbone(arch, image_size)
+    entries, prefix = backbone_entries(file, state_dict, list(backbone.state_dict()))
     found = infer_arch(entries, image_size)
     if found not in (arch, None):
         raise UserError(f"{file}: its backbone is {found}, not {arch}; correct --arch or --pretrained")
-    with torch.device("meta"):
-        backbone = models.build_backbone(arch, image_size)
     for name, buffer in backbone.named_buffers():  # files from before PyTorch 0.4.1 have no counters
         if name.endswith("num_batches_tracked"):
             entries.setdefault(name, torch.zeros(buffer.shape, dtype=torch.long))
     if problem := find_mismatch(backbone, entries):
-        raise UserError(f"{file}: does not fit {arch}: {prefix}{problem}; correct --arch or --pretrained")
+        names = f"{prefix}{problem}; its names are such as {min(state_dict, default='none')}"
+        raise UserError(f"{file}: does not fit {arch}: {names}; correct --arch or --pretrained")
     try:
         check_weights(entries, backbone)
     except ValueError as error:
@@ -110,11 +120,26 @@ def read_backbone(file, arch: str, image_size: int = 224) -> dict:
     return entries
 
 
-def backbone_entries(state_dict: dict) -> tuple[dict, str]:
-    """The backbone's entries in a state dict, without classifier, and the prefix that they had."""
+def backbone_entries(file, state_dict: dict, expected: list[str]) -> tuple[dict, str]:
+    """The backbone's entries in a state dict, without classifier, and the prefix that they had.
+
+    In a file of another program the prefix is the one below which most of the expected names are; of several, as in
+    MoCo's files, that of the query encoder. Raises UserError if that leaves more than one.
+    """
     state_dict = strip_module(state_dict)
-    found = models.infer_stage_and_arch(state_dict)
-    if found is None:
-        return {name: value for name, value in state_dict.items() if not name.startswith("fc.")}, ""
-    prefix = models.STAGES[found["stage"]].backbone
-    return strip_prefix(state_dict, prefix), prefix
+    stage = models.infer_stage_and_arch(strip_prefix(state_dict, common_prefix(state_dict)))
+    if stage is not None:
+        prefix = common_prefix(state_dict) + models.STAGES[stage["stage"]].backbone
+        return strip_prefix(state_dict, prefix), prefix
+    prefixes = {name[: -len(expected[0])] for name in state_dict if name.endswith(f".{expected[0]}")} | {""}
+    counts = {prefix: sum(prefix + name in state_dict for name in expected) for prefix in sorted(prefixes)}
+    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    best = [prefix for prefix in best if prefix.endswith("encoder_q.")] or best
+    if len(best) > 1:
+        names = " and ".join(best)
+        raise UserError(f"{file}: holds several backbones, below {names}; save one alone, or correct --pretrained")
+    entries = strip_prefix(state_dict, best[0])
+    if best[0]:  # beside it is what another program has after its backbone
+        parts = {name.partition(".")[0] for name in expected}
+        return {name: value for name, value in entries.items() if name.partition(".")[0] in parts}, best[0]
+    return {name: value for name, value in entries.items() if not name.startswith("fc.")}, ""

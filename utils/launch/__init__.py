@@ -6,11 +6,12 @@ them: spawn.py), torchrun and srun (they start the processes). rendezvous.py det
 failures.py tells why one failed.
 """
 
+import contextlib
 import sys
 
 import torch.distributed as dist
 
-from ..command_line import escape_unprintable
+from ..command_line import prepare_streams
 from ..distributed import close_progress
 from ..signals import handle_stop_signals
 from .failures import describe_failure, exit_now, tell_torchrun
@@ -26,7 +27,7 @@ def launch(main_worker, parser, argv=None) -> int:
     known; with TRACEBACK=1 in the environment the stack is printed before it.
     """
     status, message = 0, ""
-    escape_unprintable()
+    prepare_streams()
     with handle_stop_signals(parser.prog):
         try:
             args = parser.parse_args(argv)
@@ -40,7 +41,8 @@ def launch(main_worker, parser, argv=None) -> int:
             close_progress()
             status, message = describe_failure(error)
         if message:
-            print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
             tell_torchrun(message)
         if dist.is_initialized():  # only after a failure
             exit_now(status)

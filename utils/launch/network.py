@@ -58,6 +58,19 @@ def interface_address(name: str) -> str:
     return known[name]
 
 
+def check_interfaces(variable: str):
+    """Raises UserError if the interfaces that a variable of NCCL or gloo names are not there."""
+    present, value = [name for _, name in socket.if_nameindex()], os.environ.get(variable, "")
+    if variable == "GLOO_SOCKET_IFNAME":
+        right = set(value.split(",")) <= {*present, ""}
+    else:  # NCCL takes one of them, the beginning of a name unless there is a =; ^ excludes
+        names = tuple(name.partition(":")[0] for name in value.lstrip("=").split(","))
+        right = value.startswith("^") or any(p in names if value[:1] == "=" else p.startswith(names) for p in present)
+    if not right:
+        known = ", ".join(present)
+        raise UserError(f"environment: {variable} is {value}, and this machine has {known}; correct it, or unset it")
+
+
 def interface_towards(host: str) -> str | None:
     """The network interface whose address this machine uses toward host; None if that is unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError, UnicodeError):

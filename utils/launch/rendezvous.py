@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -18,18 +19,28 @@ from ..distributed import DistInfo, find_difference, num_cores, set_dist_info
 from ..errors import UserError, one_line
 from . import network
 
+PATIENCE = 5  # seconds until a process says that it waits for others
+
 
 def detect_launcher(args) -> DistInfo:
     """Rank and world size, from flags and environment; --multiprocessing-distributed: of this node's first process."""
     url = args.dist_url if "dist_url" in args.given else None
-    if "TORCHELASTIC_RUN_ID" in os.environ or (url == "env://" and "RANK" in os.environ):
+    from_environment = url == "env://" and "RANK" in os.environ
+    counts_nodes = args.multiprocessing_distributed and not {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"} & os.environ.keys()
+    if "TORCHELASTIC_RUN_ID" in os.environ or (from_environment and not counts_nodes):
         return torchrun_info()
     if env_number("SLURM_STEP_NUM_TASKS", 1, default=1) > 1:
         return srun_info(url)
-    if url == "env://":
+    if url == "env://" and not from_environment:
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
-    nodes = max(args.world_size, 1)
-    node = 0 if nodes == 1 and args.rank == -1 else args.rank
+    if not from_environment and "world_size" not in args.given:
+        refuse_to_train_alone()
+    nodes, node = max(args.world_size, 1), args.rank
+    if from_environment:  # as in the published code
+        node, nodes, *_ = torchrun_info()
+        url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    elif nodes == 1 and node == -1:
+        node = 0
     if not 0 <= node < nodes:
         raise UserError(f"--rank {node}: with --world-size {nodes} it must be from 0 to {nodes - 1}")
     if nodes > 1 and url is None:
@@ -42,13 +53,15 @@ def detect_launcher(args) -> DistInfo:
 
 
 def torchrun_info() -> DistInfo:
+    """What torchrun says; without it, as in Kubernetes, each process is a node of its own unless LOCAL_RANK is set."""
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("environment of the launcher: MASTER_ADDR is missing; start with torchrun")
     env_number("MASTER_PORT", 1, 65535)
     world_size = env_number("WORLD_SIZE", 1)
     rank = env_number("RANK", 0, world_size - 1)
-    local_world_size = env_number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
-    local_rank = env_number("LOCAL_RANK", 0, min(rank, local_world_size - 1), default=rank)
+    several = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ
+    local_world_size = env_number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size if several else 1)
+    local_rank = env_number("LOCAL_RANK", 0, min(rank, local_world_size - 1), default=rank if several else 0)
     return DistInfo(rank, world_size, local_rank, local_world_size, "torchrun", "env://")
 
 
@@ -62,8 +75,22 @@ def srun_info(url: str | None) -> DistInfo:
         raise UserError(f"srun: {world_size} tasks on {nodes} nodes; give every node as many, with --ntasks-per-node")
     nodes_of_step = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes_of_step)  # gpu[07-09,12] -> gpu07
-    url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + env_number('SLURM_JOB_ID', 0) % 20000}"
+    job, step = env_number("SLURM_JOB_ID", 0), env_number("SLURM_STEP_ID", 0, default=0)
+    url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + (job + 1009 * step) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
+
+
+def refuse_to_train_alone():
+    """Raises UserError if this is one of several processes of a launcher, and no flag makes them one run."""
+    # of Kubernetes' PyTorchJob and others; of Open MPI, of MPICH and Intel MPI, of MVAPICH
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            raise UserError(
+                f"environment of the launcher: {name} is {size[:20]}, but each process would train alone; add "
+                "--dist-url env://, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set (docs/usage.md), or "
+                "--world-size 1 --rank 0 if it is to train alone"
+            )
 
 
 def env_number(name: str, least: int, most: int = 2**31 - 1, default: int | str = "") -> int:
@@ -105,8 +132,9 @@ def process_group(args, info: DistInfo):
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
     if info.launcher != "plain":
-        init_process_group(args, info, device)
-        check_equal_starts(args, info)
+        with say_if_waiting(args, info):
+            init_process_group(args, info, device)
+            check_equal_starts(args, info)
     yield device
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -150,18 +178,29 @@ def init_process_group(args, info: DistInfo, device):
     else:
         interface = network.interface_towards(network.resolve(info.url)[0])
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface:
-            os.environ.setdefault(variable, interface)
+        if interface and not os.environ.get(variable):
+            os.environ[variable] = interface
+    network.check_interfaces(f"{args.dist_backend.upper()}_SOCKET_IFNAME")
     timeout, meeting = timedelta(seconds=args.dist_timeout), {"init_method": "env://"}
     if info.launcher != "torchrun":
         is_master = info.rank == 0 and info.launcher != "spawn"  # in that case the parent is
-        meeting = {"store": open_store(args, info, is_master), "rank": info.rank, "world_size": info.world_size}
+        store = open_store(args, info, is_master)
+        meeting = {"store": store, "rank": info.rank, "world_size": info.world_size}
+        if store.add(f"rank {info.rank}", 1) > 1:
+            raise UserError(
+                f"--dist-url {info.url}: rank {info.rank} of a run has joined there already; give each run a port of "
+                "its own, and start all of its ranks again if one has died"
+            )
     try:
         with network.hide_native_messages():
             if info.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 meeting = {"store": session_store(info, timeout), "rank": info.rank, "world_size": info.world_size}
             dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
     except RuntimeError as error:
+        if "Unable to find address for" in str(error):  # gloo's
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME {os.environ['GLOO_SOCKET_IFNAME']}: has no address; unset it"
+            ) from None
         if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
             raise
         raise UserError(
@@ -226,7 +265,7 @@ def open_store(args, info: DistInfo, is_master: bool):
     elif is_master:
         name, remedy = info.url.removeprefix("tcp://"), "give node 0's address, or --dist-interface"
         refuse_loopback(name, host, f"--dist-url {info.url}", remedy)
-    timeout = timedelta(seconds=args.dist_timeout)
+    timeout, own = timedelta(seconds=args.dist_timeout), run_name(info)
     try:
         if is_master:
             listener = network.listen(host, port, info.url)
@@ -235,12 +274,50 @@ def open_store(args, info: DistInfo, is_master: bool):
         else:
             network.wait_for_listener(host, port, args.dist_timeout)
             connect = dist.TCPStore
+
+        def meet():
+            store = connect(host, port, timeout=timeout, wait_for_workers=False)
+            if is_master:
+                store.set("run", own)
+            return store, store.get("run").decode()
+
         with network.hide_native_messages():  # something else may listen there and never answer
-            return network.call_within(
-                args.dist_timeout, lambda: connect(host, port, timeout=timeout, wait_for_workers=False)
-            )
+            store, run = network.call_within(args.dist_timeout, meet)
     except (OSError, dist.DistError) as error:
         raise UserError(
             f"--dist-url {info.url}: node 0 is not reached within --dist-timeout {args.dist_timeout:g} s "
             f"({one_line(error)}); start node 0, or correct host and port"
         ) from None
+    if run != own:
+        raise UserError(f"--dist-url {info.url}: {run} meets there, and this is {own}; give each run a port of its own")
+    return store
+
+
+def run_name(info: DistInfo) -> str:
+    """What tells a run from another that may meet at the same port."""
+    if info.launcher != "srun":
+        return "a run that srun did not start"
+    return f"step {os.environ.get('SLURM_STEP_ID', '0')} of SLURM's job {os.environ['SLURM_JOB_ID']}"
+
+
+@contextlib.contextmanager
+def say_if_waiting(args, info: DistInfo):
+    """Prints what this process waits for, and how to start it, if the block takes longer than PATIENCE seconds."""
+    where = info.url or "a port of this machine"
+    if info.launcher == "torchrun":
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    how = {
+        "torchrun": f"the {info.world_size} processes of WORLD_SIZE, which torchrun or the cluster starts",
+        "srun": f"the {info.world_size} tasks of the srun step",
+        "node": f"the {info.nodes} nodes: start the same command on each, with --rank 0 to {info.nodes - 1}",
+        "spawn": f"the {info.world_size} processes of --multiprocessing-distributed"
+        + (f" on {info.nodes} nodes: start it on each, with --rank 0 to {info.nodes - 1}" if info.nodes > 1 else ""),
+    }[info.launcher]
+    text = f"rank {info.rank} waits at {where} for {how}; gives up after --dist-timeout {args.dist_timeout:g} s"
+    timer = threading.Timer(PATIENCE, print, [text], {"flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -9,12 +9,12 @@ from multiprocessing import connection, resource_tracker
 
 import torch.multiprocessing as mp
 
-from ..command_line import USER_ERROR, escape_unprintable
+from ..command_line import USER_ERROR, prepare_streams
 from ..distributed import STOP_SIGNALS, DistInfo, block_signals, defer_stop, heartbeat, stop_requested
 from ..errors import UserError, one_line
 from ..signals import handle_stop_signals
 from .failures import LOST_CONTACT, describe_failure, exit_now
-from .rendezvous import open_store, process_group
+from .rendezvous import open_store, process_group, say_if_waiting
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
@@ -25,7 +25,8 @@ MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message)."""
-    store = open_store(args, info, is_master=info.rank == 0)
+    with say_if_waiting(args, info):
+        store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
     try:
@@ -105,7 +106,7 @@ def describe_death(rank: int, code: int) -> str:
 def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
     """A started process: runs main_worker, and reports (exit status, message). It ends if its parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    escape_unprintable()
+    prepare_streams()
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # otherwise data workers would be spawned, too
     info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
     report = channels[local_rank].send

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, optional_package
 from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE, percent, shot_groups
 from .records import Run, read_log
 
@@ -17,11 +17,9 @@ BOOKKEEPING = ("epoch", "lr", "images_per_second", "seconds")  # numbers in log.
 
 def require_matplotlib(flag: str):
     """matplotlib's Figure; matplotlib is optional. Raises UserError naming the flag if it is missing or broken."""
-    try:
+    with optional_package(flag, "matplotlib"):
         from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401
         from matplotlib.figure import Figure
-    except Exception as error:
-        raise UserError(f"{flag}: matplotlib cannot be imported ({one_line(error)}); pip install matplotlib") from None
     return Figure
 
 
