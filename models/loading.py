@@ -188,8 +188,9 @@ def state_dict_of(path, content: dict) -> dict:
     """
     state_dict = find_state_dict(content)
     if not is_state_dict(state_dict):
+        names = ", ".join(map(str, content))[:100]
         raise ValueError(
-            f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors, but {', '.join(map(str, content))[:100]}; use another file"
+            f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors, but {names}; use another file"
         )
     for name, value in strip_module(state_dict).items():
         if not is_dense(value):

@@ -7,8 +7,8 @@
 # LAUNCH is what starts a stage, python by default; scripts/train.sbatch starts it in SLURM:
 #   LAUNCH="torchrun --nproc-per-node 8" bash scripts/train.sh configs/imagenet_lt imagenet-lt runs/imagenet --amp bf16
 set -euo pipefail
-{ : >&1; } 2>/dev/null || exec >/dev/null # closed: echo would fail
-{ : >&2; } 2>/dev/null || exec 2>/dev/null
+[ -e /dev/fd/1 ] || exec >/dev/null # closed: echo would fail
+[ -e /dev/fd/2 ] || exec 2>/dev/null
 
 if [ $# -lt 3 ] || [[ $1 == -* || $2 == -* || $3 == -* ]]; then
   echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]; the flags come last" >&2
@@ -26,8 +26,8 @@ find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
 python "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
 read -ra launch <<<"${LAUNCH:-python}"
 
-# SIGTERM and what else asks a run to stop is passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself. If
-# they come too late for the stage, at least no other starts.
+# What asks a run to stop is passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself.
+# If it comes too late for the stage, at least no other starts. bash keeps what is ignored at the start, as by nohup.
 child='' signaled='' stop=
 trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1 USR2 HUP XCPU
 trap 'signaled=1 stop=130' INT

@@ -4,11 +4,14 @@ import json
 import pickletools
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import models
+from models.preprocess import EvalTransform
 from tests.helpers import LAST, STAGES, assert_mistake
 from tests.helpers_networks import BUILD, PublishedRun, with_module
 from utils import export
@@ -94,6 +97,38 @@ def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
     metadata = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert metadata["classes"] == names and metadata["image_size"] == SIZE and metadata["mean"][0] == 0.485
+    assert metadata["preprocessing"]["resize"] == [SIZE, SIZE]
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_the_metadata_suffice_to_prepare_an_image(size):
+    """With Pillow and numpy alone, as a program does that runs the ONNX file."""
+    steps = json.loads(json.dumps(EvalTransform(size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).steps))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 257), np.uint8))  # gray
+    found = image.convert(steps["color"])
+    resize, crop = steps["resize"], steps["center_crop"]
+    if isinstance(resize, int):  # of the shorter side
+        resize = [int(resize * 301 / 257), resize]
+    assert steps["interpolation"] == "bilinear" and steps["antialias"]
+    found = found.resize(resize[::-1], Image.Resampling.BILINEAR)  # which Pillow always does with antialiasing
+    if crop is not None:
+        left, top = (round((side - crop) / 2) for side in found.size)
+        found = found.crop((left, top, left + crop, top + crop))
+    found = (np.asarray(found) * steps["scale"] - steps["mean"]) / steps["std"]
+    expected = EvalTransform(size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))(image)
+    assert steps["layout"] == "NCHW"
+    np.testing.assert_allclose(found.transpose(2, 0, 1), expected.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_broken_package_is_named(tmp_path, run, monkeypatch, package):
+    (tmp_path / f"{package}.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    write("i", "resnet8", tmp_path / "checkpoint")
+    outcome = run(tmp_path / "checkpoint", tmp_path / "out.onnx", "--format", "onnx")
+    assert_mistake(outcome, "--format onnx", "Descriptors", "pip install onnx onnxscript")
+    assert not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -122,6 +122,60 @@ def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):
         assert torch.equal(encoder.layer4[1].conv2.weight, state_dict["layer4.1.conv2.weight"])
 
 
+def below(prefix, state_dict):
+    return {prefix + name: value for name, value in state_dict.items()}
+
+
+HEAD = {"model.head.weight": torch.zeros(2, 512)}
+FOREIGN = {
+    "compiled": lambda own, other: below("_orig_mod.", own),
+    "compiled and distributed": lambda own, other: {"state_dict": below("module._orig_mod.", own)},
+    "model": lambda own, other: {"model": own, "epoch": 3, "optimizer": {"state": {}}},
+    "another key": lambda own, other: {"net": below("module.", own), "epoch": 3},
+    "MoCo": lambda own, other: {
+        "state_dict": below("module.encoder_q.", own)
+        | below("module.encoder_k.", other)
+        | {"module.queue": HEAD["model.head.weight"]}
+    },
+    "Lightning": lambda own, other: {"state_dict": below("model.backbone.", own) | HEAD},
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_files_of_other_programs_are_read(tmp_path, form):
+    own, other = torchvision_state(), torchvision_state(seed=8)
+    torch.save(FOREIGN[form](own, other), tmp_path / "foreign.pth")
+    found = read_backbone(tmp_path / "foreign.pth", "resnet18")
+    expected = {name: value for name, value in own.items() if not name.startswith("fc.")}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda own: below("student.", own) | below("teacher.", own), ["student. and teacher."]),
+        (lambda own: {"student": own, "teacher": own}, ["student, teacher"]),
+        (lambda own: {"resnet.embedder.weight": own["conv1.weight"]}, ["does not fit", "resnet.embedder.weight"]),
+    ],
+)
+def test_a_prefix_that_is_not_clear_is_named(plain_tree, tmp_path, content, words):
+    torch.save(content(torchvision_state()), tmp_path / "weights.pth")
+    outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
+    assert_mistake(outcome, tmp_path / "weights.pth", "--pretrained", *words)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_checkpoint_that_was_saved_in_another_form_starts_the_next_stage(trained, plain_tree, tmp_path, wrapped):
+    own = strip_module(checkpoint(trained["i"])["state_dict"])
+    inner = {name.replace("encoder_q.", "encoder_q._orig_mod."): value for name, value in own.items()}
+    torch.save({"model": below("model.", inner)} if wrapped else below("_orig_mod.", own), tmp_path / "foreign")
+    network = models.load(tmp_path / "foreign")
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+    flags = ["--image-size", 32, "--epochs", 1, "--last_stage_ckpt", tmp_path / "foreign"]
+    outcome = run_stage("ii", plain_tree, tmp_path / "run", *flags)
+    assert (outcome.status, outcome.err) == (0, "")
+
+
 def test_a_resumed_run_needs_no_weights(trained, plain_tree, tmp_path, no_network):
     folder = copied(trained["i"], tmp_path / "run")
     words = ["--epochs", 3, "--resume", "auto", "--pretrained", tmp_path / "gone.pth"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 import models
 from datasets.transforms import Views
-from tests.helpers import LAST, ROOT, SCRIPTS, args_of, assert_mistake, call, checkpoint, run_stage, train
+from tests.helpers import LAST, PARSERS, ROOT, SCRIPTS, args_of, assert_mistake, call, checkpoint, run_stage, train
 from utils.command_line import expand_recipes
 from utils.errors import UserError
 
@@ -62,6 +62,18 @@ def test_a_recipe_names_others_relative_to_its_folder(tmp_path):
     (tmp_path / "base.txt").write_text("--wd 0.01")
     args = parse(tmp_path, "@deep/inner.txt --momentum 0.5")
     assert (args.lr, args.weight_decay, args.momentum) == (0.7, 0.01, 0.5)
+
+
+def test_home_and_variables_are_expanded_as_in_a_shell(tmp_path, monkeypatch):
+    """Also where shells leave ~ alone: after @, and after the = of a flag."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "home.txt").write_text("--train-list=~/train.txt --val-list ${HOME}/val.txt @~/inner.txt")
+    (tmp_path / "inner.txt").write_text("--output_dir ~/runs --pretrained '$HOME/w~.pth'  # ~")
+    args = PARSERS["i"]().parse_args(["@~/home.txt", "--test_list=~/test.txt", str(tmp_path)])
+    names = {"train.txt": args.train_list, "val.txt": args.val_list, "test.txt": args.test_list}
+    names |= {"runs": args.output_dir, "w~.pth": args.pretrained}
+    assert names == {name: f"{tmp_path}/{name}" for name in names}
+    assert args.recipes == [f"{tmp_path}/home.txt"]
 
 
 def test_args_json_holds_what_was_resolved(plain_tree, tmp_path):

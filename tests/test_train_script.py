@@ -85,7 +85,9 @@ def test_ctrl_c_while_a_stage_starts_ends_the_run(plain_tree, tmp_path):
     assert not (tmp_path / "out" / "stage_i" / "results.json").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGXCPU, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_that_comes_too_late_for_a_stage_stops_before_the_next(tmp_path, number, status):
     """In place of a stage: it signals the shell, and ends as if it had finished before that."""
     (tmp_path / "data").mkdir()
@@ -95,6 +97,17 @@ def test_a_signal_that_comes_too_late_for_a_stage_stops_before_the_next(tmp_path
     run = start(write_recipes(tmp_path / "config"), tmp_path / "data", tmp_path / "out", launch=str(stage))
     output, _ = run.communicate()
     assert run.returncode == status and "== stage I:" in output and "== stage II:" not in output
+
+
+def test_it_goes_on_with_closed_streams(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "stage").write_text(f"#!/bin/bash\ntouch {tmp_path}/started\nexit 75\n")
+    (tmp_path / "stage").chmod(0o755)
+    words = write_recipes(tmp_path / "config"), tmp_path / "data", tmp_path / "out"
+    command = f"LAUNCH={tmp_path}/stage exec bash {ROOT}/scripts/train.sh {' '.join(map(str, words))} >&- 2>&-"
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", "-c", command], env=environment).returncode == 75
+    assert (tmp_path / "started").exists()
 
 
 def test_a_flag_that_one_stage_does_not_have_is_refused_before_the_first_is_trained(plain_tree, tmp_path):
