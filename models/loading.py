@@ -16,16 +16,7 @@ from torch import nn
 from .backbones import infer_arch
 from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
 from .ssd import STAGES
-from .state_dicts import (
-    check_weights,
-    common_prefix,
-    find_mismatch,
-    find_state_dict,
-    is_dense,
-    is_state_dict,
-    strip_module,
-    strip_prefix,
-)
+from .state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module, strip_prefix
 
 MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
 MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all of which has to be read
@@ -182,12 +173,9 @@ def storage_sizes(content) -> Counter:
 
 
 def state_dict_of(path, content: dict) -> dict:
-    """The state dict in a checkpoint's content, without a prefix that all of its names have, such as `model.`.
-
-    Raises ValueError if it has none with dense tensors only.
-    """
+    """The state dict in a checkpoint's content. Raises ValueError if it has none with dense tensors only."""
     state_dict = find_state_dict(content)
-    if not is_state_dict(state_dict):
+    if state_dict is None:
         names = ", ".join(map(str, content))[:100]
         raise ValueError(
             f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors, but {names}; use another file"
@@ -195,7 +183,7 @@ def state_dict_of(path, content: dict) -> dict:
     for name, value in strip_module(state_dict).items():
         if not is_dense(value):
             raise ValueError(f"{path}: not a checkpoint of SSD-LT: no dense tensor at {name}; use another file")
-    return strip_prefix(state_dict, common_prefix(state_dict))
+    return state_dict
 
 
 def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None:

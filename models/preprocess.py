@@ -96,24 +96,6 @@ class EvalTransform:
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
         self.view = eval_view(size)
 
-    @property
-    def steps(self) -> dict:
-        """What it does, in this order, as an exported file's metadata tell it."""
-        small = self.size <= SMALL
-        return {
-            "color": "RGB",
-            "resize": [self.size] * 2
-            if small
-            else round(self.size * 256 / 224),  # [height, width], or the shorter side
-            "interpolation": "bilinear",
-            "antialias": True,
-            "center_crop": None if small else self.size,
-            "scale": 1 / 255,
-            "mean": self.mean,
-            "std": self.std,
-            "layout": "NCHW",
-        }
-
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return normalize(TF.pil_to_tensor(self.view(to_rgb(image))), self.mean, self.std)
 

@@ -1,7 +1,5 @@
 """State dicts: the names and shapes of their entries, and loading those below a prefix."""
 
-import itertools
-
 import torch
 from torch import nn
 
@@ -15,21 +13,17 @@ def strip_module(state_dict: dict) -> dict:
     return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state_dict.items()}
 
 
-def is_state_dict(value) -> bool:
-    """Whether a value is a dict of tensors by name."""
-    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in value.items())
+def find_state_dict(content: dict) -> dict | None:
+    """The dict of tensors by name in a file: its entry `state_dict`, else `model`, else its only one, else the file."""
 
+    def is_found(value):
+        return isinstance(value, dict) and all(
+            isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in value.items()
+        )
 
-def find_state_dict(content: dict):
-    """What a file's content has as `state_dict`, else as `model`, else its only dict of tensors, else the content."""
-    others = [value for value in content.values() if is_state_dict(value)]
-    return content.get("state_dict", content.get("model", others[0] if len(others) == 1 else content))
-
-
-def common_prefix(state_dict: dict) -> str:
-    """What all names begin with, up to a dot, such as `model.`; empty if there is nothing."""
-    parts = zip(*(name.split(".")[:-1] for name in state_dict), strict=False)
-    return "".join(f"{same[0]}." for same in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+    others = list(filter(is_found, content.values()))
+    found = content.get("state_dict", content.get("model", others[0] if len(others) == 1 else content))
+    return found if is_found(found) else None
 
 
 def strip_prefix(state_dict: dict, prefix: str) -> dict:

@@ -103,7 +103,7 @@ def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_the_metadata_suffice_to_prepare_an_image(size):
     """With Pillow and numpy alone, as a program does that runs the ONNX file."""
-    steps = json.loads(json.dumps(EvalTransform(size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).steps))
+    steps = json.loads(json.dumps(export.preprocessing(EvalTransform(size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 257), np.uint8))  # gray
     found = image.convert(steps["color"])
     resize, crop = steps["resize"], steps["center_crop"]

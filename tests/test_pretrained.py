@@ -168,7 +168,7 @@ def test_a_prefix_that_is_not_clear_is_named(plain_tree, tmp_path, content, word
 def test_a_checkpoint_that_was_saved_in_another_form_starts_the_next_stage(trained, plain_tree, tmp_path, wrapped):
     own = strip_module(checkpoint(trained["i"])["state_dict"])
     inner = {name.replace("encoder_q.", "encoder_q._orig_mod."): value for name, value in own.items()}
-    torch.save({"model": below("model.", inner)} if wrapped else below("_orig_mod.", own), tmp_path / "foreign")
+    torch.save({"model": inner} if wrapped else below("_orig_mod.", own), tmp_path / "foreign")
     network = models.load(tmp_path / "foreign")
     assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
     flags = ["--image-size", 32, "--epochs", 1, "--last_stage_ckpt", tmp_path / "foreign"]

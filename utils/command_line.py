@@ -211,33 +211,23 @@ def non_empty(text: str) -> str:
     return text
 
 
-def is_lost(descriptor: int) -> bool:
-    """Whether the reader of a pipe, such as head, has closed it, or a terminal is gone."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLERR)
-    return bool(poll.poll(0))
-
-
 def output_is_closed() -> bool:
-    """Whether the reader of the output has closed it; what is still written then goes nowhere."""
-    if not is_lost(sys.stdout.fileno()):
+    """Whether the reader of the output, such as head, has closed it; what is still written then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    if not poll.poll(0):
         return False
     drop_unwritable_output()
     return True
 
 
-def drop_lost_output():
-    """Sends nowhere what this process still writes to stdout and stderr, if they are lost."""
-    for descriptor in filter(is_lost, (1, 2)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
 def drop_unwritable_output():
-    """If stdout cannot be written, sends what it still holds nowhere: flushing it at the exit would fail again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Sends what a stream that cannot be written still holds nowhere: flushing it at the exit would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def prepare_streams():

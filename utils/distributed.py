@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .command_line import drop_lost_output
+from .command_line import drop_unwritable_output
 from .errors import UserError, one_line
 
 # What asks a run to stop: a scheduler, Ctrl-C, a closed terminal; the last three unless they are ignored, as by nohup.
@@ -72,7 +72,7 @@ def is_main_process() -> bool:
 
 
 def print_main(text: str):
-    """Prints on rank 0; goes on without a terminal that is gone, whose SIGHUP was ignored."""
+    """Prints on rank 0. If the terminal is gone it goes on: SIGHUP stops the run, unless it is ignored."""
     if not is_main_process():
         return
     try:
@@ -80,7 +80,7 @@ def print_main(text: str):
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-        drop_lost_output()
+        drop_unwritable_output()
 
 
 class Progress:

@@ -69,6 +69,22 @@ def plain_network(model, arch: str, classifier: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
+def preprocessing(transform) -> dict:
+    """What models.load's transform does, in this order, as docs/usage.md explains it."""
+    steps = {type(step).__name__: step.size for step in transform.view.transforms if hasattr(step, "size")}
+    return {
+        "color": "RGB",
+        "resize": steps.get("Resize", [transform.size, transform.size]),
+        "interpolation": "bilinear",
+        "antialias": True,
+        "center_crop": transform.size if "CenterCrop" in steps else None,
+        "scale": 1 / 255,
+        "mean": transform.mean,
+        "std": transform.std,
+        "layout": "NCHW",
+    }
+
+
 def onnx_model(network: nn.Module, transform, classes) -> bytes:
     """An ONNX file of a network with the input `images` and the output `logits`, for any batch size.
 
@@ -88,7 +104,7 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
         )  # fmt: skip
     proto = program.model_proto
     values = {"image_size": transform.size, "mean": transform.mean, "std": transform.std, "classes": classes}
-    values |= {"preprocessing": transform.steps}
+    values |= {"preprocessing": preprocessing(transform)}
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in values.items()})
     return proto.SerializeToString()
 

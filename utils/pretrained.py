@@ -10,16 +10,7 @@ import models
 from models import backbones
 from models.backbones import infer_arch
 from models.loading import read_checkpoint
-from models.state_dicts import (
-    check_weights,
-    common_prefix,
-    find_mismatch,
-    find_state_dict,
-    is_dense,
-    is_state_dict,
-    strip_module,
-    strip_prefix,
-)
+from models.state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module, strip_prefix
 
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
@@ -98,7 +89,7 @@ def read_backbone(file, arch: str, image_size: int = 224) -> dict:
     except ValueError as error:
         raise UserError(f"{error} (--pretrained)") from None
     state_dict = find_state_dict(content)
-    if not is_state_dict(state_dict) or not all(map(is_dense, state_dict.values())):
+    if state_dict is None or not all(map(is_dense, state_dict.values())):
         names = ", ".join(map(str, content))[:100]
         raise UserError(f"{file}: holds no state dict of tensors, but {names}; correct --pretrained")
     with torch.device("meta"):
@@ -127,19 +118,16 @@ def backbone_entries(file, state_dict: dict, expected: list[str]) -> tuple[dict,
     MoCo's files, that of the query encoder. Raises UserError if that leaves more than one.
     """
     state_dict = strip_module(state_dict)
-    stage = models.infer_stage_and_arch(strip_prefix(state_dict, common_prefix(state_dict)))
-    if stage is not None:
-        prefix = common_prefix(state_dict) + models.STAGES[stage["stage"]].backbone
+    if found := models.infer_stage_and_arch(state_dict):
+        prefix = models.STAGES[found["stage"]].backbone
         return strip_prefix(state_dict, prefix), prefix
-    prefixes = {name[: -len(expected[0])] for name in state_dict if name.endswith(f".{expected[0]}")} | {""}
-    counts = {prefix: sum(prefix + name in state_dict for name in expected) for prefix in sorted(prefixes)}
-    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    prefixes = ["", *(name[: -len(expected[0])] for name in sorted(state_dict) if name.endswith(f".{expected[0]}"))]
+    counts = [sum(prefix + name in state_dict for name in expected) for prefix in prefixes]
+    best = [prefix for prefix, count in zip(prefixes, counts, strict=True) if count == max(counts)]
     best = [prefix for prefix in best if prefix.endswith("encoder_q.")] or best
     if len(best) > 1:
         names = " and ".join(best)
         raise UserError(f"{file}: holds several backbones, below {names}; save one alone, or correct --pretrained")
-    entries = strip_prefix(state_dict, best[0])
-    if best[0]:  # beside it is what another program has after its backbone
-        parts = {name.partition(".")[0] for name in expected}
-        return {name: value for name, value in entries.items() if name.partition(".")[0] in parts}, best[0]
-    return {name: value for name, value in entries.items() if not name.startswith("fc.")}, ""
+    parts = {name.partition(".")[0] for name in expected}  # below a prefix there may be other networks' too
+    entries = strip_prefix(state_dict, best[0]).items()
+    return {n: v for n, v in entries if not n.startswith("fc.") and (not best[0] or n.split(".")[0] in parts)}, best[0]

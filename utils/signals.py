@@ -14,7 +14,6 @@ import threading
 import time
 
 from . import distributed
-from .command_line import drop_lost_output
 from .distributed import STOP_SIGNALS
 from .errors import EndOfRun
 
@@ -67,8 +66,6 @@ def _note(number, frame):
     if state.requested and number == signal.SIGINT:
         raise KeyboardInterrupt
     state.requested = True
-    if number == signal.SIGHUP:
-        drop_lost_output()  # the terminal is gone, and writing there would end the run before it has saved
     if number == signal.SIGINT and state.deferred and state.interactive:
         os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
 

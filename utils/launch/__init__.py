@@ -11,7 +11,7 @@ import sys
 
 import torch.distributed as dist
 
-from ..command_line import prepare_streams
+from ..command_line import drop_unwritable_output, prepare_streams
 from ..distributed import close_progress
 from ..signals import handle_stop_signals
 from .failures import describe_failure, exit_now, tell_torchrun
@@ -44,6 +44,7 @@ def launch(main_worker, parser, argv=None) -> int:
             with contextlib.suppress(OSError):
                 print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
             tell_torchrun(message)
+        drop_unwritable_output()
         if dist.is_initialized():  # only after a failure
             exit_now(status)
     return status

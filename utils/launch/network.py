@@ -59,16 +59,14 @@ def interface_address(name: str) -> str:
 
 
 def check_interfaces(variable: str):
-    """Raises UserError if the interfaces that a variable of NCCL or gloo names are not there."""
+    """Raises UserError if no interface is as a variable of NCCL or gloo says."""
     present, value = [name for _, name in socket.if_nameindex()], os.environ.get(variable, "")
-    if variable == "GLOO_SOCKET_IFNAME":
-        right = set(value.split(",")) <= {*present, ""}
-    else:  # NCCL takes one of them, the beginning of a name unless there is a =; ^ excludes
-        names = tuple(name.partition(":")[0] for name in value.lstrip("=").split(","))
-        right = value.startswith("^") or any(p in names if value[:1] == "=" else p.startswith(names) for p in present)
-    if not right:
-        known = ", ".join(present)
-        raise UserError(f"environment: {variable} is {value}, and this machine has {known}; correct it, or unset it")
+    names = tuple(name.partition(":")[0] for name in value.lstrip("=").split(","))
+    exact = value.startswith("=") or variable.startswith("GLOO")  # else NCCL takes the beginnings of names
+    if not value.startswith("^") and not any(p in names if exact else p.startswith(names) for p in present):
+        raise UserError(
+            f"environment: {variable} is {value}, this machine has {', '.join(present)}; correct or unset it"
+        )
 
 
 def interface_towards(host: str) -> str | None:

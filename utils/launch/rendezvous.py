@@ -20,27 +20,27 @@ from ..errors import UserError, one_line
 from . import network
 
 PATIENCE = 5  # seconds until a process says that it waits for others
+# How Kubernetes' PyTorchJob, Open MPI, MPICH and Intel MPI, and MVAPICH tell the number of processes.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def detect_launcher(args) -> DistInfo:
     """Rank and world size, from flags and environment; --multiprocessing-distributed: of this node's first process."""
     url = args.dist_url if "dist_url" in args.given else None
-    from_environment = url == "env://" and "RANK" in os.environ
-    counts_nodes = args.multiprocessing_distributed and not {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"} & os.environ.keys()
-    if "TORCHELASTIC_RUN_ID" in os.environ or (from_environment and not counts_nodes):
+    if "TORCHELASTIC_RUN_ID" in os.environ or (url == "env://" and "RANK" in os.environ):
         return torchrun_info()
     if env_number("SLURM_STEP_NUM_TASKS", 1, default=1) > 1:
         return srun_info(url)
-    if url == "env://" and not from_environment:
+    if url == "env://":
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
-    if not from_environment and "world_size" not in args.given:
-        refuse_to_train_alone()
-    nodes, node = max(args.world_size, 1), args.rank
-    if from_environment:  # as in the published code
-        node, nodes, *_ = torchrun_info()
-        url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    elif nodes == 1 and node == -1:
-        node = 0
+    for name in WORLD_SIZES if "world_size" not in args.given else ():
+        if os.environ.get(name, "1").strip("0") not in ("", "1"):
+            raise UserError(
+                f"environment: {name} is {os.environ[name]}, but this process would train alone; join the others by "
+                "--dist-url env:// (docs/usage.md), or add --world-size 1 --rank 0"
+            )
+    nodes = max(args.world_size, 1)
+    node = 0 if nodes == 1 and args.rank == -1 else args.rank
     if not 0 <= node < nodes:
         raise UserError(f"--rank {node}: with --world-size {nodes} it must be from 0 to {nodes - 1}")
     if nodes > 1 and url is None:
@@ -78,19 +78,6 @@ def srun_info(url: str | None) -> DistInfo:
     job, step = env_number("SLURM_JOB_ID", 0), env_number("SLURM_STEP_ID", 0, default=0)
     url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + (job + 1009 * step) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
-
-
-def refuse_to_train_alone():
-    """Raises UserError if this is one of several processes of a launcher, and no flag makes them one run."""
-    # of Kubernetes' PyTorchJob and others; of Open MPI, of MPICH and Intel MPI, of MVAPICH
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
-        size = os.environ.get(name, "")
-        if size.isdecimal() and int(size) > 1:
-            raise UserError(
-                f"environment of the launcher: {name} is {size[:20]}, but each process would train alone; add "
-                "--dist-url env://, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set (docs/usage.md), or "
-                "--world-size 1 --rank 0 if it is to train alone"
-            )
 
 
 def env_number(name: str, least: int, most: int = 2**31 - 1, default: int | str = "") -> int:
@@ -265,7 +252,9 @@ def open_store(args, info: DistInfo, is_master: bool):
     elif is_master:
         name, remedy = info.url.removeprefix("tcp://"), "give node 0's address, or --dist-interface"
         refuse_loopback(name, host, f"--dist-url {info.url}", remedy)
-    timeout, own = timedelta(seconds=args.dist_timeout), run_name(info)
+    timeout, own = timedelta(seconds=args.dist_timeout), "a run without srun"
+    if info.launcher == "srun":
+        own = f"step {os.environ.get('SLURM_STEP_ID', '0')} of SLURM's job {os.environ['SLURM_JOB_ID']}"
     try:
         if is_master:
             listener = network.listen(host, port, info.url)
@@ -293,27 +282,14 @@ def open_store(args, info: DistInfo, is_master: bool):
     return store
 
 
-def run_name(info: DistInfo) -> str:
-    """What tells a run from another that may meet at the same port."""
-    if info.launcher != "srun":
-        return "a run that srun did not start"
-    return f"step {os.environ.get('SLURM_STEP_ID', '0')} of SLURM's job {os.environ['SLURM_JOB_ID']}"
-
-
 @contextlib.contextmanager
 def say_if_waiting(args, info: DistInfo):
-    """Prints what this process waits for, and how to start it, if the block takes longer than PATIENCE seconds."""
-    where = info.url or "a port of this machine"
-    if info.launcher == "torchrun":
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-    how = {
-        "torchrun": f"the {info.world_size} processes of WORLD_SIZE, which torchrun or the cluster starts",
-        "srun": f"the {info.world_size} tasks of the srun step",
-        "node": f"the {info.nodes} nodes: start the same command on each, with --rank 0 to {info.nodes - 1}",
-        "spawn": f"the {info.world_size} processes of --multiprocessing-distributed"
-        + (f" on {info.nodes} nodes: start it on each, with --rank 0 to {info.nodes - 1}" if info.nodes > 1 else ""),
-    }[info.launcher]
-    text = f"rank {info.rank} waits at {where} for {how}; gives up after --dist-timeout {args.dist_timeout:g} s"
+    """Prints where this process waits, and for whom, if the block takes longer than PATIENCE seconds."""
+    where = info.url if info.url != "env://" else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    started = {"torchrun": "of WORLD_SIZE", "srun": "of the srun step"}.get(info.launcher, "of this command")
+    if info.launcher in ("spawn", "node") and info.nodes > 1:
+        started += f", given on {info.nodes} nodes with --rank 0 to {info.nodes - 1}"
+    text = f"rank {info.rank} waits at {where} for the {info.world_size} processes {started} (--dist-timeout)"
     timer = threading.Timer(PATIENCE, print, [text], {"flush": True})
     timer.daemon = True
     timer.start()
