@@ -105,7 +105,7 @@ def test_a_task_or_pod_that_waits_says_so(plain_tree, tmp_path, env, start):
 
 
 @pytest.mark.parametrize(
-    "env", [PODS, {"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "8"}, {"MV2_COMM_WORLD_SIZE": "2"}]
+    "env", [PODS, {"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "10"}, {"MV2_COMM_WORLD_SIZE": "2"}]
 )
 def test_one_of_several_processes_does_not_train_alone(plain_tree, tmp_path, monkeypatch, detect, env):
     for flags in ([], TWO):

@@ -34,9 +34,9 @@ def detect_launcher(args) -> DistInfo:
     if url == "env://":
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
     for name in WORLD_SIZES if "world_size" not in args.given else ():
-        if os.environ.get(name, "1").strip("0") not in ("", "1"):
+        if (size := os.environ.get(name, "1")[:20]) not in ("", "0", "1"):
             raise UserError(
-                f"environment: {name} is {os.environ[name]}, but this process would train alone; join the others by "
+                f"environment: {name} is {size}, but this process would train alone; join the others by "
                 "--dist-url env:// (docs/usage.md), or add --world-size 1 --rank 0"
             )
     nodes = max(args.world_size, 1)
@@ -185,9 +185,7 @@ def init_process_group(args, info: DistInfo, device):
             dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
     except RuntimeError as error:
         if "Unable to find address for" in str(error):  # gloo's
-            raise UserError(
-                f"GLOO_SOCKET_IFNAME {os.environ['GLOO_SOCKET_IFNAME']}: has no address; unset it"
-            ) from None
+            raise UserError(f"GLOO_SOCKET_IFNAME {os.environ.get('GLOO_SOCKET_IFNAME')}: has no address") from None
         if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
             raise
         raise UserError(
