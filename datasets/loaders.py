@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from models.preprocess import MEAN, STD, normalize
 from utils.distributed import block_signals
-from utils.errors import UserError, format_stack
+from utils.errors import EndOfRun, format_stack
 
 from .device_augment import to_float
 
@@ -25,14 +25,14 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers
 def collate(items):
     """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
 
-    Returns a UserError, for the run to raise, if it is given in place of the items.
+    Returns an EndOfRun, for the run to raise, if it is given in place of the items.
     """
     try:
-        if isinstance(items, UserError):
+        if isinstance(items, EndOfRun):
             raise items
         views, labels, indices = zip(*items, strict=True)
         return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
-    except UserError as error:
+    except EndOfRun as error:
         if get_worker_info() is not None:
             error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1; sending it would lose it
         return error
@@ -74,7 +74,8 @@ class Loader(DataLoader):
     """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
 
     Its workers ignore the signals that ask for a stop, since the run ends them itself: close() must be called.
-    Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
+    Iterating raises UserError or Unavailable, without a worker's traceback, for an image that cannot be read, and
+    before the first batch of its step.
     name: of the split; batch_sampler: from samplers.py; options: those of to_device (channels_last, mean, std).
     """
 
@@ -129,13 +130,14 @@ class Loader(DataLoader):
     def __iter__(self):
         batches = self._start()
         with report_killed_workers(batches):
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                views, labels, indices = batch
-                self.indices.append(indices)
-                images = tuple(to_device(view, self.device, **self.options) for view in views)
-                yield images, labels.to(self.device, non_blocking=True), indices
+            while step := list(itertools.islice(batches, self.indices.maxlen)):
+                for error in step:
+                    if isinstance(error, EndOfRun):
+                        raise error
+                for views, labels, indices in step:
+                    self.indices.append(indices)
+                    images = tuple(to_device(view, self.device, **self.options) for view in views)
+                    yield images, labels.to(self.device, non_blocking=True), indices
 
     def _start(self):
         """Starts the workers, all or none; returns the iterator over batches."""

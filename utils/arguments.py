@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 import secrets
 import sys
 from itertools import pairwise
@@ -35,6 +34,7 @@ from .command_line import (
 )
 from .distributed import gather_objects, get_world_size, num_cores, print_main
 from .errors import UserError
+from .files import is_dir, lexists
 
 SCRIPTS = {f"ssd_stage_{stage}.py" for stage in STAGES}
 MAX_PROCESSES = 1024
@@ -82,7 +82,7 @@ class TrainingParser(ArgumentParser):
         """As in ArgumentParser, with recipes; a folder after --pretrained is DIR, since weights are a file."""
         words = expand_recipes(list(sys.argv[1:] if args is None else args))
         for i, (word, following) in enumerate(pairwise(words)):
-            if word == "--pretrained" and os.path.isdir(following):
+            if word == "--pretrained" and is_dir(following):
                 words[i] = "--pretrained=torchvision"
         return super().parse_known_args(words, namespace)
 
@@ -241,10 +241,10 @@ def check_arguments(args):
         script = f"ssd_{Path(name).stem}.py"
         if {script, args.program} <= SCRIPTS and script != args.program:
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
-    kind = "a file" if os.path.exists(args.data) else "no such folder"
+    kind = "a file" if lexists(args.data) else "no such folder"
     mistakes = {
         f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to":
-            not os.path.isdir(args.data),
+            not is_dir(args.data),
         f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it":
             args.workers > most,
         f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out":

@@ -14,8 +14,8 @@ from models.state_dicts import check_weights, find_mismatch, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
-from .errors import UserError, one_line
-from .files import atomic_write, link, remove_temporary_files
+from .errors import UserError, one_line, retry, system_error
+from .files import atomic_write, is_file, lexists, link, remove_temporary_files
 from .groups import numbering_note
 from .metrics import MetricLogger
 from .signals import Stopped
@@ -104,10 +104,11 @@ def check_trained(path, content: dict):
 def read(path, flag: str) -> dict:
     """The content of a checkpoint, its fields as save writes them.
 
-    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes.
+    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes; Unavailable
+    if the system cannot read it now.
     """
     try:
-        content = read_checkpoint(path)
+        content = retry(read_checkpoint, path)
         state_dict_of(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
@@ -185,33 +186,41 @@ def check_fields(content: dict):
 def find_latest(folder) -> Path | None:
     """The newest readable checkpoint of a run: last, else previous, else best; None if there is none.
 
-    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read.
+    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read, or as
+    find_damage does.
     """
     present = present_in(folder)
     for path in present:
-        try:
-            read(path, "--resume auto")
+        damage = find_damage(path)
+        if damage is None:
             return path
-        except UserError as error:
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+        print(f"skipped {damage}", file=sys.stderr, flush=True)
     if present:
         raise UserError(f"{folder}: no checkpoint in it can be read; to start over, remove them")
     return None
 
 
+def find_damage(path) -> UserError | None:
+    """Why a file is no checkpoint, None if it is one. Raises what read does if the system refuses to read it."""
+    try:
+        read(path, "--resume auto")
+    except UserError as error:
+        if isinstance(error.__context__, OSError) and is_file(path):  # it may be whole
+            raise
+        return error
+    return None
+
+
 def present_in(folder) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    return [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(Path(folder) / name)]
+    return [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if lexists(Path(folder) / name)]
 
 
 def quarantine_unreadable(folder, resumed):
     """Renames a last checkpoint that --resume auto skipped, so that it does not become the previous one."""
     last = Path(folder) / LAST
-    if Path(resumed).name != LAST and os.path.lexists(last):
-        try:
-            read(last, "--resume")
-        except UserError:
-            os.replace(last, f"{last}.unreadable")
+    if Path(resumed).name != LAST and lexists(last) and find_damage(last):
+        os.replace(last, f"{last}.unreadable")
 
 
 # ---- comparing a checkpoint with the run
@@ -491,15 +500,8 @@ def write(folder, content: dict, is_best: bool = False):
         with atomic_write(last, link_others) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
-
-
-def system_error(error) -> str:
-    """The system's reason why writing failed, which torch's writer hides behind its own errors."""
-    cause = error
-    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__
-    return one_line(cause if isinstance(cause, OSError) else error)
+        reason = one_line(system_error(error) or error)
+        raise UserError(f"{last}: cannot be written ({reason}); earlier checkpoints are kept") from None
 
 
 def remove_leftovers(folder):

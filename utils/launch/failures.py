@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, drop_unwritable_output, output_is_closed
 from ..distributed import get_dist_info
-from ..errors import UserError, format_stack, print_stack, words_and_place
+from ..errors import PASSING, Unavailable, UserError, format_stack, print_stack, words_and_place
 from ..signals import Stopped
 
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
@@ -28,12 +28,13 @@ OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--wo
 # (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
-    (Stopped, "", os.EX_TEMPFAIL, "{text}"),
+    ((Stopped, Unavailable), "", os.EX_TEMPFAIL, "{text}"),
     (KeyboardInterrupt, "", INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"),
     (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
     (ConnectionError, "", 1, format_stack),
     ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
     (Exception, "allocate memory|start new thread", USER_ERROR, OUT_OF_MEMORY),
+    (OSError, rf"\[Errno ({'|'.join(map(str, PASSING))})\]", os.EX_TEMPFAIL, words_and_place),
     (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
     (
