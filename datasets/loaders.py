@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections import deque
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from multiprocessing.queues import Queue
 import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from models.preprocess import MEAN, STD, normalize
 from utils.distributed import block_signals
@@ -145,17 +148,23 @@ class Loader(DataLoader):
         try:
             with block_signals():
                 return super().__iter__()
-        except BaseException:
+        except BaseException as error:
             end_processes(set(active_children()) - others)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
+                    frame.f_locals["self"]._shutdown = True  # its __del__ would fail, half made as it is
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"{error.strerror}: data workers cannot be started") from error
             raise
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
-            workers = self._iterator._workers
-            self._iterator._shutdown_workers()
-            end_processes(workers)
-            self._iterator = None
+            iterator, self._iterator = self._iterator, None
+            try:
+                iterator._shutdown_workers()
+            finally:
+                end_processes(iterator._workers)
 
 
 def end_processes(workers):
@@ -171,8 +180,11 @@ def report_killed_workers(iterator):
     try:
         yield
     except (EOFError, OSError) as error:
-        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", [])}
         if not workers or "in DataLoader worker process" in str(error):  # of a transform
             raise
-        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
-        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None
+        killed = [workers[sentinel] for sentinel in connection.wait(workers, timeout=5)]
+        if not killed:
+            raise
+        cause = signal.strsignal(-killed[0].exitcode) if killed[0].exitcode < 0 else f"status {killed[0].exitcode}"
+        raise RuntimeError(f"DataLoader worker (pid {killed[0].pid}) was ended: {cause}") from None

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import os
 import secrets
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -139,8 +141,9 @@ def add_training_flags(group, epochs, batch_size, lr):
 def add_run_flags(group, workers, output_dir):
     add = functools.partial(add_flag, group)
     add("-j", "--workers", RUN_ONLY, GOES_ON, default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
-        help="data loading workers on this node, split over its processes; a GPU that waits for data needs more, up to "
-        f"{WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)")
+        help="data loading workers on this node, split over its processes, in each of three pools: for the "
+        "training, validation and test list, from its first use to the end; a GPU that waits for data needs more, up "
+        f"to {WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)")
     add("-p", "--print-freq", RUN_ONLY, GOES_ON, default=10, type=whole_number(1), metavar="N",
         help="steps between two lines of output, or between two updates of the bar (default: %(default)s)")
     add("--resume", RUN_ONLY, default="", metavar="PATH",
@@ -242,6 +245,7 @@ def check_arguments(args):
         if {script, args.program} <= SCRIPTS and script != args.program:
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
     kind = "a file" if lexists(args.data) else "no such folder"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     mistakes = {
         f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to":
             not is_dir(args.data),
@@ -251,6 +255,8 @@ def check_arguments(args):
             args.nproc > 1 and not args.multiprocessing_distributed,
         "--overwrite: contradicts --resume auto, which would continue; leave one of them out":
             args.overwrite and args.resume == "auto" and not args.evaluate,
+        f"--compile: needs a C++ compiler, and there is no {compiler}; install it, name one in CXX, or leave it out":
+            args.compile and shutil.which(compiler) is None,
         "--evaluate needs a checkpoint: add --resume CHECKPOINT": args.evaluate and not args.resume,
         "--device cuda: no CUDA device is available here; use --device cpu":
             args.device == "cuda" and not torch.cuda.is_available(),

@@ -1,8 +1,12 @@
 """Checkpoints: read without running code, checked before use, written so that a crash cannot damage them."""
 
+import fcntl
 import math
 import os
+import shutil
 import sys
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +19,14 @@ from models.state_dicts import check_weights, find_mismatch, strip_module
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line, retry, system_error
-from .files import atomic_write, is_file, lexists, link, remove_temporary_files
+from .files import atomic_write, is_dir, is_file, lexists, link, remove_temporary_files, replace
 from .groups import numbering_note
 from .metrics import MetricLogger
 from .signals import Stopped
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+RUN_FILES = (f"{LAST}*", PREVIOUS, BEST, "args.json", "log.txt", "results.json", "plots", "events.out.tfevents.*")
+ASIDE = ".replaced"  # the folder of a run that --overwrite replaces; it is called ASIDE.moving unless it has all files
 BEST_METRIC = "class_mean"
 
 
@@ -52,6 +58,9 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     parser: the one that made args; network: the class of the stage that it must belong to. Raises UserError, on all
     ranks, if it cannot be read or belongs to another stage.
     """
+    with raise_on_all_ranks():
+        if args.resume and is_main_process():
+            settle_unless_in_use(Path(args.output_dir) if args.resume == "auto" else Path(args.resume).parent)
     if args.resume == "auto":
         latest = None
         with raise_on_all_ranks():
@@ -429,6 +438,7 @@ def save(state, is_best: bool = False):
         if is_main_process():
             check_finite(state)
             write(state.args.output_dir, checkpoint_of(state, averages), is_best)
+            settle(state.args.output_dir)
     heartbeat()
 
 
@@ -502,6 +512,47 @@ def write(folder, content: dict, is_best: bool = False):
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         reason = one_line(system_error(error) or error)
         raise UserError(f"{last}: cannot be written ({reason}); earlier checkpoints are kept") from None
+
+
+def set_aside(folder: Path):
+    """Moves all files of a run, for settle to bring back or to remove; the folder's lock must be held."""
+    moving = folder / f"{ASIDE}.moving"
+    moving.mkdir()
+    for file in find_run_files(folder):
+        os.replace(file, moving / file.name)
+    replace(moving, folder / ASIDE)
+
+
+def settle(folder):
+    """Removes the run that was set aside if the new one has a checkpoint, else brings it back in the new one's place.
+
+    It can be called after a kill at any moment of set_aside, of a run or of itself; the folder's lock must be held.
+    """
+    aside, moving = Path(folder) / ASIDE, Path(folder) / f"{ASIDE}.moving"
+    if lexists(aside):
+        if lexists(aside.with_name(LAST)):
+            shutil.rmtree(aside)
+            return
+        for file in find_run_files(folder):
+            shutil.rmtree(file) if is_dir(file) else file.unlink()
+        replace(aside, moving)
+    if lexists(moving):
+        for file in moving.iterdir():
+            os.replace(file, moving.with_name(file.name))
+        moving.rmdir()
+
+
+def settle_unless_in_use(folder: Path):
+    """settle, unless a run holds the folder's lock; without a lock RunFolder does it."""
+    if lexists(folder / ASIDE) or lexists(folder / f"{ASIDE}.moving"):
+        with suppress(OSError), open(folder / ".lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            settle(folder)
+
+
+def find_run_files(folder) -> list[Path]:
+    """What a run has written in its folder."""
+    return [file for file in Path(folder).iterdir() if any(fnmatch(file.name, pattern) for pattern in RUN_FILES)]
 
 
 def remove_leftovers(folder):

@@ -33,7 +33,7 @@ def load_rgb(file) -> Image.Image:
 
     Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
     than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError
-    that says that there is no memory; Unavailable if the system cannot read the file now.
+    that says that memory or file descriptors have run out; Unavailable if the system cannot read the file now.
     """
     try:
         return retry(decode, file)
@@ -47,7 +47,7 @@ def load_rgb(file) -> Image.Image:
         raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
         number = getattr(error, "errno", None)  # of the system's errors
-        if number == errno.ENOMEM:
+        if number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             raise
         what, hint = ("decoded", "; replace the file") if number is None else ("read", "")
         raise UserError(f"{file}: cannot be {what} ({one_line(error)}){hint}") from None
