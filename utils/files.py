@@ -147,7 +147,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
                 continue
             retry(os.stat, os.path.join(folder, "."))  # refused if the folder may be read, but not searched
             tree[real] = folder, []
-            for entry in retry(lambda folder: sorted(os.scandir(folder), key=lambda entry: entry.name), folder):
+            for entry in sorted(retry(lambda path: list(os.scandir(path)), folder), key=lambda entry: entry.name):
                 below = entry.is_dir(follow_symlinks=False)
                 if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
                     hidden += [entry.path] if below else []
