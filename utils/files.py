@@ -18,10 +18,11 @@ SYSTEM_FOLDERS = {  # of NAS systems, macOS' archives, Windows and ext4, in smal
 }  # fmt: skip
 
 
-def flush(descriptor: int):
-    """os.fsync, unless the file system does not offer it, as some shared ones and FUSE for folders."""
+@contextmanager
+def optional_service():
+    """Forgives that the file system does not offer what the block asks for, such as flushing folders."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -86,7 +87,8 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
         yield file
         file.flush()
         if sync:
-            flush(file.fileno())
+            with optional_service():
+                os.fsync(file.fileno())
         before_replacing()
         (replace if sync else os.replace)(temporary, path)
 
@@ -94,14 +96,12 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
 def replace(source, target):
     """os.replace, with the folder's new entry flushed to the disk."""
     os.replace(source, target)
-    try:
+    with optional_service():
         folder = os.open(Path(target).parent, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written, but not listed
-        return
-    try:
-        flush(folder)
-    finally:
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def link(source, target):

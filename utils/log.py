@@ -1,6 +1,7 @@
 """What a run writes for people: its settings and the next command, and log.txt, args.json and TensorBoard's files."""
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import torchvision
 from .checkpoint import LAST
 from .distributed import get_world_size
 from .errors import UserError, one_line, retry
-from .files import atomic_write, flush, lexists
+from .files import atomic_write, lexists, optional_service
 from .groups import GROUPS, shot_groups
 
 
@@ -114,7 +115,8 @@ def append_epoch(folder, record: dict):
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-            flush(file.fileno())
+            with optional_service():
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({one_line(error)}); the checkpoints are kept") from None
 

@@ -1,6 +1,5 @@
 """Lists of a user's own tree of class folders."""
 
-import os
 from pathlib import Path
 
 import numpy as np
