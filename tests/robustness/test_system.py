@@ -44,17 +44,17 @@ ALWAYS = 10**6
 
 @pytest.fixture
 def broken(monkeypatch):
-    """broken(owner, name, error, file, times): owner.name(path) raises for paths that end in file, that many times."""
+    """broken(owner, name, error, file): owner.name(path) raises for paths that end in file, `times` after some calls."""
     monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
 
-    def break_(owner, name, error, file, times=ALWAYS):
+    def break_(owner, name, error, file, times=ALWAYS, after=0):
         real, calls = getattr(owner, name), Counter()
         number = getattr(errno, error)
 
         def function(path, *args, **options):
             if isinstance(path, str | os.PathLike) and os.fspath(path).endswith(file):
                 calls[file] += 1
-                if calls[file] <= times:
+                if after < calls[file] <= after + times:
                     raise OSError(number, os.strerror(number))
             return real(path, *args, **options)
 
@@ -80,16 +80,16 @@ def test_an_image_that_cannot_be_read_at_first_changes_nothing(trained, plain_tr
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("file", ["class0/train_7.png", "class3/val_2.png"])
-def test_the_finished_steps_are_saved_and_continue_exactly(trained, plain_tree, tmp_path, broken, stage, file):
+@pytest.mark.parametrize(("file", "after"), [(".png", 60), ("class3/val_2.png", 0)])
+def test_the_finished_steps_are_saved_and_continue_exactly(trained, plain_tree, tmp_path, broken, stage, file, after):
     """Validation has no step of its own: all of the epoch's are kept."""
     run, before = tmp_path / "run", {"ii": ["--last_stage_ckpt", trained["i"] / LAST]}
     before["iii"] = ["--teacher_ckpt", trained["ii"] / LAST]
     flags = ["--cos", *before.get(stage, [])]
-    patch = broken(Image, "open", "EIO", file)
+    patch = broken(Image, "open", "EIO", file, after=after)
     outcome = run_stage(stage, plain_tree, run, *flags)
-    assert_one_line(outcome, 75, plain_tree / "train" / file, "Input/output error", "--resume auto", ".txt, line ")
-    assert checkpoint(run)["epoch"] == 0 and checkpoint(run)["step"] > 0
+    assert_one_line(outcome, 75, f"{plain_tree}/train/class", file, "Input/output error", "--resume auto", ".txt, line ")
+    assert checkpoint(run)["epoch"] == 0 and (checkpoint(run)["step"] == 3) == (after == 60)
     patch.undo()
     assert_same_run(train(stage, plain_tree, run, "--cos", "--resume", "auto"), trained[stage])
 
