@@ -44,7 +44,7 @@ ALWAYS = 10**6
 
 @pytest.fixture
 def broken(monkeypatch):
-    """broken(owner, name, error, file): owner.name(path) raises for paths that end in file, `times` after some calls."""
+    """broken(owner, name, error, file): owner.name(path) raises for paths that end in file, `times` times."""
     monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
 
     def break_(owner, name, error, file, times=ALWAYS, after=0):
@@ -88,7 +88,7 @@ def test_the_finished_steps_are_saved_and_continue_exactly(trained, plain_tree, 
     flags = ["--cos", *before.get(stage, [])]
     patch = broken(Image, "open", "EIO", file, after=after)
     outcome = run_stage(stage, plain_tree, run, *flags)
-    assert_one_line(outcome, 75, f"{plain_tree}/train/class", file, "Input/output error", "--resume auto", ".txt, line ")
+    assert_one_line(outcome, 75, f"{plain_tree}/train/class", file, "Input/output error", "--resume auto", ".txt, line")
     assert checkpoint(run)["epoch"] == 0 and (checkpoint(run)["step"] == 3) == (after == 60)
     patch.undo()
     assert_same_run(train(stage, plain_tree, run, "--cos", "--resume", "auto"), trained[stage])

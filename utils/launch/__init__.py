@@ -40,8 +40,8 @@ def launch(main_worker, parser, argv=None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             close_progress()
             status, message = describe_failure(error)
-        for child in active_children():  # data workers, which ignore the signal by which the exit would end them
-            child.kill()
+            for child in active_children():  # data workers ignore the signal by which the exit would end them
+                child.kill()
         if message:
             print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
             tell_torchrun(message)
