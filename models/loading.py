@@ -104,6 +104,8 @@ def read_checkpoint(path) -> dict:
                 content = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
             if is_zip and storage_sizes(content) - sizes:
                 raise Refused("it is damaged: a tensor in it is cut short")
+        except MemoryError:
+            raise
         except Exception as error:
             cause = error if isinstance(error, OSError) else error.__context__  # zipfile hides it there
             if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):

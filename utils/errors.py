@@ -52,9 +52,10 @@ def retry(read, path, *args):
         if pause is None:
             break
         time.sleep(pause)
+    reason = f"{one_line(found)}, {len(PAUSES) + 1} attempts"
     raise Unavailable(
-        f"{path}: the system cannot read it now ({one_line(found)}; {len(PAUSES) + 1} attempts); nothing is wrong with "
-        "the file as far as is known: start again later with the same command, a training with --resume auto"
+        f"{path}: the system cannot read it now ({reason}); start again later with the same command, a training with "
+        "--resume auto"
     ) from found
 
 
