@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import EndOfRun
 from utils.images import load_rgb
 
 from .lists import ImageList
@@ -15,7 +15,7 @@ class ListFileDataset(torch.utils.data.Dataset):
 
     Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index has come before in the
     epoch. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns, a tuple of
-    uint8 tensors (3, S, S). Raises UserError, naming file and list line, for an image that cannot be read.
+    uint8 tensors (3, S, S). Raises UserError or Unavailable, with file and list line, for an image that cannot be read.
     """
 
     def __init__(self, images: ImageList, root: str, transform, layout, split: str):
@@ -33,13 +33,13 @@ class ListFileDataset(torch.utils.data.Dataset):
         epoch, draw, i = item
         try:
             image = load_rgb(self.file(i))
-        except UserError as error:
-            raise UserError(self.images.with_line(str(error), i)) from None
+        except EndOfRun as error:
+            raise type(error)(self.images.with_line(str(error), i)) from None
         return self.transform(image, (epoch, i, draw)), int(self.images.labels[i]), i
 
     def __getitems__(self, items):
-        """The items of a batch, or the UserError of one of them: raised in a worker, it would print a traceback."""
+        """The items of a batch, or the EndOfRun of one of them: raised in a worker, it would print a traceback."""
         try:
             return [self[item] for item in items]
-        except UserError as error:
+        except EndOfRun as error:
             return error

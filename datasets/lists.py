@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, retry
+from utils.files import is_file, lexists
 
 MAX_LABEL = 2**31 - 1
 MAX_CLASSES = 10**6  # a larger label is taken for a mistake; it could use up all memory
@@ -67,13 +68,10 @@ class ImageList:
 
         Raises UserError, naming file and line, if a line is malformed, or if there is no entry.
         """
-        file = Path(file)
+        if lexists(file) and not is_file(file):  # opening a FIFO would wait for a writer
+            raise UserError(f"{file}: not a regular file; name a list file")
         try:
-            if file.exists() and not file.is_file():  # opening a FIFO would wait for a writer
-                raise UserError(f"{file}: not a regular file; name a list file")
-            content = np.fromfile(file, dtype=np.uint8)
-            with file.open("rb") as lines:
-                return cls._parse(str(file), content, lines)
+            return cls.from_bytes(str(file), retry(Path.read_bytes, Path(file)))
         except OSError as error:
             raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
 

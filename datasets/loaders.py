@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections import deque
 from contextlib import contextmanager
@@ -12,10 +14,11 @@ from multiprocessing.queues import Queue
 import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from models.preprocess import MEAN, STD, normalize
 from utils.distributed import block_signals
-from utils.errors import UserError, format_stack
+from utils.errors import EndOfRun, format_stack
 
 from .device_augment import to_float
 
@@ -25,14 +28,14 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers
 def collate(items):
     """Stacks items into (views, labels, indices): a tuple of uint8 (N, 3, S, S), int64 (N,), a list of N numbers.
 
-    Returns a UserError, for the run to raise, if it is given in place of the items.
+    Returns an EndOfRun, for the run to raise, if it is given in place of the items.
     """
     try:
-        if isinstance(items, UserError):
+        if isinstance(items, EndOfRun):
             raise items
         views, labels, indices = zip(*items, strict=True)
         return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
-    except UserError as error:
+    except EndOfRun as error:
         if get_worker_info() is not None:
             error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1; sending it would lose it
         return error
@@ -74,7 +77,8 @@ class Loader(DataLoader):
     """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
 
     Its workers ignore the signals that ask for a stop, since the run ends them itself: close() must be called.
-    Iterating raises UserError, without a worker's traceback, for an image that cannot be read.
+    Iterating raises UserError or Unavailable, without a worker's traceback, for an image that cannot be read, and
+    before the first batch of its step.
     name: of the split; batch_sampler: from samplers.py; options: those of to_device (channels_last, mean, std).
     """
 
@@ -129,13 +133,14 @@ class Loader(DataLoader):
     def __iter__(self):
         batches = self._start()
         with report_killed_workers(batches):
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                views, labels, indices = batch
-                self.indices.append(indices)
-                images = tuple(to_device(view, self.device, **self.options) for view in views)
-                yield images, labels.to(self.device, non_blocking=True), indices
+            while step := list(itertools.islice(batches, self.indices.maxlen)):
+                for error in step:
+                    if isinstance(error, EndOfRun):
+                        raise error
+                for views, labels, indices in step:
+                    self.indices.append(indices)
+                    images = tuple(to_device(view, self.device, **self.options) for view in views)
+                    yield images, labels.to(self.device, non_blocking=True), indices
 
     def _start(self):
         """Starts the workers, all or none; returns the iterator over batches."""
@@ -143,17 +148,23 @@ class Loader(DataLoader):
         try:
             with block_signals():
                 return super().__iter__()
-        except BaseException:
+        except BaseException as error:
             end_processes(set(active_children()) - others)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
+                    frame.f_locals["self"]._shutdown = True  # its __del__ would fail, half made as it is
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"{error.strerror}: data workers cannot be started") from error
             raise
 
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
-            workers = self._iterator._workers
-            self._iterator._shutdown_workers()
-            end_processes(workers)
-            self._iterator = None
+            iterator, self._iterator = self._iterator, None
+            try:
+                iterator._shutdown_workers()
+            finally:
+                end_processes(iterator._workers)
 
 
 def end_processes(workers):
@@ -169,8 +180,11 @@ def report_killed_workers(iterator):
     try:
         yield
     except (EOFError, OSError) as error:
-        workers = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+        workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", [])}
         if not workers or "in DataLoader worker process" in str(error):  # of a transform
             raise
-        killed = [str(workers[sentinel]) for sentinel in connection.wait(workers, timeout=5)]
-        raise RuntimeError(f"DataLoader worker (pid {', '.join(killed)}) was killed") if killed else error from None
+        killed = [workers[sentinel] for sentinel in connection.wait(workers, timeout=5)]
+        if not killed:
+            raise
+        cause = signal.strsignal(-killed[0].exitcode) if killed[0].exitcode < 0 else f"status {killed[0].exitcode}"
+        raise RuntimeError(f"DataLoader worker (pid {killed[0].pid}) was ended: {cause}") from None

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.errors import UserError, one_line
-from utils.files import name_refused, walk
+from utils.errors import UserError, one_line, retry
+from utils.files import is_dir, is_file, lexists, name_refused, walk
 from utils.images import is_image_file
 
 from .dataset import ListFileDataset
@@ -41,7 +41,7 @@ def missing_entries(images: ImageList, root, layout, split: str, progress=iter) 
     """
 
     def missing(chunk):
-        return [i for i in chunk if not os.path.isfile(os.path.join(root, layout(images.path(i), split)))]
+        return [i for i in chunk if not is_file(os.path.join(root, layout(images.path(i), split)))]
 
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -131,27 +131,27 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     all; data/ImageNet_LT_{train,val,test}.txt. Raises UserError if root is not a folder or a list is not a file.
     """
     root = Path(root)
-    if not root.is_dir():
-        kind = "a file" if root.exists() else "no such folder"
+    if not is_dir(root):
+        kind = "a file" if lexists(root) else "no such folder"
         raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
-    os.stat(root / ".")  # refused if the folder may not be searched
+    retry(os.stat, root / ".")  # refused if the folder may not be searched
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
-    present = [f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()]
+    present = [f"{split}.txt" for split in SPLITS if is_file(root / f"{split}.txt")]
     if rest and present:
         chosen |= {split: root / f"{split}.txt" for split in rest}
-    elif rest and not chosen and all((root / split).is_dir() for split in SPLITS):
+    elif rest and not chosen and all(is_dir(root / split) for split in SPLITS):
         return None
     else:
         chosen |= {split: IMAGENET_LT / f"ImageNet_LT_{split}.txt" for split in rest}
     for split, file in chosen.items():
-        if not file.is_file():
+        if not is_file(file):
             if given.get(split):
                 raise UserError(f"{file}: no such list; correct --{split}-list")
             if present:
                 there = " and ".join(present)
                 raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
-            if all((root / split).is_dir() for split in SPLITS):
+            if all(is_dir(root / split) for split in SPLITS):
                 raise UserError(
                     f"--{split}-list: is missing; the class folders of {root} are only read if no list is given"
                 )
@@ -231,11 +231,11 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
     They are the lines of classes.txt, next to the training list or in root, else the names of the class folders.
     """
     beside = (Path(train.images.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
-    file = next((file for file in beside if file.is_file()), None)
+    file = next((file for file in beside if is_file(file)), None)
     if file is None and train.folders is None:
         return None, None
     try:
-        names = train.folders if file is None else read_names(file)
+        names = train.folders if file is None else retry(read_names, file)
     except (OSError, ValueError) as error:
         return None, f"warning: {file}: cannot be read ({one_line(error)}); the classes have no names"
     if len(names) != num_classes:

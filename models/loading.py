@@ -1,6 +1,7 @@
 """Checkpoint files and the state dicts in them: read without running code, checked before they are used."""
 
 import errno
+import io
 import math
 import os
 import re
@@ -85,24 +86,43 @@ def transform_of(content: dict) -> EvalTransform:
 def read_checkpoint(path) -> dict:
     """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
 
-    Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read: those that are
-    not used cost no memory, and those that are kept should be copied, as the file may change. Raises OSError if it
-    cannot be opened or is not a regular file; ValueError, in one line that names the file, if it is damaged, is not a
-    checkpoint, would run code, or would unpack to more than its own size.
+    Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read, where that is
+    possible: those that are not used cost no memory, and those that are kept should be copied, as the file may change.
+    Raises OSError if it is not a regular file, or if the system cannot read it; ValueError, in one line that names the
+    file, if it is damaged, is not a checkpoint, would run code, or would unpack to more than its own size.
     """
     with open_regular(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
         warnings.simplefilter("ignore")  # what they warn of is an error here
         try:
             is_zip = file.read(4) == b"PK\x03\x04"
             sizes = check_zip(file) if is_zip else check_legacy(file)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = load_mapped(path) if is_zip else None
+            if content is None:  # read here, so that the system's errors are not hidden by torch's
+                file.seek(0)
+                content = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
             if is_zip and storage_sizes(content) - sizes:
                 raise Refused("it is damaged: a tensor in it is cut short")
+        except MemoryError:
+            raise
         except Exception as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # zipfile hides it there
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+                raise cause from None
             raise ValueError(f"{path}: not loaded: {reason_of(error)}; use another file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict; use another file")
     return content
+
+
+def load_mapped(path):
+    """The content of a zip file, its tensors mapped; None if it is damaged, or not to be mapped.
+
+    Some file systems do not map files, and torch's C++ code opens no path that the locale cannot encode.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, UnicodeError):
+        return None
 
 
 class Refused(Exception):

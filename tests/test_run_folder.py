@@ -1,9 +1,14 @@
 """What a run folder keeps: of a finished run, of a resumed one, and when a run starts over."""
 
 import errno
+import fcntl
+import itertools
 import os
+import shutil
+import signal
 import stat
 import sys
+import time
 
 import pytest
 
@@ -21,7 +26,7 @@ from tests.helpers import (
     source,
     train,
 )
-from utils.files import atomic_write
+from utils import checkpoint as under_test
 from utils.results.records import run_folders
 
 
@@ -41,11 +46,126 @@ def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(
         assert "next:\n  python -m utils.report" in outcome.out  # and not stage III, of which it is the end
 
 
-@pytest.mark.parametrize("flags", [["--epochs", 3, "--resume", "auto"], ["--overwrite"]])
-def test_a_run_that_goes_on_or_starts_over_removes_the_earlier_results(trained, plain_tree, tmp_path, flags):
-    folder = copied(trained["i"], tmp_path / "i")
-    assert_mistake(run_stage("i", plain_tree, folder, *flags, "--lr", "1e6"), "not finite")
+def test_a_run_that_goes_on_removes_the_earlier_results(trained, plain_tree, tmp_path):
+    folder, flags = copied(trained["i"], tmp_path / "i"), ["--epochs", 3, "--resume", "auto", "--lr", "1e6"]
+    assert_mistake(run_stage("i", plain_tree, folder, *flags), "not finite")
     assert not (folder / "results.json").exists()
+
+
+# ---- --overwrite: the old run as a whole, or the new one
+
+
+def content(folder) -> dict:
+    """name -> bytes of all files in and below a folder, without the lock."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path):
+    folder = copied(trained["i"], tmp_path / "i")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "losses.png").touch()
+    before = content(folder)
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--lr", "1e6"), "not finite")
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", None])
+def test_a_missing_compiler_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch, compiler):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(*("CXX", compiler) if compiler else ("PATH", str(tmp_path)))
+    folder = copied(trained["i"], tmp_path / "i")
+    before = content(folder)
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--compile"), "--compile", "C++", "CXX")
+    assert content(folder) == before
+    assert_mistake(run_stage("i", plain_tree, tmp_path / "new", "--compile"), "--compile")
+    assert not (tmp_path / "new").exists()
+
+
+def killed_at(number, work) -> bool:
+    """Whether work() is killed, in a fork, when it is about to change a folder for the number-th time."""
+    pid = os.fork()
+    if pid == 0:
+        left = [number]
+
+        def deadly(change):
+            def function(*args, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **options)
+
+            return function
+
+        for name in ("mkdir", "rmdir", "unlink", "rename", "replace", "link"):
+            setattr(os, name, deadly(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("ends", ["with a checkpoint", "without", "without, twice"])
+def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_path, ends):
+    """Never files of both; a kill while the old run is brought back is one of these moments, too."""
+    old, saved = content(trained["i"]), checkpoint(trained["i"])
+    new = {LAST, "best_checkpoint.pth.tar", "args.json", "log.txt"}
+
+    def start_over(folder):
+        under_test.set_aside(folder)
+        for name in ("args.json", "log.txt"):
+            (folder / name).write_bytes(b"new")
+        if ends == "with a checkpoint":
+            under_test.write(folder, saved | {"epoch": 7}, is_best=True)
+        under_test.settle(folder)
+
+    for number in itertools.count():
+        folder = copied(trained["i"], tmp_path / str(number))
+        killed = killed_at(number, lambda folder=folder: start_over(folder))
+        if ends == "without, twice":
+            killed_at(2, lambda folder=folder: under_test.settle(folder))
+        under_test.remove_leftovers(folder)
+        under_test.settle(folder)
+        found = content(folder)
+        is_new = found.keys() == new and found["args.json"] == b"new" and checkpoint(folder)["epoch"] == 7
+        assert found == old or is_new, (number, sorted(found))
+        assert killed or is_new == (ends == "with a checkpoint")
+        shutil.rmtree(folder)
+        if not killed:
+            break
+    assert number > 10
+
+
+@pytest.mark.parametrize("resume", ["auto", LAST])
+def test_the_old_run_is_found_again_after_a_kill(trained, plain_tree, tmp_path, resume):
+    folder = copied(trained["i"], tmp_path / "i")
+    under_test.set_aside(folder)
+    (folder / "args.json").write_text("{}")
+    resume = resume if resume == "auto" else folder / resume
+    train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", resume)
+    assert checkpoint(folder)["epoch"] == 3 and args_of(folder)["lr"] == args_of(trained["i"])["lr"]
+    assert not list(folder.glob(f"{under_test.ASIDE}*"))
+
+
+def test_a_second_run_does_not_touch_what_a_running_one_set_aside(trained, plain_tree, tmp_path):
+    folder = copied(trained["i"], tmp_path / "i")
+    under_test.set_aside(folder)
+    before = content(folder)
+    pid = os.fork()
+    if pid == 0:
+        lock = (folder / ".lock").open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        (tmp_path / "locked").touch()
+        signal.pause()
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    try:
+        assert_mistake(run_stage("i", plain_tree, folder, "--resume", "auto"), "another run is writing")
+        assert content(folder) == before
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_a_run_that_starts_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(
@@ -211,16 +331,31 @@ def test_lists_that_may_not_be_meant_are_named(trained, plain_tree, tmp_path):
     assert f"warning: {plain_tree}/train.txt: has the images of the training list\n" in outcome.out
 
 
-def test_a_folder_that_the_file_system_cannot_flush_is_written_to(tmp_path, monkeypatch):
-    def fsync(descriptor, real=os.fsync):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        real(descriptor)
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("fsync of folders", "EINVAL"), ("fsync of folders", "ENOTSUP"), ("fsync of folders", "EBADF"),
+        ("fsync of folders", "EIO"), ("fsync", "ENOSYS"), ("open of folders", "EACCES"), ("chmod", "EPERM"),
+    ],
+)  # fmt: skip
+def test_what_a_file_system_need_not_offer_is_done_without(plain_tree, tmp_path, monkeypatch, error, place):
+    """A broken disk is another matter."""
+    name, number = place.split()[0], getattr(errno, error)
+    real = getattr(os, name)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with atomic_write(tmp_path / "file") as file:
-        file.write(b"content")
-    assert (tmp_path / "file").read_bytes() == b"content"
+    def refused(what, *args, **options):
+        is_folder = stat.S_ISDIR(os.stat(what).st_mode) if isinstance(what, int) else os.path.isdir(what)
+        if is_folder or "folders" not in place:
+            raise OSError(number, os.strerror(number))
+        return real(what, *args, **options)
+
+    monkeypatch.setattr(os, name, refused)
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--epochs", 1)
+    if error == "EIO":
+        assert_mistake(outcome, "cannot be written (Input/output error)")
+    else:
+        assert outcome.status == 0, outcome.err
+        assert log_of(tmp_path / "run") and results_of(tmp_path / "run")
 
 
 def test_linked_folders_are_searched_once(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import secrets
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from .command_line import (
 )
 from .distributed import gather_objects, get_world_size, num_cores, print_main
 from .errors import UserError
+from .files import is_dir, lexists
 
 SCRIPTS = {f"ssd_stage_{stage}.py" for stage in STAGES}
 MAX_PROCESSES = 1024
@@ -83,7 +85,7 @@ class TrainingParser(ArgumentParser):
         """As in ArgumentParser, with recipes; a folder after --pretrained is DIR, since weights are a file."""
         words = expand_recipes(list(sys.argv[1:] if args is None else args))
         for i, (word, following) in enumerate(pairwise(words)):
-            if word == "--pretrained" and os.path.isdir(following):
+            if word == "--pretrained" and is_dir(following):
                 words[i] = "--pretrained=torchvision"
         return super().parse_known_args(words, namespace)
 
@@ -142,8 +144,9 @@ def add_training_flags(group, epochs, batch_size, lr):
 def add_run_flags(group, workers, output_dir):
     add = functools.partial(add_flag, group)
     add("-j", "--workers", RUN_ONLY, GOES_ON, default=workers, type=whole_number(0, MAX_PROCESSES), metavar="N",
-        help="data loading workers on this node, split over its processes; a GPU that waits for data needs more, up to "
-        f"{WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)")
+        help="data loading workers on this node, split over its processes, in each of three pools: for the "
+        "training, validation and test list, from its first use to the end; a GPU that waits for data needs more, up "
+        f"to {WORKERS_PER_CORE} per core (default: {workers}, or the number of cores if that is smaller)")
     add("-p", "--print-freq", RUN_ONLY, GOES_ON, default=10, type=whole_number(1), metavar="N",
         help="steps between two lines of output, or between two updates of the bar (default: %(default)s)")
     add("--resume", RUN_ONLY, default="", metavar="PATH",
@@ -244,16 +247,19 @@ def check_arguments(args):
         script = f"ssd_{Path(name).stem}.py"
         if {script, args.program} <= SCRIPTS and script != args.program:
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
-    kind = "a file" if os.path.exists(args.data) else "no such folder"
+    kind = "a file" if lexists(args.data) else "no such folder"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     mistakes = {
         f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to":
-            not os.path.isdir(args.data),
+            not is_dir(args.data),
         f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it":
             args.workers > most,
         f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out":
             args.nproc > 1 and not args.multiprocessing_distributed,
         "--overwrite: contradicts --resume auto, which would continue; leave one of them out":
             args.overwrite and args.resume == "auto" and not args.evaluate,
+        f"--compile: needs a C++ compiler, and there is no {compiler}; install it, name one in CXX, or leave it out":
+            args.compile and shutil.which(compiler) is None,
         "--evaluate needs a checkpoint: add --resume CHECKPOINT": args.evaluate and not args.resume,
         "--device cuda: no CUDA device is available here; use --device cpu":
             args.device == "cuda" and not torch.cuda.is_available(),

@@ -1,8 +1,12 @@
 """Checkpoints: read without running code, checked before use, written so that a crash cannot damage them."""
 
+import fcntl
 import math
 import os
+import shutil
 import sys
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +18,15 @@ from models.state_dicts import check_weights, find_mismatch, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
-from .errors import UserError, one_line
-from .files import atomic_write, link, remove_temporary_files
+from .errors import UserError, one_line, retry, system_error
+from .files import atomic_write, is_dir, is_file, lexists, link, remove_temporary_files, replace
 from .groups import numbering_note
 from .metrics import MetricLogger
 from .signals import Stopped
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
+RUN_FILES = (f"{LAST}*", PREVIOUS, BEST, "args.json", "log.txt", "results.json", "plots", "events.out.tfevents.*")
+ASIDE = ".replaced"  # the folder of a run that --overwrite replaces; it is called ASIDE.moving unless it has all files
 BEST_METRIC = "class_mean"
 
 
@@ -52,6 +58,9 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     parser: the one that made args; network: the class of the stage that it must belong to. Raises UserError, on all
     ranks, if it cannot be read or belongs to another stage.
     """
+    with raise_on_all_ranks():
+        if args.resume and is_main_process():
+            settle_unless_in_use(Path(args.output_dir) if args.resume == "auto" else Path(args.resume).parent)
     if args.resume == "auto":
         latest = None
         with raise_on_all_ranks():
@@ -104,10 +113,11 @@ def check_trained(path, content: dict):
 def read(path, flag: str) -> dict:
     """The content of a checkpoint, its fields as save writes them.
 
-    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes.
+    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes; Unavailable
+    if the system cannot read it now.
     """
     try:
-        content = read_checkpoint(path)
+        content = retry(read_checkpoint, path)
         content["state_dict"] = state_dict_of(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
@@ -186,33 +196,41 @@ def check_fields(content: dict):
 def find_latest(folder) -> Path | None:
     """The newest readable checkpoint of a run: last, else previous, else best; None if there is none.
 
-    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read.
+    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read, or as
+    find_damage does.
     """
     present = present_in(folder)
     for path in present:
-        try:
-            read(path, "--resume auto")
+        damage = find_damage(path)
+        if damage is None:
             return path
-        except UserError as error:
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+        print(f"skipped {damage}", file=sys.stderr, flush=True)
     if present:
         raise UserError(f"{folder}: no checkpoint in it can be read; to start over, remove them")
     return None
 
 
+def find_damage(path) -> UserError | None:
+    """Why a file is no checkpoint, None if it is one. Raises what read does if the system refuses to read it."""
+    try:
+        read(path, "--resume auto")
+    except UserError as error:
+        if isinstance(error.__context__, OSError) and is_file(path):  # it may be whole
+            raise
+        return error
+    return None
+
+
 def present_in(folder) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    return [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(Path(folder) / name)]
+    return [Path(folder) / name for name in (LAST, PREVIOUS, BEST) if lexists(Path(folder) / name)]
 
 
 def quarantine_unreadable(folder, resumed):
     """Renames a last checkpoint that --resume auto skipped, so that it does not become the previous one."""
     last = Path(folder) / LAST
-    if Path(resumed).name != LAST and os.path.lexists(last):
-        try:
-            read(last, "--resume")
-        except UserError:
-            os.replace(last, f"{last}.unreadable")
+    if Path(resumed).name != LAST and lexists(last) and find_damage(last):
+        os.replace(last, f"{last}.unreadable")
 
 
 # ---- comparing a checkpoint with the run
@@ -421,6 +439,7 @@ def save(state, is_best: bool = False):
         if is_main_process():
             check_finite(state)
             write(state.args.output_dir, checkpoint_of(state, averages), is_best)
+            settle(state.args.output_dir)
     heartbeat()
 
 
@@ -492,15 +511,49 @@ def write(folder, content: dict, is_best: bool = False):
         with atomic_write(last, link_others) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{last}: cannot be written ({system_error(error)}); earlier checkpoints are kept") from None
+        reason = one_line(system_error(error) or error)
+        raise UserError(f"{last}: cannot be written ({reason}); earlier checkpoints are kept") from None
 
 
-def system_error(error) -> str:
-    """The system's reason why writing failed, which torch's writer hides behind its own errors."""
-    cause = error
-    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__
-    return one_line(cause if isinstance(cause, OSError) else error)
+def set_aside(folder: Path):
+    """Moves all files of a run, for settle to bring back or to remove; the folder's lock must be held."""
+    moving = folder / f"{ASIDE}.moving"
+    moving.mkdir()
+    for file in find_run_files(folder):
+        os.replace(file, moving / file.name)
+    replace(moving, folder / ASIDE)
+
+
+def settle(folder):
+    """Removes the run that was set aside if the new one has a checkpoint, else brings it back in the new one's place.
+
+    It can be called after a kill at any moment of set_aside, of a run or of itself; the folder's lock must be held.
+    """
+    aside, moving = Path(folder) / ASIDE, Path(folder) / f"{ASIDE}.moving"
+    if lexists(aside):
+        if lexists(aside.with_name(LAST)):
+            shutil.rmtree(aside)
+            return
+        for file in find_run_files(folder):
+            shutil.rmtree(file) if is_dir(file) else file.unlink()
+        replace(aside, moving)
+    if lexists(moving):
+        for file in moving.iterdir():
+            os.replace(file, moving.with_name(file.name))
+        moving.rmdir()
+
+
+def settle_unless_in_use(folder: Path):
+    """settle, unless a run holds the folder's lock; without a lock RunFolder does it."""
+    if lexists(folder / ASIDE) or lexists(folder / f"{ASIDE}.moving"):
+        with suppress(OSError), open(folder / ".lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            settle(folder)
+
+
+def find_run_files(folder) -> list[Path]:
+    """What a run has written in its folder."""
+    return [file for file in Path(folder).iterdir() if any(fnmatch(file.name, pattern) for pattern in RUN_FILES)]
 
 
 def remove_leftovers(folder):

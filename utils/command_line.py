@@ -9,7 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import UserError, one_line, print_stack
+from .errors import Unavailable, UserError, one_line, print_stack, retry
+from .files import is_dir
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
@@ -116,10 +117,10 @@ def expand_recipes(words: list[str], folder: Path = Path(), depth: int = 0) -> l
 
 def read_recipe(path: Path, depth: int) -> list[str]:
     """The words of a recipe, those of the recipes in it included."""
-    if path.is_dir():
+    if is_dir(path):
         raise UserError(f"@{path}: is a folder; name a recipe in it, such as @{path / 'stage_i.txt'}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = retry(Path.read_bytes, path).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"@{path}: no such recipe, or not a text file ({one_line(error)}); correct the path") from None
     if depth == MAX_DEPTH:
@@ -248,8 +249,8 @@ def prepare_streams():
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
     """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
 
-    A mistake is printed as one line on stderr, after the stack if the environment has TRACEBACK=1; `interrupted` is
-    printed after Ctrl-C.
+    75 if the system could not read a file that may be fine. Mistakes are printed as one line on stderr, after the stack
+    if the environment has TRACEBACK=1; `interrupted` is printed after Ctrl-C.
     """
     prepare_streams()
     try:
@@ -259,7 +260,7 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
     except BrokenPipeError:
         drop_unwritable_output()
         return BROKEN_PIPE
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (UserError, Unavailable, OSError, KeyboardInterrupt) as error:
         print_stack(error)
         if isinstance(error, KeyboardInterrupt):
             print(interrupted, file=sys.stderr)
@@ -269,4 +270,4 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
             drop_unwritable_output()
             message = f"{error.filename or parser.prog}: {one_line(error)}"
         print(f"error: {message}", file=sys.stderr)
-        return USER_ERROR
+        return os.EX_TEMPFAIL if isinstance(error, Unavailable) else USER_ERROR

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .command_line import drop_unwritable_output
-from .errors import UserError, one_line
+from .errors import PASSING, Unavailable, UserError, one_line
 
 # What asks a run to stop: a scheduler, Ctrl-C, a closed terminal; the last three unless they are ignored, as by nohup.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) + tuple(
@@ -236,19 +236,21 @@ def broadcast_buffers(model):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """If any rank raises UserError within the block, raises it on all of them, with the message of the first.
+    """If any rank raises UserError or Unavailable within the block, raises it on all of them, as the first did.
 
     An OSError, such as a full disk, becomes a UserError that names the file.
     """
-    message = None
+    failure = None
     try:
         yield
-    except UserError as error:
-        message = str(error)
+    except (UserError, Unavailable) as error:
+        failure = type(error), str(error)
     except ConnectionError:  # of the processes, or of a reader of the output
         raise
     except OSError as error:
-        message = f"{error.filename or 'reading or writing'}: {one_line(error)}"
-    first = next((text for text in gather_objects(message) if text is not None), None)
+        kind = Unavailable if error.errno in PASSING else UserError
+        failure = kind, f"{error.filename or 'reading or writing'}: {one_line(error)}"
+    first = next(filter(None, gather_objects(failure)), None)
     if first is not None:
-        raise UserError(first, on_all_ranks=True) from None
+        kind, message = first
+        raise kind(message, on_all_ranks=True) from None

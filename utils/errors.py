@@ -1,13 +1,17 @@
-"""A user's mistake as an exception, text on one line, and the stack of an error for those who ask."""
+"""A user's mistake as an exception, errors of the system that pass, text on one line, and the stack of an error."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
 import sysconfig
+import time
 import traceback
 
 LIBRARIES = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))  # how paths of their code begin
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what a busy or restarting file server answers
+PAUSES = (1, 4, 15)  # seconds before each further attempt to read
 
 
 class EndOfRun(Exception):
@@ -24,6 +28,36 @@ class UserError(EndOfRun):
     def __str__(self):
         """On one line, whatever characters a file's name contains."""
         return printable(super().__str__())
+
+
+class Unavailable(EndOfRun):
+    """The system has failed to read a file in a way that passes: the same command may succeed later."""
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The system's error that an exception is or was raised for, None if there is none."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def retry(read, path, *args):
+    """read(path, *args), again after each of PAUSES while the system fails in a way that passes; then Unavailable."""
+    for pause in (*PAUSES, None):
+        try:
+            return read(path, *args)
+        except Exception as error:
+            found = system_error(error)
+            if found is None or found.errno not in PASSING:
+                raise
+        if pause is None:
+            break
+        time.sleep(pause)
+    reason = f"{one_line(found)}, {len(PAUSES) + 1} attempts"
+    raise Unavailable(
+        f"{path}: the system cannot read it now ({reason}); start again later with the same command, a training with "
+        "--resume auto"
+    ) from found
 
 
 def printable(text: str) -> str:

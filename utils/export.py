@@ -25,10 +25,10 @@ from torch import nn
 from models.backbones import TORCHVISION
 from models.heads import LWS
 
-from .checkpoint import LoadedCheckpoint, system_error
+from .checkpoint import LoadedCheckpoint
 from .command_line import ArgumentParser, run_command
-from .errors import UserError, optional_package
-from .files import atomic_write
+from .errors import UserError, one_line, optional_package, system_error
+from .files import atomic_write, lexists
 from .predict import load_network
 
 
@@ -139,7 +139,7 @@ def check_out(args, arch: str):
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UserError(f"{out}: {problem}; name a file in a folder that exists")
-    if os.path.lexists(out) and not args.overwrite:
+    if lexists(out) and not args.overwrite:
         raise UserError(f"{out}: exists already; name another file, or replace it with --overwrite")
     if out.exists() and os.path.samefile(out, args.checkpoint):
         raise UserError(f"{out}: is the checkpoint itself; name another file")
@@ -151,7 +151,8 @@ def write(out, save):
         with atomic_write(out) as file:
             save(file)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        raise UserError(f"{out}: cannot be written ({system_error(error)}); nothing was changed") from None
+        reason = one_line(system_error(error) or error)
+        raise UserError(f"{out}: cannot be written ({reason}); nothing was changed") from None
 
 
 def run(args):

@@ -6,15 +6,55 @@ import secrets
 import shutil
 import stat
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import UserError, one_line, printable
+from .errors import PASSING, UserError, one_line, printable, retry
 
+REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 SYSTEM_FOLDERS = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
     "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
     "system volume information", "lost+found",
 }  # fmt: skip
+
+
+@contextmanager
+def optional_service():
+    """Forgives that the file system does not offer what the block asks for, such as flushing folders."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+
+
+def mode_of(path, follow: bool = True) -> int:
+    """The st_mode of what is at a path, 0 if nothing is found; follow: of a link's target.
+
+    Raises Unavailable if the system cannot look now, which os.path.exists and others take for a missing file.
+    """
+    try:
+        return os.stat(path, follow_symlinks=follow).st_mode
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in PASSING:
+            with suppress(OSError):
+                return retry(lambda path: os.stat(path, follow_symlinks=follow), path).st_mode
+        return 0
+
+
+def is_file(path) -> bool:
+    """os.path.isfile, but for mode_of."""
+    return stat.S_ISREG(mode_of(path))
+
+
+def is_dir(path) -> bool:
+    """os.path.isdir, but for mode_of."""
+    return stat.S_ISDIR(mode_of(path))
+
+
+def lexists(path) -> bool:
+    """os.path.lexists, but for mode_of."""
+    return mode_of(path, follow=False) != 0
 
 
 @contextmanager
@@ -47,7 +87,8 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
         yield file
         file.flush()
         if sync:
-            os.fsync(file.fileno())
+            with optional_service():
+                os.fsync(file.fileno())
         before_replacing()
         (replace if sync else os.replace)(temporary, path)
 
@@ -55,14 +96,12 @@ def atomic_write(path, before_replacing=lambda: None, sync=True):
 def replace(source, target):
     """os.replace, with the folder's new entry flushed to the disk."""
     os.replace(source, target)
-    folder = os.open(Path(target).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some shared file systems cannot flush folders
-            raise
-    finally:
-        os.close(folder)
+    with optional_service():
+        folder = os.open(Path(target).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def link(source, target):
@@ -106,9 +145,9 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
             if tree and (real in tree or os.path.commonpath((real, top)) == real):
                 repeated.append(folder)
                 continue
-            os.stat(os.path.join(folder, "."))  # refused if the folder may be read, but not searched
+            retry(os.stat, os.path.join(folder, "."))  # refused if the folder may be read, but not searched
             tree[real] = folder, []
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            for entry in sorted(retry(lambda path: list(os.scandir(path)), folder), key=lambda entry: entry.name):
                 below = entry.is_dir(follow_symlinks=False)
                 if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
                     hidden += [entry.path] if below else []
@@ -135,7 +174,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
 def is_folder(path) -> bool:
     """Whether a path is a folder, or leads to one; False if it leads nowhere. Raises OSError if it may not be told."""
     try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
+        return stat.S_ISDIR(retry(os.stat, path).st_mode)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise

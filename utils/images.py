@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from models.preprocess import to_rgb
 
-from .errors import UserError, one_line
+from .errors import EndOfRun, UserError, one_line, retry
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
@@ -20,19 +20,24 @@ if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler")
     libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
 
 
+def decode(file) -> Image.Image:
+    """The image as RGB. Raises whatever Pillow does."""
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
+        raise UserError(f"{file}: not a regular file; replace it")
+    with Image.open(file, formats=FORMATS) as image:
+        return to_rgb(image)
+
+
 def load_rgb(file) -> Image.Image:
     """The image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 bits.
 
     Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
     than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError
-    that says that there is no memory.
+    that says that memory or file descriptors have run out; Unavailable if the system cannot read the file now.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
-            raise UserError(f"{file}: not a regular file; replace it")
-        with Image.open(file, formats=FORMATS) as image:
-            return to_rgb(image)
-    except (UserError, MemoryError):
+        return retry(decode, file)
+    except (EndOfRun, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{file}: no such image") from None
@@ -42,7 +47,7 @@ def load_rgb(file) -> Image.Image:
         raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
         number = getattr(error, "errno", None)  # of the system's errors
-        if number == errno.ENOMEM:
+        if number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             raise
         what, hint = ("decoded", "; replace the file") if number is None else ("read", "")
         raise UserError(f"{file}: cannot be {what} ({one_line(error)}){hint}") from None

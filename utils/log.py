@@ -15,8 +15,8 @@ import torchvision
 
 from .checkpoint import LAST
 from .distributed import get_world_size
-from .errors import UserError, one_line, optional_package
-from .files import atomic_write
+from .errors import UserError, one_line, optional_package, retry
+from .files import atomic_write, lexists, optional_service
 from .groups import GROUPS, shot_groups
 
 
@@ -115,7 +115,8 @@ def append_epoch(folder, record: dict):
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            with optional_service():
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({one_line(error)}); the checkpoints are kept") from None
 
@@ -124,7 +125,7 @@ def truncate_log(folder, epochs: int):
     """Removes the lines of log.txt after the given number of epochs, and a line that a crash cut short."""
     path, kept = Path(folder) / "log.txt", []
     try:
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in retry(Path.read_text, path).splitlines() if lexists(path) else []:
             try:
                 if json.loads(line)["epoch"] < epochs:
                     kept.append(line + "\n")

@@ -28,7 +28,7 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, printable
-from .files import is_folder, name_refused, walk
+from .files import is_folder, mode_of, name_refused, walk
 from .groups import tell_names_apart
 from .images import is_image_file, load_rgb
 
@@ -91,7 +91,7 @@ def find_images(paths) -> list[str]:
             if not found:
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
             files += found
-        elif os.path.exists(path):
+        elif mode_of(path):
             files.append(path)
         else:
             raise UserError(f"{path}: no such file or folder; correct the path")

@@ -14,7 +14,7 @@ from models.state_dicts import check_weights, find_mismatch, find_state_dict, is
 
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
-from .errors import UserError, one_line
+from .errors import UserError, one_line, retry
 
 TORCHVISION = "torchvision"  # the value that means torchvision's default weights
 
@@ -83,7 +83,7 @@ def read_backbone(file, arch: str, image_size: int = 224) -> dict:
     Raises UserError, in one line, if the file cannot be read or its weights are not those of arch.
     """
     try:
-        content = read_checkpoint(file)
+        content = retry(read_checkpoint, file)
     except OSError as error:
         raise UserError(f"{file}: cannot be opened ({one_line(error)}); correct --pretrained") from None
     except ValueError as error:

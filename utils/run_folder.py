@@ -8,6 +8,7 @@ from .arguments import resolved
 from .command_line import IDENTITY, STARTS_FROM
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
+from .files import lexists
 from .results import plots
 from .results.records import read_args, read_runs, saved_checksums
 from .results.tables import table
@@ -40,6 +41,8 @@ class RunFolder:
         try:
             if self.summary_writer is not None:
                 self.summary_writer.close()
+            if self.lock is not None:
+                checkpoint.settle(self.path)
         except OSError:  # a full disk; what ended the run before comes first
             if kind is None:
                 raise
@@ -61,8 +64,9 @@ class RunFolder:
         except OSError as error:  # a file system without locks
             print_main(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it")
         checkpoint.remove_leftovers(folder)
+        checkpoint.settle(folder)
         present = checkpoint.present_in(folder)
-        if present and self.args.evaluate and (folder / "results.json").exists() and not self.args.overwrite:
+        if present and self.args.evaluate and lexists(folder / "results.json") and not self.args.overwrite:
             raise UserError(
                 f"--output_dir {folder}: holds a training and its results.json; choose another folder for the "
                 "evaluation's, or replace it with --overwrite"
@@ -72,7 +76,7 @@ class RunFolder:
                 f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
                 "start over with --overwrite, or choose another folder"
             )
-        if not (present or self.args.evaluate or self.args.overwrite) and (folder / "results.json").exists():
+        if not (present or self.args.evaluate or self.args.overwrite) and lexists(folder / "results.json"):
             raise UserError(
                 f"--output_dir {folder}: holds the results.json of an earlier run, but no checkpoint; start over with "
                 "--overwrite, or choose another folder"
@@ -85,7 +89,7 @@ class RunFolder:
     def start(self, state, data):
         """Prints the run's settings, and begins what it writes: args.json, log.txt so far, TensorBoard's files.
 
-        It is called after all other checks, because --overwrite removes the earlier run's checkpoints here.
+        With --overwrite the earlier run is set aside here; it is removed once this one has a checkpoint.
         """
         print_main(log.run_summary(state, data))
         with raise_on_all_ranks():
@@ -96,9 +100,8 @@ class RunFolder:
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
                 kept = state.epoch
-            else:
-                for file in checkpoint.present_in(self.path):
-                    file.unlink(missing_ok=True)
+            elif checkpoint.present_in(self.path) or lexists(self.path / "results.json"):
+                checkpoint.set_aside(self.path)
             if kept < self.args.epochs:  # else the results may be those of all epochs
                 (self.path / "results.json").unlink(missing_ok=True)
             self._write_args(state, data)
@@ -121,7 +124,7 @@ class RunFolder:
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
         file = self.path / "args.json"
         values, starts_from = resolved(self.args), list(self.args.marked[STARTS_FROM])
-        if self._continues() and file.exists():
+        if self._continues() and lexists(file):
             if state.epoch >= self.args.epochs:
                 return
             try:

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .distributed import (
     raise_on_all_ranks,
     stop_requested,
 )
-from .errors import UserError
+from .errors import Unavailable, UserError
 from .groups import percent
 from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
@@ -169,9 +170,19 @@ class TrainState:
                     progress.step(self._bar_text, self._line_text)
                 heartbeat()
 
-    def progress(self, title: str, total: int, initial: int = 0) -> Progress:
-        """What shows the progress of an epoch or an evaluation on the screen, every --print-freq steps."""
-        return Progress(title, total, self.args.print_freq, initial)
+    @contextmanager
+    def progress(self, title: str, total: int, initial: int = 0):
+        """Yields what shows the progress of an epoch or an evaluation on the screen, every --print-freq steps.
+
+        If the system cannot read an image now, the finished steps are saved, unless that takes other ranks.
+        """
+        with Progress(title, total, self.args.print_freq, initial) as progress:
+            try:
+                yield progress
+            except Unavailable:
+                if self.step and get_world_size() == 1 and not self.args.evaluate:
+                    checkpoint.save(self)
+                raise
 
     def _bar_text(self) -> str:
         """The text of the bar: the first figure (the loss), rate, speed, time left of the whole run, best so far."""

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from utils.command_line import ArgumentParser, number, run_command, whole_number
-from utils.errors import UserError
+from utils.errors import UserError, retry
+from utils.files import is_dir, is_file
 
 from ..splits import as_listed, by_split
 from .folders import write_folder_lists
@@ -56,12 +57,12 @@ def prepare_published(args):
         raise UserError("--link needs --root, the folder of the images")
     if args.link and args.link.resolve() == args.root.resolve():
         raise UserError(f"--link {args.link}: is the image folder itself; choose another folder for the links")
-    if args.root and not args.root.is_dir():
+    if args.root and not is_dir(args.root):
         raise UserError(f"--root {args.root}: no such folder")
     about = manifest(args.dataset)
     lists = obtain_lists(args.dataset, args.out, args.url, args.lists_from, args.overwrite)
     files = {split: args.out / facts["file"] for split, facts in about["splits"].items()}
-    absent = [str(file) for file in files.values() if not file.is_file()]
+    absent = [str(file) for file in files.values() if not is_file(file)]
     for split, image_list in lists.items():
         counts = image_list.counts(about["classes"])
         each = f"{counts.max()} to {counts.min()} in each of {len(counts)} classes"
@@ -80,7 +81,7 @@ def prepare_published(args):
     if args.link:
         nested = args.dataset == "places-lt"  # class folders within class folders: <class>/<file> would collide
         made = link_tree(splits, args.link, as_listed if nested else by_split)
-        write_files(args.link, {f"{name}.txt": files[name].read_bytes() for name in splits}, args.overwrite)
+        write_files(args.link, {f"{name}.txt": retry(Path.read_bytes, files[name]) for name in splits}, args.overwrite)
         print(f"{args.link}: {made} links made, {total - made} there already")
     elif args.dataset != "imagenet-lt" and not absent:
         print("train with", *(f"--{split}-list {file}" for split, file in files.items()))
@@ -90,7 +91,7 @@ def prepare_long_tail(args):
     """A long-tailed selection of class folders or, for CIFAR and Fashion-MNIST, of the original files."""
     selection = Selection(args.max_per_class, args.imbalance, args.held_out, args.seed)
     read, num_classes, *_ = SMALL.get(args.dataset, (None, None))
-    if read is None or (args.source and (args.source / "train").is_dir()):
+    if read is None or (args.source and is_dir(args.source / "train")):
         lists, counts, notes = link_long_tail(args.source, args.out, selection, args.overwrite, num_classes)
         for note in notes:
             print(note)

@@ -1,11 +1,11 @@
 """Lists of a user's own tree of class folders."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import is_dir, is_file
 from utils.groups import numbering_note
 
 from ..splits import SPLITS, Split, as_listed, class_folders, class_paths, missing_entries
@@ -45,7 +45,7 @@ def photo_paths(root: Path):
     """
     paths, notes = class_paths(root)
     for name, found in paths.items():
-        regular = [path for path in found if os.path.isfile(root / path)]
+        regular = [path for path in found if is_file(root / path)]
         notes += [f"left out: {path} is not a regular file" for path in sorted({*found} - {*regular})]
         notes += [] if regular else [f"{name}: no images in it, left out"]
         paths[name] = regular
@@ -101,7 +101,7 @@ def coarse_note(classes: list[str], tested) -> list[str]:
 
 def own_splits(root: Path):
     """As split_folder, for a tree of train/, val/ and test/; if val/ or test/ is absent, the other is used for both."""
-    there = [split for split in SPLITS if (root / split).is_dir()]
+    there = [split for split in SPLITS if is_dir(root / split)]
     entries, classes, left_out = {}, None, []
     for split in there:  # train comes first: it numbers the classes
         image_list, classes = class_folders(root, split, classes)
@@ -119,9 +119,9 @@ def own_splits(root: Path):
 
 def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int, overwrite: bool):
     """Writes out/{train,val,test}.txt and classes.txt; returns (classes, {split: entries}, notes)."""
-    if not root.is_dir():
+    if not is_dir(root):
         raise UserError(f"{root}: no such folder")
-    split_already = (root / "train").is_dir() and any((root / split).is_dir() for split in ("val", "test"))
+    split_already = is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test"))
     classes, entries, notes = own_splits(root) if split_already else split_folder(root, val, test, seed)
     if not entries["val"] or not entries["test"]:
         raise UserError(f"{root}: has too few images of each class to validate on, or to test on; add images")

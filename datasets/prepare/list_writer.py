@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.errors import UserError, retry
+from utils.files import atomic_write, is_file
 
 from ..lists import ImageList, parse_line
 from ..splits import CLASSES_FILE
@@ -40,7 +40,7 @@ def refuse_other_content(folder: Path, files: dict[str, bytes], overwrite: bool)
     """Raises UserError if one of the files exists with another content and may not be overwritten."""
     for name, content in files.items():
         file = folder / name
-        if not overwrite and file.is_file() and file.read_bytes() != content:
+        if not overwrite and is_file(file) and retry(Path.read_bytes, file) != content:
             raise UserError(f"{file}: exists with other content; keep it, or replace it with --overwrite")
 
 
@@ -50,6 +50,6 @@ def write_files(folder: Path, files: dict[str, bytes], overwrite: bool):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         file = folder / name
-        if not file.is_file() or file.read_bytes() != content:
+        if not is_file(file) or retry(Path.read_bytes, file) != content:
             with atomic_write(file) as target:
                 target.write(content)

@@ -15,8 +15,8 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
-from utils.errors import UserError, one_line
-from utils.files import atomic_write
+from utils.errors import UserError, one_line, retry
+from utils.files import atomic_write, is_dir, is_file
 from utils.groups import numbering_note
 from utils.images import is_image_file
 
@@ -70,7 +70,7 @@ def read_fashion_mnist(source: Path | None, download_to: Path, url=None) -> Smal
         with download_errors("Fashion-MNIST", hint):
             download(str(download_to), download=True)
         source = download_to / "FashionMNIST" / "raw"
-    data = SmallImages(FashionMNIST.classes, *(read_idx(source, name) for name in IDX_FILES))
+    data = SmallImages(FashionMNIST.classes, *(retry(read_idx, source, name) for name in IDX_FILES))
     for pixels, labels in ((data.train_pixels, data.train_labels), (data.test_pixels, data.test_labels)):
         if len(pixels) != len(labels) or labels.max() >= len(data.classes):
             found = f"{len(pixels)} images, {len(labels)} labels, the largest {labels.max()}"
@@ -81,12 +81,12 @@ def read_fashion_mnist(source: Path | None, download_to: Path, url=None) -> Smal
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """The array in an idx file of the folder, or in its gzipped form. Raises UserError."""
     file, archive = folder / name, folder / f"{name}.gz"
-    if not file.is_file() and not archive.is_file():
+    if not is_file(file) and not is_file(archive):
         raise UserError(f"--source {folder}: neither {name} nor {name}.gz is in it")
     reader = read_image_file if "images" in name else read_label_file
     with tempfile.TemporaryDirectory() as unpacked:
         try:
-            return reader(str(file) if file.is_file() else extract_archive(str(archive), unpacked)).numpy()
+            return reader(str(file) if is_file(file) else extract_archive(str(archive), unpacked)).numpy()
         except Exception as error:  # the reader raises nearly anything on a damaged file
             raise UserError(f"{folder / name}: damaged, or not an idx file ({one_line(error)})") from None
 
@@ -105,10 +105,10 @@ def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=Non
             download(str(download_to), download=True)
         source = download_to
     folder = source.parent if source.name == original.base_folder else source
-    archive = source if source.is_file() else source / original.filename
+    archive = source if is_file(source) else source / original.filename
     with tempfile.TemporaryDirectory() as unpacked:
-        if not (folder / original.base_folder).is_dir():
-            if not archive.is_file():
+        if not is_dir(folder / original.base_folder):
+            if not is_file(archive):
                 raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
             try:
                 with tarfile.open(archive) as tar:
@@ -226,8 +226,8 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
     write_long_tail does, and lines to print. overwrite: replace lists and links of another selection; num_classes: what
     source must have. Raises UserError as Selection.choose does, and if source or out cannot be used.
     """
-    others = [split for split in ("test", "val") if (source / split).is_dir()]
-    if not (source / "train").is_dir() or not others:
+    others = [split for split in ("test", "val") if is_dir(source / split)]
+    if not is_dir(source / "train") or not others:
         what = "must have train/<class>/<image>, and test/ or val/ with the same class folders"
         raise UserError(f"{source}: {what} (prepare folder takes plain class folders)")
     if out.resolve() == source.resolve():
@@ -263,7 +263,7 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
             name = path.relative_to(out).as_posix()
             if path.is_symlink():
                 raise UserError(f"{path}: is a link to {os.path.realpath(path)}, which stays; choose another --out")
-            if path.is_dir() or name in images or not is_image_file(name):
+            if is_dir(path) or name in images or not is_image_file(name):
                 continue
             if not WRITTEN.fullmatch(name):
                 raise UserError(f"{path}: was not written by this command, and stays; choose another --out")
@@ -276,7 +276,7 @@ def remove_other_images(out: Path, images: dict, overwrite: bool):
 
 def write_images(out: Path, images: dict[str, np.ndarray]):
     """Writes the images that are not there yet."""
-    absent = [path for path in images if not (out / path).is_file()]
+    absent = [path for path in images if not is_file(out / path)]
     for folder in {os.path.dirname(path) for path in absent}:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for path in tqdm(absent, desc="images", unit="image", disable=None if absent else True):

@@ -8,7 +8,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, retry
+from utils.files import is_file, lexists
 
 from ..lists import ImageList
 from .list_writer import write_files
@@ -69,16 +70,16 @@ def find_on_disk(given: Path, name: str, wanted: dict[str, dict]) -> dict[str, P
 
     name: the data set's, which folders of lists have. Raises UserError if there is none.
     """
-    if not given.exists():
+    if not lexists(given):
         raise UserError(f"--from {given}: no such file or folder")
     found = {}
     for split, facts in wanted.items():
-        if given.is_file():
-            if given.name == facts["file"] or git_blob_id(given.read_bytes()) in facts["git_blobs"]:
+        if is_file(given):
+            if given.name == facts["file"] or git_blob_id(retry(Path.read_bytes, given)) in facts["git_blobs"]:
                 found[split] = given
             continue
         for folder in (given / "data" / name, given / name, given / "data", given):  # the last one counts
-            if (folder / facts["file"]).is_file():
+            if is_file(folder / facts["file"]):
                 found[split] = folder / facts["file"]
     if not found:
         raise UserError(f"--from {given}: holds none of {', '.join(facts['file'] for facts in wanted.values())}")
@@ -98,9 +99,9 @@ def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, o
     lists = {}
     for split, facts in wanted.items():
         file = out / facts["file"]
-        if file.is_file():
+        if is_file(file):
             try:
-                lists[split] = check_list(file.read_bytes(), str(file), facts)
+                lists[split] = check_list(retry(Path.read_bytes, file), str(file), facts)
                 continue
             except UserError as error:
                 if not overwrite:
@@ -110,7 +111,7 @@ def obtain_lists(dataset: str, out: Path, url=None, given: Path | None = None, o
             content = download(source)
         elif split in on_disk:
             source = str(on_disk[split])
-            content = on_disk[split].read_bytes()
+            content = retry(Path.read_bytes, on_disk[split])
         else:
             continue
         lists[split] = check_list(content, source, facts)

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError
+from utils.errors import UserError, retry
 from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import FORMATS, load_rgb
 from utils.results.plots import require_matplotlib, save_figure
@@ -84,7 +84,7 @@ def decode_image(file: str) -> list[tuple[str, str]]:
     except Exception:  # load_rgb says what is wrong
         kind, mode, pixels = None, None, 0
     try:
-        if os.path.getsize(file) == 0:
+        if retry(os.path.getsize, file) == 0:
             return [("unreadable", "an empty file, 0 bytes")]
         with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
             low, high = zip(*load_rgb(file).getextrema(), strict=True)

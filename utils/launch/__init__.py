@@ -8,6 +8,7 @@ failures.py tells why one failed.
 
 import contextlib
 import sys
+from multiprocessing import active_children
 
 import torch.distributed as dist
 
@@ -40,6 +41,8 @@ def launch(main_worker, parser, argv=None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             close_progress()
             status, message = describe_failure(error)
+            for child in active_children():  # data workers ignore the signal by which the exit would end them
+                child.kill()
         if message:
             with contextlib.suppress(OSError):
                 print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)

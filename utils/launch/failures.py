@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, drop_unwritable_output, output_is_closed
 from ..distributed import get_dist_info
-from ..errors import UserError, format_stack, print_stack, words_and_place
+from ..errors import PASSING, Unavailable, UserError, format_stack, print_stack, words_and_place
 from ..signals import Stopped
 
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
@@ -25,21 +25,27 @@ def is_broken_output(error) -> bool:
 
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
+FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j/--workers"
+SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower -j/--workers"
 # (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
-    (Stopped, "", os.EX_TEMPFAIL, "{text}"),
+    ((Stopped, Unavailable), "", os.EX_TEMPFAIL, "{text}"),
     (KeyboardInterrupt, "", INTERRUPTED, "interrupted; the last checkpoint is intact: continue with --resume auto"),
     (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
     (ConnectionError, "", 1, format_stack),
     ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
     (Exception, "allocate memory|start new thread", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "Too many open files|items of ancdata", USER_ERROR, FEW_FILES),
+    (Exception, r"</torch_\w+>|No space left on device: data workers|\(pid.*Bus error", USER_ERROR, SMALL_SHM),
+    (OSError, rf"\[Errno ({'|'.join(map(str, PASSING))})\]", os.EX_TEMPFAIL, words_and_place),
     (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
     (
-        RuntimeError, r"^DataLoader worker \(pid", 1,
-        "a data loading worker died ({text:.200}); give the run more memory or fewer --workers",
+        RuntimeError, r"^DataLoader worker \(pid.*Killed", 1,
+        "a data loading worker died ({text:.200}); if for lack of memory, give the run more or fewer --workers",
     ),
+    (RuntimeError, r"^DataLoader worker \(pid", 1, "a data loading worker died ({text:.200})"),
     (
         RuntimeError, r"Timed out waiting (?P<ms>\d+)ms for (?:recv|send) operation", 1,  # gloo's words
         "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "

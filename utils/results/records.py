@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError, one_line, printable
-from ..files import walk
+from ..errors import UserError, one_line, printable, retry
+from ..files import is_dir, lexists, walk
 from ..groups import tell_names_apart
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
@@ -44,9 +44,9 @@ def read_runs(folders) -> list[Run]:
 
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself if it holds results.json, else all folders below it that do, sorted by path."""
-    if os.path.lexists(folder / "results.json"):
+    if lexists(folder / "results.json"):
         return [folder]
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise UserError(f"{folder}: no such folder; name a run's --output_dir, or a folder of runs")
     runs = sorted(Path(path) for path, files in walk(folder)[0] if "results.json" in files)
     if not runs:
@@ -67,7 +67,7 @@ def distinct_names(paths: list[tuple[str, ...]]) -> list[str]:
 def read_json(file: Path, kind: type):
     """The list or the dict in a JSON file. Raises UserError if it cannot be read, or holds anything else."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(retry(Path.read_bytes, file))
         if not isinstance(content, kind) or not content:
             raise ValueError(f"it is not a {kind.__name__} with entries")
         return content
@@ -126,7 +126,7 @@ def is_counts(value, *shape: int) -> bool:
 def read_args(folder: Path) -> dict:
     """The arguments in args.json, {} without that file. Raises UserError if it cannot be read."""
     file = folder / "args.json"
-    return read_json(file, dict) if file.exists() else {}
+    return read_json(file, dict) if lexists(file) else {}
 
 
 def saved_checksums(folder: Path) -> dict[str, int]:
@@ -140,7 +140,7 @@ def saved_checksums(folder: Path) -> dict[str, int]:
 def read_log(folder: Path) -> list[dict]:
     """The records in log.txt, their epochs counted from 1; [] without that file. Lines that a crash cut are skipped."""
     file, records = folder / "log.txt", []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+    for line in retry(Path.read_bytes, file).decode(errors="replace").splitlines() if lexists(file) else []:
         try:
             record = json.loads(line)
             records.append(record | {"epoch": record["epoch"] + 1})
