@@ -22,7 +22,7 @@ from utils.groups import numbering_note
 
 from .loaders import Loader
 from .samplers import BatchSampler, ShuffledSampler, eval_batches
-from .splits import find_class_names, find_splits
+from .splits import find_class_names, find_splits, unlisted_note
 from .transforms import Views
 
 
@@ -66,7 +66,8 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         if not args.evaluate:
             check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
     train_counts = train.counts(num_classes)
-    for line in (*list_warnings(splits, train_counts), *([note] if note else ()), *numbering_note(classes)):
+    unlisted = unlisted_note(splits) if is_main_process() and not args.evaluate else ()
+    for line in (*list_warnings(splits, train_counts), *([note] if note else ()), *numbering_note(classes), *unlisted):
         print_main(line)
     loaders = {}
     for name, split in splits.items():

@@ -3,14 +3,13 @@
 import os
 import shlex
 import stat
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.errors import UserError, one_line, retry
+from utils.errors import EndOfRun, UserError, one_line, printable, retry
 from utils.files import is_dir, is_file, lexists, name_refused, walk
 from utils.images import is_image_file
 
@@ -19,6 +18,7 @@ from .lists import ImageList
 
 SPLITS = ("train", "val", "test")
 CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
+PREPARED_FILE = "prepared.json"  # beside the lists of `prepare folder`: the flags that they were drawn with
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
 CHUNK = 1024  # entries that a thread looks up at a time
 
@@ -192,7 +192,7 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
     for name in beside:
         if os.path.islink(os.path.join(root, name)) and (why := explain_missing(root, name)):
             raise UserError(why)
-    classes, endings = {}, Counter()
+    classes, endings = {}, {}  # ending: files
     for folder, names in tree:
         below = os.path.relpath(folder, root)
         paths = classes.setdefault(below.split(os.sep)[0], [])
@@ -200,10 +200,11 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
             if is_image_file(name):
                 paths.append(f"{below}/{name}")
             else:
-                endings[os.path.splitext(name)[1].lower() or "none"] += 1
+                endings.setdefault(os.path.splitext(name)[1].lower() or "none", []).append(f"{below}/{name}")
     kinds = " ".join(ending.lstrip(".") for ending in IMG_EXTENSIONS)
-    for ending, number in sorted(endings.items()):
-        left_out.append(f"left out: {number} files with the ending {ending}; convert them to one of {kinds}")
+    for ending, files in sorted(endings.items()):
+        what = f"{len(files)} files with the ending {ending}, such as {printable(files[0])}"
+        left_out.append(f"left out: {what}; convert them to one of {kinds}")
     return dict(sorted(classes.items())), left_out
 
 
@@ -223,6 +224,25 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
         layout, missing = find_layout(images, root, split, progress) if split in check else (as_listed, [])
         splits[split] = Split(split, str(root), images, layout, tuple(missing), classes)
     return {split: splits[split] for split in wanted}
+
+
+def unlisted_note(splits: dict[str, Split]) -> list[str]:
+    """A line with the number of photos below DIR that no list has, if there are any.
+
+    Only lists of `prepare folder` are meant to have all. splits: all three.
+    """
+    train = splits["train"]
+    if not (train.images.has_list_file and is_file(Path(train.images.name).parent / PREPARED_FILE)):
+        return []
+    try:
+        found, _ = class_paths(train.root)
+    except (EndOfRun, OSError) as error:
+        return [f"photos below {train.root} that are in no list could not be counted: {error}"]
+    listed = {split.images.path(i) for split in splits.values() for i in range(len(split.images))}
+    unlisted = [path for paths in found.values() for path in paths if path not in listed]
+    number = sum(is_file(os.path.join(train.root, path)) for path in unlisted)
+    hint = "python -m datasets.prepare folder with --overwrite adds them"
+    return [f"{number} photos below {train.root} are in no list; {hint}"] if number else []
 
 
 def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | None, str | None]:

@@ -34,9 +34,10 @@ def load(path) -> nn.Module:
     """The network in a checkpoint file of any stage, with its weights, on the CPU, in eval mode.
 
     Stage, arch and sizes are read from names and shapes (see from_state_dict). The network has the attributes
-    `transform`, which turns a PIL image into its input (3, S, S) as evaluation does, and `classes`, a list of names, or
-    None if the checkpoint has none. Raises OSError if the file cannot be opened or is not a regular file; ValueError,
-    in one line that names the file, if it is not a valid checkpoint of a stage.
+    `transform`, which turns a PIL image into its input (3, S, S) as evaluation does, `classes`, a list of names, or
+    None if the checkpoint has none, and `preferred`, the classifier of `classify` and of utils.predict: stage III's
+    soft one, or the hard one after --kd-weight 0. Raises OSError if the file cannot be opened or is not a regular file;
+    ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
     """
     return network_of(path, read_checkpoint(path))
 
@@ -55,6 +56,8 @@ def network_of(path, content: dict) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
     network.transform, network.classes = transform, classes
+    untrained = (content.get("args") or {}).get("kd_weight") == 0  # the soft classifier is as it was initialized
+    network.preferred = network.classifiers[0 if untrained else -1]
     return network
 
 

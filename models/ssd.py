@@ -27,13 +27,20 @@ class Stage(nn.Module):
 
     stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
     logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
-    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from.
+    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from. preferred: the
+    classifier of classify, by default the last one, which is stage III's soft one.
     """
 
     stage = number = title = backbone = mark = linear = ""
     classifiers: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
-    transform = classes = None  # set by models.load
+    transform = classes = preferred = None  # set by models.load
+
+    def classify(self, images) -> torch.Tensor:
+        """The logits (N, C) of the classifier `preferred`, in eval mode; images: (N, 3, H, W)."""
+        logits = self(images)
+        preferred = self.preferred or self.classifiers[-1]
+        return logits[self.classifiers.index(preferred)] if isinstance(logits, tuple) else logits
 
     @staticmethod
     def sizes(state_dict: dict) -> dict:

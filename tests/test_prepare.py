@@ -370,7 +370,7 @@ def test_checking_a_tree_needs_all_lists(lists, root, capsys):
 
 def own_folder(root, **counts):
     for name, count in counts.items():
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             (root / name / f"photo {i}.jpg").touch()
     return root
@@ -473,6 +473,87 @@ def test_folder_keeps_existing_splits(tmp_path, capsys):
     os.mkfifo(other / "val" / "zebra" / "fifo.jpg")
     error = fails(capsys, "folder", other)
     assert "val/zebra/fifo.jpg (not a regular file)" in error and "replace it" in error
+
+
+def places(root) -> dict[str, dict[str, str]]:
+    """{class: {photo: split}} of a folder's lists."""
+    found = {}
+    for split, entries in read_lists(root).items():
+        for path, _ in entries:
+            name, _, photo = path.partition("/")
+            found.setdefault(name, {})[photo] = split
+    return found
+
+
+def moves(before, after) -> list[tuple[str, str]]:
+    """(earlier, present) split of a class's photos that have moved."""
+    return [(before[photo], after[photo]) for photo in before.keys() & after.keys() if before[photo] != after[photo]]
+
+
+@pytest.mark.parametrize("flags", [(), ("--seed", 3), ("--val", 0), ("--test", 7)])
+def test_photos_keep_their_splits_when_others_come_and_go(tmp_path, capsys, flags):
+    root = own_folder(tmp_path / "photos", bee=30, cat=6, dog=41)
+    run = ("folder", root, *flags)
+    succeeds(capsys, *run)
+    first = places(root)
+    for count in range(6, 60, 9):  # nine more of one class, time and again
+        before = places(root)
+        own_folder(root, cat=count + 9)
+        assert f"9 photos below {root} are in no list" in fails(capsys, *run)
+        said = succeeds(capsys, *run, "--overwrite")
+        assert "cat: 9 new, 0 gone, 0 moved" in said and "bee:" not in said and "dog:" not in said
+        after = places(root)
+        assert [after[name] for name in ("bee", "dog")] == [first[name] for name in ("bee", "dog")]
+        assert moves(before["cat"], after["cat"]) == []
+    held = [sum(split == name for split in places(root)["cat"].values()) for name in ("val", "test")]
+    assert held == [{"--val": 0}.get((*flags, 0)[0], 6), 7 if "--test" in flags else 6]
+
+    for i in range(10):
+        (root / "bee" / f"photo {i}.jpg").unlink()
+    own_folder(root, ant=12)
+    os.rename(root / "dog", tmp_path / "dog")
+    said = succeeds(capsys, *run, "--overwrite")
+    assert "bee: 0 new, 10 gone" in said and "ant: 12 new, 0 gone" in said and "dog: 0 new, 41 gone" in said
+    after = places(root)
+    assert after["cat"] == places(root)["cat"] and {before for before, _ in moves(first["bee"], after["bee"])} <= {
+        "val", "test",
+    }  # fmt: skip
+    unchanged = stamps(root)
+    assert " new, " not in succeeds(capsys, *run) and stamps(root) == unchanged
+
+
+def test_without_earlier_lists_the_hash_of_a_photo_decides(tmp_path, capsys):
+    root = own_folder(tmp_path / "photos", bee=30, cat=26, dog=41)
+    succeeds(capsys, "folder", root)
+    first = places(root)
+    (root / "cat").rename(root / "zebra")
+    own_folder(root, ant=20, dog=60)
+    succeeds(capsys, "folder", root, "--out", tmp_path / "lists")
+    again = places(tmp_path / "lists")
+    assert again["bee"] == first["bee"] and again["zebra"] == first["cat"]
+    assert ("train", "test") not in moves(first["dog"], again["dog"]) and len(moves(first["dog"], again["dog"])) < 8
+    said = succeeds(capsys, "folder", root, "--out", tmp_path / "lists", "--seed", 1, "--overwrite")
+    assert "drawn anew: the earlier lists were drawn with --val 0.1 --test 0.1 --seed 0" in said
+    assert " 0 new, 0 gone, " in said and places(tmp_path / "lists") != again
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_renamed_class_keeps_its_number_and_its_splits(tmp_path, capsys, declared):
+    root = own_folder(tmp_path / "photos", bee=30, cat=26, dog=41)
+    succeeds(capsys, "folder", root)
+    own_folder(root, bee=50)
+    succeeds(capsys, "folder", root, "--overwrite")
+    first = places(root)
+    (root / "bee").rename(root / "wasp")
+    if declared:  # needed where a photo is gone too
+        (root / "wasp" / "photo 1.jpg").unlink()
+        (root / "classes.txt").write_text("wasp\nKatze\ndog\n")
+    said = succeeds(capsys, "folder", root, "--overwrite")
+    assert "wasp (was bee, and keeps its number): 0 new" in said
+    assert (root / "classes.txt").read_text().split() == ["wasp", "Katze" if declared else "cat", "dog"]
+    after = places(root)
+    assert moves(first["bee"], after["wasp"]) == [] and after["cat"] == first["cat"] and after["dog"] == first["dog"]
+    assert {path.split("/")[0]: label for path, label in read_lists(root)["train"]} == {"wasp": 0, "cat": 1, "dog": 2}
 
 
 def test_folder_mistakes_end_in_one_line(tmp_path, capsys):

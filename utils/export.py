@@ -1,6 +1,6 @@
 r"""Exports a checkpoint of any stage to a file that other programs read.
 
-    python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.pth --classifier soft
+    python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.pth
     python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.onnx --format onnx
     python -m utils.export weights/stage_i/last_checkpoint.pth.tar old.pth.tar --format published
 
@@ -29,7 +29,7 @@ from .checkpoint import LoadedCheckpoint
 from .command_line import ArgumentParser, run_command
 from .errors import UserError, one_line, optional_package, system_error
 from .files import atomic_write, lexists
-from .predict import load_network
+from .predict import add_network_flags, load_network
 
 
 def get_parser():
@@ -37,8 +37,7 @@ def get_parser():
     # fmt: off
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
-    parser.add_argument("--classifier", default="hard", choices=("hard", "soft"),
-        help="which classifier of a stage III checkpoint (default: %(default)s); the format published always has both")
+    add_network_flags(parser)  # the format published has both classifiers, and no names
     parser.add_argument("--format", default="torchvision", choices=("torchvision", "onnx", "published"),
         help="see above (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -159,19 +158,21 @@ def run(args):
     """Writes the file, and prints what its network takes."""
     if args.format == "published" and "classifier" in args.given:
         raise UserError("--classifier: --format published keeps the whole network; leave it out")
-    model, loaded = load_network(args.checkpoint, args.classifier)
+    if args.format != "onnx" and args.classes:
+        raise UserError(f"--classes: a file of --format {args.format} has no names of classes; leave it out")
+    model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
     arch, classes, view = loaded.found["arch"], loaded.found["num_classes"], model.transform
     check_out(args, arch)
     if args.format == "published":
         content = published_content(loaded)
         write(args.out, lambda file: torch.save(content, file, _use_new_zipfile_serialization=False))
     elif args.format == "onnx":
-        content = onnx_model(plain_network(model, arch, args.classifier), view, model.classes)
+        content = onnx_model(plain_network(model, arch, model.preferred), view, model.classes)
         write(args.out, lambda file: file.write(content))
     else:
-        content = dict(plain_network(model, arch, args.classifier).state_dict())
+        content = dict(plain_network(model, arch, model.preferred).state_dict())
         write(args.out, lambda file: torch.save(content, file))
-    head = f", {args.classifier} classifier" if len(model.classifiers) > 1 and args.format != "published" else ""
+    head = f", {model.preferred} classifier" if len(model.classifiers) > 1 and args.format != "published" else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":
         print(

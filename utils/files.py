@@ -12,9 +12,9 @@ from pathlib import Path
 from .errors import PASSING, UserError, one_line, printable, retry
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
-SYSTEM_FOLDERS = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
+SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
     "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
-    "system volume information", "lost+found",
+    "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def name_refused():
 def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """([(folder, names of its files)] of root and all below it, sorted; a line on each kind of thing that is left out).
 
-    What is hidden and SYSTEM_FOLDERS are left out. Links are followed, but a real folder comes once, and so does a real
+    What is hidden and SYSTEM_NAMES are left out. Links are followed, but a real folder comes once, and so does a real
     file with a wanted name: under its own path or, if it lies elsewhere, that of the first link. A link to a folder
     around root is left out. Raises UserError for a folder that may not be read or searched, and OSError.
     """
@@ -149,7 +149,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
             tree[real] = folder, []
             for entry in sorted(retry(lambda path: list(os.scandir(path)), folder), key=lambda entry: entry.name):
                 below = entry.is_dir(follow_symlinks=False)
-                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
+                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
                     hidden += [entry.path] if below else []
                 elif below or entry.is_symlink():
                     (folders if below else links).append(entry.path)

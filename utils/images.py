@@ -14,6 +14,10 @@ from models.preprocess import to_rgb
 from .errors import EndOfRun, UserError, one_line, retry
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
+UNREAD = (  # endings of photos that folders are not searched for
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".orf", ".psd",
+    ".raf", ".rw2",
+)  # fmt: skip
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB for one text or profile too, not 1
 if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):

@@ -1,24 +1,30 @@
 r"""Predicts the classes of images with a checkpoint of any stage.
 
     python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar photo.jpg
-    python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar --classifier soft --csv photos/ > classes.csv
+    python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar --csv photos/ > classes.csv
+    python -m utils.predict weights/stage_iii/last_checkpoint.pth.tar --wrong wrong.csv photos/test.txt
 
-Folders are searched for image files, in sorted order. Image size, mean, standard deviation and the names of the
-classes come from the checkpoint; without names the class numbers are printed. An image that cannot be read is named on
+Folders are searched for image files, in sorted order; the images of a list, a file whose name ends in .txt, come in its
+order. Image size, mean, standard deviation and the names of the classes come from the checkpoint; without names the
+class numbers are printed. An image that cannot be read, or a photo in a folder that has another ending, is named on
 stderr and skipped; the exit status is then 1.
 """
 
 import csv
+import io
 import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from datasets.lists import ImageList
+from datasets.splits import SPLITS, find_layout, read_names
 from models import STAGES
 from models.loading import network_of
 from models.preprocess import normalize
@@ -27,19 +33,23 @@ from . import checkpoint
 from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
-from .errors import UserError, printable
-from .files import is_folder, mode_of, name_refused, walk
+from .errors import UserError, one_line, printable, retry
+from .files import atomic_write, is_folder, mode_of, name_refused, walk
 from .groups import tell_names_apart
-from .images import is_image_file, load_rgb
+from .images import UNREAD, is_image_file, load_rgb
 
 
 def get_parser():
     parser = ArgumentParser(__doc__, intermixed=True, prog="python -m utils.predict")
     # fmt: off
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR", help="image files, and folders of them")
-    parser.add_argument("--classifier", default="hard", choices=("hard", "soft"),
-        help="which classifier of a stage III checkpoint (default: %(default)s)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR", help="image files, folders of them, and lists")
+    parser.add_argument("--root", metavar="DIR",
+        help="image folder that the paths in lists are relative to (default: the list's own folder)")
+    parser.add_argument("--wrong", type=Path, metavar="FILE.csv",
+        help="write the misclassified images of the lists there, the most confident first: path, label, prediction, "
+        "confidence")
+    add_network_flags(parser)
     parser.add_argument("--topk", default=5, type=whole_number(1), metavar="K",
         help="classes per image, the most probable first (default: %(default)s)")
     parser.add_argument("--csv", action="store_true",
@@ -54,10 +64,23 @@ def get_parser():
     return parser
 
 
-def load_network(path, classifier: str) -> tuple[nn.Module, checkpoint.LoadedCheckpoint]:
+def add_network_flags(parser):
+    """The flags of load_network."""
+    parser.add_argument(
+        "--classifier", default="auto", choices=("auto", "hard", "soft"),
+        help="which classifier of a stage III checkpoint (default: auto, the soft one if it was trained)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE",
+        help="names of the classes, one per line, such as classes.txt (default: those in the checkpoint)"
+    )  # fmt: skip
+
+
+def load_network(path, classifier: str, classes: Path | None) -> tuple[nn.Module, checkpoint.LoadedCheckpoint]:
     """The network in a checkpoint of any stage, on the CPU, in eval mode, and the checkpoint; for export too.
 
-    classifier: "hard" or "soft". Raises UserError if the network does not have it, or cannot be read.
+    classifier: "auto", "hard" or "soft", becomes the network's `preferred`; classes: a file of their names. Raises
+    UserError if the network does not have the classifier, or one of the files cannot be read or does not fit.
     """
     loaded = checkpoint.read_stage(path, "CKPT", list(STAGES))
     try:
@@ -70,32 +93,61 @@ def load_network(path, classifier: str) -> tuple[nn.Module, checkpoint.LoadedChe
                 f"--classifier soft: {path} is of stage {model.number}, which has one classifier; leave it out"
             )
         checkpoint.check_trained(path, loaded.content)
+    if classifier in model.classifiers:
+        model.preferred = classifier
+    if classes is not None:
+        try:
+            model.classes = retry(read_names, classes)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--classes {classes}: cannot be read ({one_line(error)})") from None
+        if len(model.classes) != loaded.found["num_classes"]:
+            number = f"{len(model.classes)} names for {loaded.found['num_classes']} classes"
+            raise UserError(f"--classes {classes}: {number} of {path}; write one name per line")
     return model, loaded
 
 
-def find_images(paths) -> list[str]:
-    """The files among the paths, and the image files in and below the folders among the paths.
+def read_list(file: str, root: str | None) -> list[tuple[str, int]]:
+    """(file, label) of the images of a list, found below root, by default the list's folder, as a training finds them.
 
-    Raises UserError for a path that does not exist, and for a folder that cannot be read or has no images.
+    Raises UserError if the list is malformed, or if none of its images is there.
     """
-    files = []
+    root, images = root or os.path.dirname(file), ImageList.from_file(file)
+    split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), "test")
+    layout, missing = find_layout(images, root, split)
+    if len(missing) == len(images):
+        raise UserError(f"{file}: none of its images is in {root or '.'}; name their folder with --root")
+    return [(os.path.join(root, layout(images.path(i), split)), int(images.labels[i])) for i in range(len(images))]
+
+
+def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], list[str]]:
+    """([(image file, its label)], photos that are left out of folders for their endings); root: as in read_list.
+
+    The files are those among the paths, image files in and below folders, and those of lists, which alone have labels.
+    Raises UserError as read_list does, for a path that does not exist, and for a folder that cannot be read or has no
+    images.
+    """
+    files, unread = [], []
     for path in paths:
         with name_refused():
             searched = is_folder(path)
         if searched:
             tree, left_out = walk(path, is_image_file)
-            below = (os.path.join(folder, name) for folder, names in tree for name in names)
-            found = sorted(filter(is_image_file, below))
+            below = sorted(os.path.join(folder, name) for folder, names in tree for name in names)
+            found = [(file, None) for file in below if is_image_file(file)]
+            others = [file for file in below if file.lower().endswith(UNREAD)]
             for line in left_out:
                 print(f"{printable(path)}: {line}", file=sys.stderr)
-            if not found:
+            if not found and not others:
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
             files += found
-        elif mode_of(path):
-            files.append(path)
-        else:
+            unread += others
+        elif not mode_of(path):
             raise UserError(f"{path}: no such file or folder; correct the path")
-    return files
+        elif path.lower().endswith(".txt"):
+            files += read_list(path, root)
+        else:
+            files.append((path, None))
+    return files, unread
 
 
 def read_batches(files: list[str], view, batch_size: int, workers: int):
@@ -122,11 +174,9 @@ def read_batches(files: list[str], view, batch_size: int, workers: int):
 
 
 @torch.no_grad()
-def predict(model, images, classifier: str, topk: int, device) -> list[list[tuple[int, float]]]:
+def predict(model, images, topk: int, device) -> list[list[tuple[int, float]]]:
     """(label, probability) of each image's topk most probable classes; images: uint8 (N, 3, S, S)."""
-    logits = model(normalize(images.to(device), model.transform.mean, model.transform.std))
-    if len(model.classifiers) > 1:
-        logits = logits[model.classifiers.index(classifier)]
+    logits = model.classify(normalize(images.to(device), model.transform.mean, model.transform.std))
     probabilities, labels = logits.softmax(dim=1).topk(topk, dim=1)
     return [list(zip(*row, strict=True)) for row in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
@@ -136,7 +186,7 @@ def predictions(model, files: list[str], args, topk: int, device):
     try:
         for batch in read_batches(files, model.transform.view, args.batch_size, args.workers):
             images = [image for image in batch if not isinstance(image, UserError)]
-            found = iter(predict(model, torch.stack(images), args.classifier, topk, device) if images else [])
+            found = iter(predict(model, torch.stack(images), topk, device) if images else [])
             for image in batch:
                 yield image if isinstance(image, UserError) else next(found)
     except (MemoryError, RuntimeError) as error:
@@ -145,23 +195,45 @@ def predictions(model, files: list[str], args, topk: int, device):
         raise
 
 
+def write_wrong(file: Path, wrong: list[tuple], shown):
+    """Writes the misclassified images, the most confident first; wrong: (file, label, prediction, confidence)."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", "label", "prediction", "confidence"])
+    for path, label, prediction, confidence in sorted(wrong, key=lambda row: -row[3]):
+        table.writerow([printable(path), shown[label], shown[prediction], f"{confidence:.6f}"])
+    with atomic_write(file) as target:
+        target.write(text.getvalue().encode())
+
+
 def run(args) -> int:
     """Prints the classes of all images; returns the exit status, 1 if one of them could not be read."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # as in evaluation
-    model, loaded = load_network(args.checkpoint, args.classifier)
+    model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
     model.to(device)
-    files, unreadable = find_images(args.images), 0
+    labeled, unread = find_images(args.images, args.root)
+    files, wrong, unreadable = [file for file, _ in labeled], [], len(unread)
     num_classes = loaded.found["num_classes"]
+    if args.wrong:
+        largest = max((label for _, label in labeled if label is not None), default=None)
+        if largest is None or not args.wrong.parent.is_dir():
+            raise UserError(f"--wrong {args.wrong}: needs images of a list, such as test.txt, and an existing folder")
+        if largest >= num_classes:
+            raise UserError(f"{args.checkpoint}: has {num_classes} classes, and the lists the label {largest}")
     topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
     shown = tell_names_apart(names) if model.classes else range(num_classes)
+    if args.classifier == "auto" and len(model.classifiers) > 1:
+        print(f"{args.checkpoint}: the {model.preferred} classifier is used (--classifier)", file=sys.stderr)
+    for file in unread:
+        print(f"skipped {printable(file)}: such files in folders are not read; convert it to JPEG", file=sys.stderr)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["path", *(f"{of}_{k}" for k in range(1, topk + 1) for of in ("label", "name", "probability"))])
     with tqdm(total=len(files), desc="predicting", unit="img", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for file, found in zip(files, predictions(model, files, args, topk, device), strict=True):
+        for (file, label), found in zip(labeled, predictions(model, files, args, topk, device), strict=True):
             with bar.external_write_mode(sys.stdout):  # hides the bar while a line is printed
                 if isinstance(found, UserError):
                     print(f"skipped {found}", file=sys.stderr)
@@ -172,9 +244,13 @@ def run(args) -> int:
                 else:
                     classes = [f"{shown[label]} {100 * probability:.1f} %" for label, probability in found]
                     print(f"{printable(file)}: {', '.join(classes)}")
+            if label is not None and not isinstance(found, UserError) and found[0][0] != label:
+                wrong.append((file, label, *found[0]))
             bar.update()
+    if args.wrong:
+        write_wrong(args.wrong, wrong, shown)
     if unreadable:
-        print(f"{unreadable} of {len(files)} images could not be read", file=sys.stderr)
+        print(f"{unreadable} of {len(files) + len(unread)} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 

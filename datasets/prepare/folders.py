@@ -1,14 +1,30 @@
 """Lists of a user's own tree of class folders."""
 
+import json
+import os
+import unicodedata
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, retry
 from utils.files import is_dir, is_file
 from utils.groups import numbering_note
 
-from ..splits import SPLITS, Split, as_listed, class_folders, class_paths, missing_entries
+from ..lists import ImageList
+from ..splits import (
+    CLASSES_FILE,
+    PREPARED_FILE,
+    SPLITS,
+    Split,
+    as_listed,
+    class_folders,
+    class_paths,
+    missing_entries,
+    read_names,
+)
 from .list_writer import list_files, read_entries, write_files
 from .trees import require_files
 
@@ -61,31 +77,126 @@ def join_names(names, most: int) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def split_folder(root: Path, val: float, test: float, seed: int):
+class Earlier(NamedTuple):
+    """What earlier lists say, in the order of their class numbers.
+
+    places: class folder -> {key of a photo: its split}; names: class folder -> the class's line in classes.txt; flags:
+    those that the lists were drawn with, None if that is not known.
+    """
+
+    places: dict[str, dict[str, str]]
+    names: dict[str, str]
+    flags: dict | None
+
+
+def photo_key(path: str) -> str:
+    """What tells a photo from the others of its class: the path below the class folder, as NFC."""
+    return unicodedata.normalize("NFC", path.partition("/")[2])
+
+
+def read_earlier(folder: Path) -> Earlier:
+    """The lists that `prepare folder` wrote into a folder; without any if they are not all there.
+
+    Raises UserError if one of them cannot be read: without it, photos could move from training to test.
+    """
+    if not all(is_file(folder / name) for name in (*(f"{split}.txt" for split in SPLITS), CLASSES_FILE)):
+        return Earlier({}, {}, None)
+    file = folder / PREPARED_FILE
+    try:
+        flags = dict(json.loads(retry(Path.read_bytes, file))) if is_file(file) else None
+        lines = retry(read_names, folder / CLASSES_FILE)
+    except (ValueError, TypeError):
+        raise UserError(f"{folder}: {PREPARED_FILE} or {CLASSES_FILE} is damaged; remove it") from None
+    places, names, entries = {}, {}, []
+    for split in SPLITS:
+        if (flags or {}).get(split) != 0:  # else its list is that of the other split
+            images = ImageList.from_file(folder / f"{split}.txt")
+            entries += [(label, path, split) for path, label in read_entries(images)]
+    complete = len(lines) == max(entries)[0] + 1
+    for label, path, split in sorted(entries):
+        name = path.partition("/")[0]
+        names[name] = lines[label] if complete else name
+        places.setdefault(name, {})[photo_key(path)] = split
+    return Earlier(places, names, flags)
+
+
+def find_renamed(earlier: Earlier, paths: dict[str, list[str]]) -> dict[str, str]:
+    """{new name: earlier name} of class folders; classes.txt has the new one, or just one new folder has all photos."""
+    keys = {name: {*map(photo_key, found)} for name, found in paths.items() if name not in earlier.places}
+    renamed = {}
+    for old in earlier.places.keys() - paths.keys():
+        fits = [name for name in keys if earlier.places[old].keys() <= keys[name]]
+        fits = [earlier.names[old]] if earlier.names[old] in keys else fits
+        if len(fits) == 1:
+            renamed.setdefault(fits[0], []).append(old)
+    return {name: olds[0] for name, olds in renamed.items() if len(olds) == 1}
+
+
+def place_photos(found: list[str], earlier: dict[str, str], val: float, test: float, seed: int) -> dict[str, str]:
+    """{path: split} of a class's photos; earlier: key -> split.
+
+    Photos keep the splits that they had; new ones fill test, then val, in the order of a hash of the seed and the key,
+    and the rest trains. What a split has too many goes to training. No photo leaves training, and only if a class has
+    no other to test on, one leaves val.
+    """
+    order = sorted(found, key=lambda path: (blake2b(os.fsencode(f"{seed}/{photo_key(path)}")).digest(), path))
+    held_val, held_test = split_class(len(order), val, test)
+    was = {split: [path for path in order if earlier.get(photo_key(path)) == split] for split in (*SPLITS, None)}
+    places = dict.fromkeys(order, "train")
+    tested = (was["test"] + was[None])[:held_test] or was["val"][: min(1, held_test)]
+    places.update(dict.fromkeys(tested, "test"))
+    spare = [path for path in was["val"] + was[None] if places[path] == "train"]
+    places.update(dict.fromkeys(spare[:held_val], "val"))
+    return places
+
+
+def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
     """(classes, {split: entries}, notes): the images of every class drawn for train, val and test.
 
-    notes: those of photo_paths, and one line for each split that lacks classes. Raises UserError as photo_paths does.
+    earlier: the lists that are there. If they were drawn with the same flags (val, test, seed), photos keep their
+    splits. Classes keep their numbers; new ones follow. notes: those of photo_paths, lines on classes that have
+    changed, and one for each split that lacks classes. Raises UserError as photo_paths does, and if there are photos in
+    no list and overwrite is not set.
     """
     paths, notes = photo_paths(root)
-    random = np.random.RandomState(seed)
+    former = find_renamed(earlier, paths)
+    now = {old: name for name, old in former.items()}
+    numbered = dict.fromkeys([*(now.get(old, old) for old in earlier.places), *paths])  # gone classes too
+    keep = earlier.flags in (None, flags)
+    if not keep:
+        drawn = " ".join(f"--{name} {value}" for name, value in earlier.flags.items())
+        notes.append(f"all splits are drawn anew: the earlier lists were drawn with {drawn or 'folders for splits'}")
+    classes, added = [], 0
     entries = {split: [] for split in SPLITS}
     lacking = {split: [] for split in SPLITS}
-    for label, (name, found) in enumerate(paths.items()):
-        order = random.permutation(len(found))
-        held_val, held_test = split_class(len(found), val, test)
-        parts = np.split(order, [held_test, held_test + held_val])
-        for split, chosen in zip(("test", "val", "train"), parts, strict=True):
-            entries[split] += [(found[i], label) for i in sorted(chosen.tolist())]
-            if not len(chosen):
+    for name in numbered:
+        old, found = former.get(name, name), paths.get(name, [])
+        before = earlier.places.get(old, {})
+        places = place_photos(found, before if keep else {}, **flags)
+        if found:
+            for path in found:
+                entries[places[path]].append((path, len(classes)))
+            line = earlier.names.get(old, old)
+            classes.append(name if line == old or line in numbered else line)
+            for split in {*SPLITS} - {*places.values()}:
                 lacking[split].append(name)
-    for split, share, other, needed in (("val", val, "test", 3 if test else 2), ("test", test, "val", 2)):
-        if not share:
+        new = sum(photo_key(path) not in before for path in found)
+        gone = len(before.keys() - map(photo_key, found))
+        moved = sum(before.get(photo_key(path), split) != split for path, split in places.items())
+        if earlier.places and (new or gone or moved or old != name):
+            was = f" (was {old}, and keeps its number)" if old != name else ""
+            notes.append(f"{name}{was}: {new} new, {gone} gone, {moved} moved to another split")
+        added += new
+    if earlier.places and added and keep and not overwrite:
+        raise UserError(f"{added} photos below {root} are in no list; --overwrite adds them")
+    for split, other, needed in (("val", "test", 3 if flags["test"] else 2), ("test", "val", 2)):
+        if not flags[split]:
             entries[split] = entries[other]
             notes.append(f"{split}: no images of its own (--{split} 0), so the {other} images are used")
         elif names := lacking[split]:
             which = f"{len(names)} classes that have fewer than {needed} images: {join_names(names, 5)}"
             notes.append(f"{split}: no image of {which}")
-    return list(paths), entries, notes
+    return classes, entries, notes
 
 
 def coarse_note(classes: list[str], tested) -> list[str]:
@@ -118,12 +229,17 @@ def own_splits(root: Path):
 
 
 def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int, overwrite: bool):
-    """Writes out/{train,val,test}.txt and classes.txt; returns (classes, {split: entries}, notes)."""
+    """Writes out/{train,val,test}.txt, classes.txt and prepared.json; returns (classes, {split: entries}, notes)."""
     if not is_dir(root):
         raise UserError(f"{root}: no such folder")
-    split_already = is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test"))
-    classes, entries, notes = own_splits(root) if split_already else split_folder(root, val, test, seed)
+    flags = {"val": val, "test": test, "seed": seed}
+    if is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test")):
+        flags = {}
+        classes, entries, notes = own_splits(root)
+    else:
+        classes, entries, notes = split_folder(root, read_earlier(out), flags, overwrite)
     if not entries["val"] or not entries["test"]:
         raise UserError(f"{root}: has too few images of each class to validate on, or to test on; add images")
-    write_files(out, list_files(entries, classes), overwrite)
+    files = list_files(entries, classes) | {PREPARED_FILE: json.dumps(flags).encode()}
+    write_files(out, files, overwrite)
     return classes, entries, notes + numbering_note(classes) + coarse_note(classes, entries["test"])

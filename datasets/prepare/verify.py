@@ -5,10 +5,12 @@
     python -m datasets.verify DIR --decode               reads every image, as training does
 
 Exit status: 0; 1 if an image is missing or unreadable, if an image has two labels, or if two splits share images (val
-and test may be the same); 2 if nothing could be checked (no such folder, a malformed list).
+and test may be the same); with --decode, files with the same bytes are one image; 2 if nothing could be checked (no
+such folder, a malformed list).
 """
 
 import filecmp
+import hashlib
 import os
 import posixpath
 from collections import Counter, defaultdict
@@ -28,7 +30,7 @@ from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import FORMATS, load_rgb
 from utils.results.plots import require_matplotlib, save_figure
 
-from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits
+from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, unlisted_note
 from .trees import bar, diagnose, flat
 
 MAX_SHOWN = 20
@@ -40,15 +42,17 @@ FAULTS = ("missing", "unreadable")  # the findings that are problems of an image
 INFORMATION = {
     "renamed": "have another format than their name says; training reads them all",
     "flat": "use less than an eighth of the range of brightness, once they are RGB",
+    "turned": "have an EXIF orientation, which training does not apply; rotate the files that are stored sideways",
     "transparent": "are transparent in part; training uses the colors that are hidden there",
 }
 
 
-def examine(split: Split, decode: bool) -> dict[str, list[tuple[int, str]]]:
+def examine(split: Split, decode: bool) -> dict[str, list]:
     """{kind of finding: [(entry, detail)]} of a split's images.
 
     missing: why; outside (a link leads out of the root): the file; and, if decode, unreadable: why; renamed (another
-    format than the name says): the format; converted (not RGB): the mode; flat: its levels; transparent: the mode.
+    format than the name says): the format; converted (not RGB): the mode; flat: its levels; transparent: the mode;
+    turned: its EXIF orientation; digest: of the file's bytes.
     """
     root = os.path.realpath(split.root)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
@@ -88,12 +92,15 @@ def decode_image(file: str) -> list[tuple[str, str]]:
             return [("unreadable", "an empty file, 0 bytes")]
         with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
             low, high = zip(*load_rgb(file).getextrema(), strict=True)
-            transparent = has_transparency(file)
+            transparent, orientation = has_transparency(file), exif_orientation(file)
+            digest = hashlib.blake2b(retry(Path.read_bytes, Path(file)), digest_size=16).digest()
     except MemoryError:
         return [("unreadable", "not enough memory to decode it")]
     except (UserError, OSError) as error:
         return [("unreadable", str(error).removeprefix(f"{file}: "))]
-    found = [] if mode == "RGB" else [("converted", mode)]
+    found = [("digest", digest)] + ([] if mode == "RGB" else [("converted", mode)])
+    if orientation in range(2, 9):
+        found.append(("turned", f"orientation {orientation}"))
     if max(high) - min(low) < 256 / 8:
         found.append(("flat", f"levels from {min(low)} to {max(high)} of 255"))
     if transparent:
@@ -108,6 +115,15 @@ def has_transparency(file: str) -> bool:
     """Whether pixels of an image are transparent to any degree."""
     with Image.open(file, formats=FORMATS) as image:
         return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+
+
+def exif_orientation(file: str) -> int | None:
+    """How an image is to be turned or mirrored before it is shown: 1 is as stored, None if it does not say."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF data, which training does not read
+        return None
 
 
 def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bool):
@@ -127,8 +143,9 @@ def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bo
         print(row(name, len(split.images), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
 
 
-def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
+def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[str], list[str]]:
     """(problems, information): lines about images of several splits, repeated entries, and classes without images."""
+    again = set()  # splits with the images of another one
     problems, information, paths, labeled, contradictions = [], [], {}, {}, []
     for name, split in splits.items():
         paths[name] = set()
@@ -149,8 +166,13 @@ def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
         both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
         if both and paths[one] == paths[other] and "train" not in (one, other):
             information.append(f"{one} and {other} are the same images")
+            again.add(other)
         elif both:
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
+    copies = find_copies([split for name, split in splits.items() if name not in again], findings)
+    problems += copies[:MAX_SHOWN]
+    if len(copies) > MAX_SHOWN:
+        problems.append(f"and {len(copies) - MAX_SHOWN} more images with the same bytes")
     labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
     hints = {name: split.images.label_hint() for name, split in splits.items()}
     if "train" in splits:
@@ -161,6 +183,22 @@ def compare(splits: dict[str, Split]) -> tuple[list[str], list[str]]:
                 what = f"{len(untrained)} classes have no training image, such as {min(untrained)}"
                 information.append(f"{name}: {what}{hints[name]}")
     return problems, information
+
+
+def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[str]:
+    """Lines on images whose files have the same bytes, under different paths, in two classes or two splits."""
+    first, lines = {}, []
+    for split in splits:
+        for i, digest in findings[split.name]["digest"]:
+            other, j = first.setdefault(digest, (split, i))
+            paths = [posixpath.normpath(s.images.path(number)) for s, number in ((other, j), (split, i))]
+            labels = int(other.images.labels[j]), int(split.images.labels[i])
+            if paths[0] == paths[1] or (labels[0] == labels[1] and other is split):
+                continue
+            what = f"two classes, {labels[0]} and {labels[1]}" if labels[0] != labels[1] else "two splits"
+            one, two = other.images.with_line(paths[0], j), split.images.with_line(paths[1], i)
+            lines.append(f"{one} and {two}: the same bytes in {what}; keep one of them")
+    return lines
 
 
 def is_same_image(path: str, one: Split, other: Split) -> bool:
@@ -245,12 +283,13 @@ def verify(args) -> int:
     for split in splits.values():
         split.images.check_num_classes()
     findings = {name: examine(split, args.decode) for name, split in splits.items()}
-    problems, information = compare(splits)
+    problems, information = compare(splits, findings)
     print_table(splits, findings, args.decode)
     for name, split in splits.items():
         describe(split, findings[name])
     notes = [note for split in splits.values() for note in split.images.notes]
     notes += [note for split in splits.values() if split.name == "train" for note in numbering_note(split.folders)]
+    notes += unlisted_note(splits) if len(splits) == len(SPLITS) else []
     for line in [*problems, *(f"information: {line}" for line in [*information, *notes])]:
         print(line)
     if args.report:
