@@ -59,7 +59,7 @@ def logits(model, classifier, images):
 
 
 def choice(classifier):
-    return ["--classifier", classifier] if classifier == "soft" else []
+    return [] if classifier == "soft" else ["--classifier", classifier]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,14 @@ def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run
     pytest.importorskip("onnxscript", reason="the optional package onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
     names = ["a", "b", "c", "d", "ä"]
-    model = write(stage, arch, tmp_path / "checkpoint", classes=names)
+    model = write(stage, arch, tmp_path / "checkpoint", classes=["a", "b", "c", "d", "earlier"])
     out = tmp_path / "out.onnx"
-    status, _, err = run(tmp_path / "checkpoint", out, "--format", "onnx", *choice(classifier))
-    assert (status, err) == (0, "") and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out.onnx"]
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / "classes.txt").write_text("\n".join(names))
+    flags = ["--format", "onnx", "--classes", tmp_path / "names" / "classes.txt", *choice(classifier)]
+    status, _, err = run(tmp_path / "checkpoint", out, *flags)
+    assert (status, err) == (0, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "names", "out.onnx"]
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     for size in (1, 2, 5):
         images = torch.randn(size, 3, SIZE, SIZE)
@@ -202,5 +206,6 @@ def test_mistakes_end_in_one_line(trained, tmp_path, run, monkeypatch):
     assert_mistake(run(of_i, tmp_path / "no" / "out", *published), "no folder")
     assert_mistake(run(of_i, tmp_path, *published), "is a folder")
     assert_mistake(run(bare, out, *published), bare, "no optimizer")
+    assert_mistake(run(of_i, out, *published, "--classes", "classes.txt"), "--classes", "--format published")
     assert_mistake(run(tmp_path / "none", out), tmp_path / "none", "cannot be opened")
     assert not out.exists()

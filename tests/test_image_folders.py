@@ -18,7 +18,7 @@ HIDDEN = "left out: 4 hidden folders or folders of thumbnails, such as @eaDir"
 
 def write_folders(root, names=NAMES, count=8):
     """root/<class>/<number>.jpg."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng([*os.fsencode(Path(root).name)])  # no image is in two splits
     for label, name in enumerate(names):
         (Path(root) / name).mkdir(parents=True)
         for number in range(count):
@@ -89,9 +89,51 @@ def test_every_image_comes_once_and_what_is_left_out_is_counted(tmp_path, capsys
         assert HIDDEN in text and "left out: 1 files with the ending .jfif" in text, text
         assert "left out: 8 links to what is there without them, such as ant/0 too.jpg" in text, text
 
-    assert predict.main([str(trained["i"] / LAST), str(data / "train"), "--device", "cpu"]) == 0
+    assert predict.main([str(trained["i"] / LAST), str(data / "train"), "--device", "cpu"]) == 1
     found = capsys.readouterr()
-    assert len(found.out.splitlines()) == 24 and HIDDEN in found.err
+    assert len(found.out.splitlines()) == 24 and HIDDEN in found.err and "cat/more/2.jfif" in found.err
+
+
+def test_photos_in_no_list_are_counted(tmp_path, capsys):
+    data = write_folders(tmp_path / "photos")
+    succeeds(capsys, "folder", data)
+    out = tmp_path / "lists"
+    succeeds(capsys, "folder", data, "--out", out)
+    lists = [flag for split in SPLITS for flag in (f"--{split}-list", out / f"{split}.txt")]
+    assert "in no list" not in short_run(data, tmp_path / "run").out + short_run(data, tmp_path / "run2", *lists).out
+    for name in ("new.jpg", "new too.jpg"):
+        os.link(data / "cat/0.jpg", data / "cat" / name)
+    note = f"2 photos below {data} are in no list"
+    assert note in fails(capsys, "folder", data)
+    for flags in ([], lists):
+        outcome = short_run(data, tmp_path / "run", "--overwrite", *flags)
+        assert outcome.status == 0 and outcome.out.count(note) == 1
+        assert verify([str(data), *map(str, flags)]) == 0
+        assert note in capsys.readouterr().out
+    (data / "prepared.json").unlink()  # other lists need not have all images
+    assert "in no list" not in short_run(data, tmp_path / "run", "--overwrite").out
+
+
+def test_a_renamed_class_has_its_new_name_in_results_of_old_checkpoints(tmp_path, capsys):
+    data, run = write_folders(tmp_path / "photos"), tmp_path / "run"
+    succeeds(capsys, "folder", data)
+    assert short_run(data, run).status == 0
+    (data / "ant").rename(data / "zebra")
+    succeeds(capsys, "folder", data, "--overwrite")
+    outcome = short_run(data, tmp_path / "evaluation", "--evaluate", "--resume", run / LAST)
+    assert outcome.status == 0 and "class 0 is 'ant' in" in outcome.out and "'zebra' in the data" in outcome.out
+    (before,), (after,) = results_of(run), results_of(tmp_path / "evaluation")
+    assert (before["classes"], after["classes"]) == (["ant", "cat", "dog"], ["zebra", "cat", "dog"])
+    assert before["confusion"] == after["confusion"]
+
+
+def test_files_of_windows_are_no_photos_and_others_are_named(tmp_path, capsys):
+    data = write_splits(tmp_path / "data")
+    for name in ("Thumbs.db", "desktop.ini", "a.heic", "b.heic"):
+        (data / "train/cat" / name).write_bytes(b"none")
+    named = "left out: 2 files with the ending .heic, such as cat/a.heic; convert them"
+    for said in (short_run(data, tmp_path / "run").out, succeeds(capsys, "folder", data)):
+        assert said.count("left out") == 1 and named in said
 
 
 def test_numbers_and_order_are_those_of_torchvision(tmp_path, capsys):

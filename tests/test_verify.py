@@ -23,7 +23,7 @@ def root(tmp_path):
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 path = f"{split}/{name}/{i}.jpg"
-                Image.new("RGB", (8, 8), (label, i, 0)).save(folder / path)
+                Image.new("RGB", (8, 8), (label, i, 0)).save(folder / path, comment=path)  # no two the same bytes
                 lines.append(f"{path} {label}\n")
         (folder / f"{split}.txt").write_text("".join(lines))
     return folder
@@ -144,6 +144,8 @@ def test_the_same_path_below_two_splits_is_not_the_same_image(root, verify):
     for split in COUNTS:
         text = (root / f"{split}.txt").read_text()
         (root / f"{split}.txt").write_text(text.replace(f"{split}/", ""))
+    for name in CLASSES:
+        (root / f"val/{name}/0.jpg").write_bytes((root / f"train/{name}/0.jpg").read_bytes())
     status, said = verify(root)
     assert status == 1 and "train and val share 3 images; the first: ant/0.jpg" in said  # copies
     for split, red in (("val", 100), ("test", 200)):
@@ -175,6 +177,39 @@ def test_an_image_with_two_labels_is_a_problem(root, verify):
     assert status == 1 and f"label 2 in {root / 'val.txt'}, line 3 and label 1 in {root / 'test.txt'}, line 3" in said
     append(root / "train.txt", "".join(f"train/ant/{i}.jpg 1\n" for i in range(12)) * 2)
     assert "and 5 more paths with two labels" in verify(root)[1]
+
+
+def test_decode_names_files_with_the_same_bytes(root, verify):
+    """In two classes or two splits, with both lines; copies within a class and split, and a val list that is the test
+    list, are none."""
+    photo = (root / "train/bee/0.jpg").read_bytes()
+    for copy in ("train/bee/1.jpg", "train/cat/1.jpg", "test/bee/0.jpg"):
+        (root / copy).write_bytes(photo)
+    assert verify(root)[0] == 0
+    status, said = verify(root, "--decode")
+    lines = [line for line in said.splitlines() if "the same bytes" in line]
+    first, train, test = f"train/bee/0.jpg ({root / 'train.txt'}, line 13)", root / "train.txt", root / "test.txt"
+    assert status == 1 and len(lines) == 2 and all(first in line for line in lines)
+    assert f"train/cat/1.jpg ({train}, line 17): the same bytes in two classes, 1 and 2" in lines[0]
+    assert f"test/bee/0.jpg ({test}, line 3): the same bytes in two splits" in lines[1]
+
+    (root / "train.txt").write_text("".join(line for line in train.open() if " 2\n" not in line))
+    (root / "train/bee/0.jpg").write_bytes(photo + b"0")
+    (root / "train/bee/1.jpg").write_bytes(photo + b"0")
+    (root / "test/bee/1.jpg").write_bytes(photo)
+    (root / "val.txt").write_bytes(test.read_bytes())
+    assert verify(root, "--decode")[0] == 0
+
+
+def test_exif_orientations_are_counted(root, verify):
+    for i, orientation in enumerate((1, 6, 8)):
+        image = Image.effect_noise((8, 8), 90).convert("RGB")
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(root / f"train/ant/{i}.jpg", exif=exif)
+    assert "EXIF" not in verify(root)[1]
+    status, said = verify(root, "--decode")
+    assert status == 0 and "2 images have an EXIF orientation" in said and "train/ant/1.jpg" in said
 
 
 def test_links_that_leave_the_root_are_information(root, verify, tmp_path):

@@ -6,7 +6,8 @@
     python -m datasets.prepare cifar100-lt --out DIR        PNG files and lists; cifar10-lt likewise
     python -m datasets.prepare fashion-mnist-lt --out DIR   the same, small enough for a first try
     python -m datasets.prepare long-tail DIR --out OUT      a long-tailed selection of DIR/{train,test}/<class>/<image>
-    python -m datasets.prepare folder DIR                   lists of your own class folders
+    python -m datasets.prepare folder DIR                   lists of your own class folders; later, with --overwrite,
+                                                            of added photos too: the others keep their splits
 
 Every command can be run again: it keeps what is complete and does the rest.
 """
@@ -160,7 +161,9 @@ def build_parser() -> ArgumentParser:
             command.add_argument(
                 "--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the selection (default 0)"
             )
-        command.add_argument("--overwrite", action="store_true", help="replace files that have other content")
+        what = "replace files that have other content"
+        what += "; photos keep their splits if the flags are the same" if name == "folder" else ""
+        command.add_argument("--overwrite", action="store_true", help=what)
     return parser
 
 
