@@ -27,12 +27,14 @@ class Stage(nn.Module):
 
     stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
     logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
-    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from.
+    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from. passes: through
+    backbones per trained image, for estimates of time; backward counts as two.
     """
 
     stage = number = title = backbone = mark = linear = ""
     classifiers: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    passes = 4
     transform = classes = None  # set by models.load
 
     @staticmethod
@@ -146,6 +148,7 @@ class SLG(Stage):
     classifiers = ("lws",)
     backbone, mark, linear = "encoder.", "encoder.", "classifier.fc."
     takes = ("i", "iii")
+    passes = 1
 
     def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1, image_size=224):
         super().__init__()
