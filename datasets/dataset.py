@@ -1,5 +1,6 @@
 """The data set of a list's images: reads, decodes and transforms one image at a time."""
 
+import hashlib
 import os
 
 import torch
@@ -28,6 +29,12 @@ class ListFileDataset(torch.utils.data.Dataset):
     def file(self, i: int) -> str:
         """The file of entry i."""
         return os.path.join(self.root, self.layout(self.images.path(i), self.split))
+
+    def digests(self) -> torch.Tensor:
+        """8 bytes of a hash of each image's path below root, int64 (images,); they tell which images lists share."""
+        paths = (self.layout(self.images.path(i), self.split) for i in range(len(self)))
+        hashes = [hashlib.blake2b(os.fsencode(os.path.normpath(path)), digest_size=8).digest() for path in paths]
+        return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int64)
 
     def __getitem__(self, item):
         epoch, draw, i = item

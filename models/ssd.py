@@ -28,12 +28,14 @@ class Stage(nn.Module):
     stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
     logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
     no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from. preferred: the
-    classifier of classify, by default the last one, which is stage III's soft one.
+    classifier of classify, by default the last one, which is stage III's soft one. passes: through backbones per
+    trained image, for estimates of time; backward counts as two.
     """
 
     stage = number = title = backbone = mark = linear = ""
     classifiers: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    passes = 4
     transform = classes = preferred = None  # set by models.load
 
     def classify(self, images) -> torch.Tensor:
@@ -153,6 +155,7 @@ class SLG(Stage):
     classifiers = ("lws",)
     backbone, mark, linear = "encoder.", "encoder.", "classifier.fc."
     takes = ("i", "iii")
+    passes = 1
 
     def __init__(self, arch, num_classes, freeze_bn=False, bn_splits=1, image_size=224):
         super().__init__()

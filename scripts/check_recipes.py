@@ -1,15 +1,23 @@
-"""Checks the command lines of all stages before the first is trained; scripts/train.sh calls it.
+"""Checks the command lines of all stages before the first is trained, and plans them; scripts/train.sh calls it.
 
     python scripts/check_recipes.py CONFIG DIR OUT [flags]
 
-Of a stage that has results in OUT it also checks that they were trained with these flags and lists. Exit status 2,
-after one line, if something is wrong.
+Each flag goes to the stages that have it. Of a stage that was trained or begun in OUT it also checks that it was with
+these flags and lists. Prints assignments for the shell: plan, a text; of each stage flags_NAME, its words of the flags,
+and later_NAME, the work that comes after it, in images that it could train instead. Exit status 2, after one line, if
+something is wrong.
 """
 
 import argparse
 import functools
+import re
+import shlex
+import shutil
 import sys
+import warnings
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,10 +25,20 @@ import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
 from datasets.splits import SPLITS, find_splits
-from utils.checkpoint import as_saved
-from utils.command_line import KEPT, ArgumentParser, option_words, run_command
+from models import STAGES as NETWORKS
+from utils.checkpoint import as_saved, present_in
+from utils.command_line import (
+    KEPT,
+    NETWORK,
+    STARTS_FROM,
+    ArgumentParser,
+    option_name,
+    option_words,
+    run_command,
+    with_hyphens,
+)
 from utils.errors import UserError
-from utils.results.records import read_args
+from utils.results.records import read_args, read_log
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
 
@@ -33,13 +51,33 @@ def check_command(parser: ArgumentParser, recipe: Path, data: str, flags: list[s
         return parser.parse_args([f"@{recipe}", data, *flags])
     except UserError as error:
         names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
-        hint = "; the flags go to every stage, that of one stage belongs in its recipe"
+        hint = "; a flag goes to every stage that has it, that of one stage belongs in its recipe"
         raise UserError(f"{recipe}: {error}{hint if any(n in str(error) for n in names) else ''}") from None
 
 
-def check_finished(parser: ArgumentParser, args, run: Path):
-    """Raises UserError if a finished stage was trained with other flags or lists."""
-    saved, remedy = read_args(run), "name another OUT, or remove it and the later stages"
+def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[str, list[str]]:
+    """name -> the flags, with their values, that its parser has. Raises UserError for a flag that none has."""
+    groups, sources = [], [action for parser in parsers.values() for action in parser.marked(STARTS_FROM).values()]
+    for word in flags:
+        if not groups or re.match(r"-(?![\d.])|@", word):
+            groups.append([])
+        groups[-1].append(word)
+    for flag in (group[0].partition("=")[0] for group in groups if group[0].startswith("-")):
+        if not any(parser.knows(flag) for parser in parsers.values()):
+            hint = next(filter(None, (parser.hint(flag) for parser in parsers.values())), "")
+            raise UserError(f"{flag}: unrecognized, no stage has this flag{hint}")
+        if with_hyphens(flag) in [with_hyphens(option_name(action)) for action in sources]:
+            raise UserError(f"{flag}: train.sh names the checkpoint that a stage starts from; leave it out")
+    return {
+        name: [word for group in groups if parser.knows(group[0]) or group[0][0] != "-" for word in group]
+        for name, parser in parsers.items()
+    }
+
+
+def check_earlier(parser: ArgumentParser, args, run: Path):
+    """Raises UserError if a stage was trained or begun with other flags or lists."""
+    remedy = "give what it had, name another OUT, or remove it and the later stages"
+    saved = read_args(run)
     for dest, action in parser.marked(KEPT).items():
         value = as_saved(getattr(args, dest))
         if dest in args.given and saved.get(dest, value) != value:
@@ -58,12 +96,53 @@ def read_splits(data: str, *lists: str | None) -> list:
     return list(find_splits(data, dict(zip(SPLITS, lists, strict=True)), check=()).values())
 
 
+def checkpoint_bytes(network, args, num_classes: int) -> int:
+    """The size of a stage's checkpoint: weights, buffers, and the momentum of what trains."""
+    sizes = {"dim": args.moco_dim, "queue_size": args.moco_k} if hasattr(args, "moco_k") else {}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies to the meta device have no effect
+        model = network(args.arch, num_classes, image_size=args.image_size, **sizes)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(value.nbytes for value in [*model.state_dict().values(), *trained])
+
+
+def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
+    """(text, name -> later_NAME); stages: name -> arguments. Raises UserError if lists cannot be read."""
+    lines, work, sizes = [], {}, []
+    for name, own in stages.items():
+        splits = read_splits(own.data, own.train_list, own.val_list, own.test_list)
+        images, network = len(splits[0].images), NETWORKS[STAGES[name].__name__.removeprefix("ssd_stage_")]
+        done = own.epochs if (args.out / name / "results.json").exists() else len(read_log(args.out / name))
+        status = {0: "", own.epochs: "; done"}.get(done, f"; {done} are done")
+        lines.append(f"  {name}: {own.epochs} epochs of {images:,} images{status}")
+        work[name] = max(0, own.epochs - done) * images, network.passes
+        sizes.append(checkpoint_bytes(network, own, own.num_classes or splits[0].images.num_classes))
+    place = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
+    disk = 3 * sum(sizes) + max(sizes), shutil.disk_usage(place).free  # last, previous, best; one is being written
+    disk = "up to {:,.1f} GB in OUT, {:,.1f} GB are free".format(*(size / 1e9 for size in disk))
+    counts = ", ".join(f"{len(split.images):,} {split.name}" for split in splits)
+    later, names = {}, list(work)
+    for i, name in enumerate(names):
+        later[name] = sum(count * passes for count, passes in map(work.get, names[i + 1 :])) // work[name][1]
+    return "\n".join([f"plan: {counts} images; {disk}", *lines]), later
+
+
 def check_all(args):
-    for name, script in STAGES.items():
-        parser = script.get_parser()
-        stage_args = check_command(parser, Path(args.config, f"{name}.txt"), args.data, args.flags)
-        if (args.out / name / "results.json").exists():
-            check_finished(parser, stage_args, args.out / name)
+    parsers, stages, network = {name: script.get_parser() for name, script in STAGES.items()}, {}, {}
+    flags = split_flags(args.flags, parsers)
+    for name, parser in parsers.items():
+        own = check_command(parser, Path(args.config, f"{name}.txt"), args.data, flags[name])
+        if name == "stage_ii" and own.classifier == "soft":
+            raise UserError("--classifier soft: stage I has one classifier; the flag belongs in stage_iii_tuned.txt")
+        network |= {dest: getattr(own, dest) for dest in parser.marked(NETWORK) if dest in own.given or not stages}
+        if (args.out / name / "results.json").exists() or present_in(args.out / name):
+            check_earlier(parser, own, args.out / name)
+        vars(own).update(network)  # the next stages take it from their checkpoint
+        stages[name] = own
+    plan, later = make_plan(args, stages)
+    print(f"plan={shlex.quote(plan)}")
+    for name in stages:
+        print(f"flags_{name}={shlex.quote(shlex.join(flags[name]))}\nlater_{name}={later[name]}")
 
 
 def get_parser() -> ArgumentParser:

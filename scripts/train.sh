@@ -2,8 +2,9 @@
 # The whole method in one command: stages I, II and III, stage II once more on stage III's checkpoint, and the report.
 #   bash scripts/train.sh CONFIG DIR OUT [flags]      for example: configs/cifar100_lt cifar100-lt runs/cifar
 # CONFIG is a folder of recipes, such as those in configs/; DIR holds the images and lists; OUT gets stage_i, stage_ii,
-# stage_iii and stage_iii_tuned. The flags go to every stage, after those of its recipe. A stage that has results in OUT
-# is not trained again, and one that was stopped (status 75) or killed goes on: the same command continues.
+# stage_iii and stage_iii_tuned. A flag goes to every stage that has it, after those of its recipe. A stage that has
+# results in OUT is not trained again, and one that was stopped (status 75) or killed goes on: the same command
+# continues; with other flags or lists both are refused.
 # LAUNCH is what starts a stage, python by default; scripts/train.sbatch starts it in SLURM:
 #   LAUNCH="torchrun --nproc-per-node 8" bash scripts/train.sh configs/imagenet_lt imagenet-lt runs/imagenet --amp bf16
 set -euo pipefail
@@ -23,27 +24,35 @@ find_python "torch torchvision tqdm" python "$root/.venv/bin/python" || {
   exit 2
 }
 [ "$python" = python ] || PATH=$root/.venv/bin:$PATH # python and torchrun in LAUNCH are then those of .venv
-python "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@"
-read -ra launch <<<"${LAUNCH:-python}"
+assignments=$("$python" "$root/scripts/check_recipes.py" "$config" "$data" "$out" "$@")
+eval "$assignments" # plan, and flags_NAME and later_NAME of each stage
+echo "${plan:?}"
+launch=("$python")
+[ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 
 # What asks a run to stop is passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself.
 # If it comes too late for the stage, at least no other starts. bash keeps what is ignored at the start, as by nohup.
-child='' signaled='' stop=
+child='' signaled='' stop='' times=
 trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1 USR2 HUP XCPU
 trap 'signaled=1 stop=130' INT
 
 # stage TITLE NAME SCRIPT [flags]: trains one stage, unless it has results already.
 stage() {
-  local title=$1 folder=$out/$2 recipe=$config/$2.txt script=$3 status=0 started=$SECONDS
+  local title=$1 folder=$out/$2 recipe=$config/$2.txt script=$3 status=0 started=$SECONDS flags=flags_$2 later=later_$2
   shift 3
+  eval "set -- \"\$@\" ${!flags}"
   [ -z "$stop" ] || exit "$stop"
   if [ -f "$folder/results.json" ]; then
     echo "== $title: done, in $folder"
+    times+=", $title was done"
     return
   fi
   local words=("${launch[@]}" "$root/$script" "@$recipe" "$@" --output_dir "$folder" --resume auto "$data")
-  echo "== $title: ${words[*]}"
+  printf '== %s:' "$title"
+  printf ' %q' "${words[@]}"
+  echo
   (
+    export SSD_LT_LATER_IMAGES="${!later}" # for the bar's time left
     trap - INT # bash lets processes in the background ignore it
     exec "${words[@]}"
   ) &
@@ -63,12 +72,14 @@ stage() {
     exit "$status"
   fi
   echo "== $title: $((SECONDS - started)) s"
+  times+=", $title $((SECONDS - started)) s"
 }
 
 last=last_checkpoint.pth.tar
-stage "stage I" stage_i ssd_stage_i.py "$@"
-stage "stage II" stage_ii ssd_stage_ii.py --last_stage_ckpt "$out/stage_i/$last" "$@"
-stage "stage III" stage_iii ssd_stage_iii.py --teacher_ckpt "$out/stage_ii/$last" "$@"
-stage "stage II on stage III" stage_iii_tuned ssd_stage_ii.py --last_stage_ckpt "$out/stage_iii/$last" "$@"
+stage "stage I" stage_i ssd_stage_i.py
+stage "stage II" stage_ii ssd_stage_ii.py --last_stage_ckpt "$out/stage_i/$last"
+stage "stage III" stage_iii ssd_stage_iii.py --teacher_ckpt "$out/stage_ii/$last"
+stage "stage II on stage III" stage_iii_tuned ssd_stage_ii.py --last_stage_ckpt "$out/stage_iii/$last"
 echo
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}
+echo "time: ${times#, }"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers import LAST, ROOT, assert_command_mistake, call, stage_flags
 from utils import report
-from utils.results.plots import read_curves, running_mean
+from utils.results.plots import draw, read_curves, running_mean
 from utils.results.records import distinct_names, read_runs
 from utils.results.tables import table
 
@@ -125,6 +125,33 @@ def test_the_table_says_if_few_shot_classes_have_fewer_than_50_test_images():
     assert below([9, 40, 40], [9, 3, 4], [9, 1, 0], [9, 4, 3])[1].startswith("Few: 1 to 7 test images")
 
 
+def test_rows_of_other_test_lists_are_marked(tmp_path, said):
+    few = [{"test_checksum": 7}, {"test_checksum": 8}, {}, {"test_checksum": 7}, {"test_counts": [4, 2, 9]}]
+    runs = [write_run(tmp_path / f"r{i}", RECORD | more) for i, more in enumerate(few)]
+    (runs[2] / "args.json").write_text(json.dumps({"list_checksums": {"test": 7}}))  # of an earlier version
+    out = said(*runs)[1]
+    assert first_cells(out) == [f"r{i}, linear classifier{mark}" for i, mark in enumerate(("", " *", "", "", " **"))]
+    assert "*: tested on another list" in out
+    assert [row["test_list"] for row in json.loads(said(*runs, "--json")[1])] == [1, 2, 1, 1, 3]
+    assert "another list" not in said(runs[0], runs[3])[1]
+
+
+def test_seeds_that_were_tested_on_different_lists_are_not_averaged(averaged):
+    _, seeds, err = averaged({f"s{i}": {"record": RECORD | {"test_checksum": i}} for i in (0, 1)})
+    assert seeds == [1, 1] and err.endswith("differ in images\n")
+
+
+@pytest.mark.parametrize("change", [{"test_checksum": "x"}, {"test_trained_on": -1}, {"test_trained_on": [1]}])
+def test_what_is_not_a_number_of_the_test_list_is_refused(tmp_path, said, change):
+    assert_command_mistake(said(write_run(tmp_path / "run", RECORD | change)), "results.json", *change)
+
+
+@pytest.mark.parametrize(("mean", "said_so"), [(0.2, True), (1 / 3, True), (0.34, False), (None, False)])
+def test_a_class_mean_at_or_below_chance_is_called_that(tmp_path, said, mean, said_so):
+    out = said(write_run(tmp_path / "run", RECORD | {"class_mean": mean}))[1]
+    assert ("Class mean at or below chance (33.3): run, linear classifier." in out) == said_so
+
+
 def test_csv_and_json_hold_the_same_numbers_in_full(tmp_path, said):
     run = write_run(tmp_path / 'a, "b"', RECORD, RECORD | {"classifier": "hard", "few": None})
     from_json = json.loads(said(run, "--json")[1])
@@ -133,7 +160,7 @@ def test_csv_and_json_hold_the_same_numbers_in_full(tmp_path, said):
     assert from_json[0]["run"] == 'a, "b"' and from_json[0]["class_mean"] == 1.25 / 3
     for text, exact in zip(from_csv, from_json, strict=True):
         for name, value in exact.items():
-            assert (float(text[name]) == value) if isinstance(value, float) else (text[name] == (value or ""))
+            assert (float(text[name]) == value) if isinstance(value, float) else (text[name] == str(value or ""))
 
 
 @pytest.mark.parametrize("flags", [("--csv", "--json"), ("--per-class", "--mean")])
@@ -329,7 +356,8 @@ def is_drawn(file: Path) -> bool:
         return image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 10
 
 
-NAMES = ["losses", "accuracies", "class_counts", "per_class_linear", "confusion_linear"]
+NAMES = ["losses", "accuracies", "class_counts", "per_class_linear", "confusion_linear",
+         "confusion_classes_linear"]  # fmt: skip
 
 
 def test_plots_are_drawn_with_several_runs_in_a_folder_for_each(tmp_path, said, matplotlib):
@@ -344,7 +372,35 @@ def test_plots_are_drawn_with_several_runs_in_a_folder_for_each(tmp_path, said, 
         for file in files:
             assert is_drawn(file) if file.suffix == ".png" else file.read_bytes().startswith(b"%PDF")
     drawn = {file.stem for file in (tmp_path / "both" / "s1" / "i").iterdir()}
-    assert drawn == {*NAMES[2:], "per_class_hard", "confusion_hard"}  # without log.txt
+    assert drawn == {*NAMES[2:], "per_class_hard", "confusion_hard", "confusion_classes_hard"}  # without log.txt
+
+
+@pytest.mark.parametrize(("classes", "named"), [(30, True), (31, False)])
+def test_plots_name_up_to_30_classes(tmp_path, said, matplotlib, classes, named, monkeypatch):
+    figures = {}
+    monkeypatch.setattr("utils.results.plots.draw", lambda run: _kept(draw(run), figures))
+    names = [f"Größe $ {label} " + "x" * 40 for label in range(classes)]
+    eye = [[4 * (i == j) for j in range(classes)] for i in range(classes)]
+    every = {"per_class": [1.0] * classes, "train_counts": [*range(classes)], "test_counts": [4] * classes}
+    run = write_run(tmp_path / "run", RECORD | every | {"classes": names, "count": 4 * classes, "confusion": eye})
+    assert said(run, "--plots", tmp_path / "out")[0] == 0
+    assert is_drawn(tmp_path / "out" / "class_counts.png")
+    assert (
+        (tmp_path / "out" / "confusion_classes_linear.png").exists() == named == ("confusion_classes_linear" in figures)
+    )
+    ticks = [label.get_text() for label in figures["class_counts"].axes[0].get_xticklabels()]
+    assert (len(ticks) == classes and ticks[0].startswith(rf"Größe \$ {classes - 1} x")) == named
+    if named:
+        axes = figures["confusion_classes_linear"].axes[0]
+        shown = [label.get_text() for label in axes.get_yticklabels()]
+        assert shown == [label.get_text() for label in axes.get_xticklabels()] and shown[0].startswith(r"Größe \$ 0 x")
+        assert [text.get_text() for text in axes.texts] == ["100"] * classes
+
+
+def _kept(drawn, figures):
+    for name, caption, figure in drawn:
+        figures[name] = figure
+        yield name, caption, figure
 
 
 def test_every_further_number_of_an_epoch_is_drawn_as_a_loss(tmp_path, said, matplotlib):

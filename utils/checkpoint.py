@@ -14,7 +14,7 @@ import torch
 
 import models
 from models.loading import is_names, read_checkpoint, state_dict_of, transform_of
-from models.state_dicts import check_weights, find_mismatch, strip_module
+from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
@@ -187,10 +187,26 @@ def check_fields(content: dict):
         raise ValueError
     for fact in content.get("run", {}).values():
         whole_number(fact)
+    if not is_digests(content.get("trained_on")):
+        raise TypeError
     lists = [value if isinstance(value, list) else [value] for value in content.get("args", {}).values()]
     flags = [isinstance(one, bool | int | float | str | None) for values in lists for one in values]
     if not all(flags) or not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
         raise TypeError
+
+
+def is_digests(value) -> bool:
+    """Whether a value is None or a tensor of ListFileDataset.digests."""
+    return value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.int64 and is_dense(value))
+
+
+def trained_on(path) -> torch.Tensor | None:
+    """The digests of the images that the weights in a file were trained on; None if it does not tell, or is no file."""
+    try:
+        digests = read_checkpoint(path).get("trained_on")
+    except (OSError, ValueError):
+        return None
+    return digests if is_digests(digests) else None
 
 
 def find_latest(folder) -> Path | None:
@@ -469,6 +485,7 @@ def checkpoint_of(state, averages: dict | None) -> dict:
         "scaler": state.scaler.state_dict(),
         "averages": averages,
         "images": state.images,
+        "trained_on": state.trained_on,
         "args": {name: as_saved(getattr(args, name)) for name in args.marked[KEPT]},
         "run": {
             "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,

@@ -76,6 +76,11 @@ class ArgumentParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f"; did you mean {close[0]}?" if close else ""
 
+    def knows(self, word: str) -> bool:
+        """Whether a word names one of the flags, or is a short one with its value, such as -b64."""
+        names, name = set(map(with_hyphens, self._option_string_actions)), with_hyphens(word.partition("=")[0])
+        return name in names or (not word.startswith("--") and word[:2] in names)
+
     def marked(self, *facts: str) -> dict[str, argparse.Action]:
         """The flags of which one of the facts holds, by destination."""
         return {a.dest: a for a in self._actions if has_value(a) and not set(facts).isdisjoint(facts_of(a))}

@@ -89,8 +89,8 @@ def print_tables(args, runs: list[Run], groups: list[Group] | None):
             print(f"{rows[0]['run']}, {rows[0]['classifier']} classifier\n")
             print(tables.markdown(tables.CLASS_COLUMNS, tables.class_cells(rows), texts=(0, 4)) + "\n")
     else:
-        records = [record for run in runs for record in run.records]
-        print("\n".join([tables.markdown(*tables.summary_cells(found[0])), *tables.few_note(records)]))
+        lines = tables.notes(tables.records_of(runs))
+        print("\n".join([tables.markdown(*tables.summary_cells(found[0])), *lines]))
 
 
 def main(argv=None) -> int:

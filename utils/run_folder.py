@@ -1,10 +1,13 @@
 """The folder of a run: locked against other runs, and what is written there besides the checkpoints."""
 
 import fcntl
+import zlib
 from pathlib import Path
 
+import torch
+
 from . import checkpoint, log
-from .arguments import resolved
+from .arguments import resolved, unused_arguments
 from .command_line import IDENTITY, STARTS_FROM
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -26,6 +29,7 @@ class RunFolder:
         self.args, self.path = args, Path(args.output_dir)
         self.writes = not args.evaluate or "output_dir" in args.given
         self.lock, self.summary_writer = None, None
+        self.test_facts = {}  # on rank 0: what the records of results.json say of the test list
 
     def __enter__(self):
         with raise_on_all_ranks():
@@ -93,7 +97,10 @@ class RunFolder:
         """
         print_main(log.run_summary(state, data))
         with raise_on_all_ranks():
-            if self.args.evaluate or not is_main_process():
+            if not is_main_process():
+                return
+            self._compare_with_trained_on(state, data)
+            if self.args.evaluate:
                 return
             self._warn_of_another_list(data)
             kept = 0  # epochs of the earlier run
@@ -115,10 +122,30 @@ class RunFolder:
             path = getattr(self.args, name)
             checksum = path and saved_checksums(Path(path).parent).get("train")
             if checksum and checksum != data.checksums["train"]:
+                print_main(f"warning: {path} was trained with another training list")
+
+    def _compare_with_trained_on(self, state, data):
+        """Notes the images that the weights were or will be trained on, and names the lists that have some of them."""
+        args = self.args
+        unused = {name for _, names in unused_arguments(args) for name in names}
+        flags = ["resume"] if args.resume else [n for n in ("pretrained", *args.marked[STARTS_FROM]) if n not in unused]
+        paths = [path for name in flags if (path := getattr(args, name, None))]
+        digests = [found for path in paths if (found := checkpoint.trained_on(path)) is not None]
+        if not args.evaluate and state.epoch < args.epochs:
+            digests.append(data.train.dataset.digests())
+        self.test_facts = {"test_checksum": data.checksums["test"]}
+        if not digests:  # published weights do not tell
+            return
+        state.trained_on = torch.cat([found.flatten() for found in digests]).unique()
+        for loader in filter(None, (data.val, data.test)):
+            seen = int(torch.isin(loader.dataset.digests(), state.trained_on).sum())
+            if seen:
+                what = {"val": "validation"}.get(loader.name, loader.name)
                 print_main(
-                    f"warning: {path} was trained with another training list: the validation and test lists may now "
-                    "contain images that it was trained on"
+                    f"warning: {seen} of {len(loader.dataset)} {what} images were trained on, by this run or one that "
+                    f"it came from{f' ({paths[0]})' if paths else ''}: accuracies on them say nothing of new images"
                 )
+        self.test_facts["test_trained_on"] = seen  # the test list comes last
 
     def _write_args(self, state, data):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
@@ -132,6 +159,8 @@ class RunFolder:
             except UserError:  # damaged: it is written anew
                 earlier = {}
             values |= {name: earlier.get(name) for name in starts_from if not values[name]}
+        digests = {"images": len(state.trained_on), "checksum": zlib.crc32(state.trained_on.numpy())}
+        values["trained_on"] = digests | {"test_images": self.test_facts["test_trained_on"]}
         values |= {"num_classes": data.num_classes, "identity": self.args.marked[IDENTITY], "starts_from": starts_from}
         log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})
 
@@ -153,6 +182,7 @@ class RunFolder:
 
         results: classifier -> its record.
         """
+        results = {name: result | self.test_facts for name, result in results.items()}
         print_main("\n" + table({f"{name} classifier": result for name, result in results.items()}))
         if is_main_process() and self.writes:
             records = [{"phase": "test", "classifier": name, **result} for name, result in results.items()]

@@ -29,6 +29,7 @@ from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LATER_IMAGES = "SSD_LT_LATER_IMAGES"  # set by train.sh: the work of the later stages, in images of this one
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
@@ -136,6 +137,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if self.scaler.is_enabled():
             init_momentum(optimizer)
+        self.trained_on = None  # digests of the images that the weights were trained on, earlier stages included
         self.loader = None  # of the current epoch
         self.not_finite = []  # one flag per micro-batch of the current step: is its loss not finite?
         self.stopping = False  # whether any rank was asked to stop, as of the latest step
@@ -185,11 +187,12 @@ class TrainState:
                 raise
 
     def _bar_text(self) -> str:
-        """The text of the bar: the first figure (the loss), rate, speed, time left of the whole run, best so far."""
+        """The text of the bar: the first figure (the loss), rate, speed, time left of all stages, best so far."""
         lr, speed = self.optimizer.param_groups[0]["lr"], self.metrics.clock.images_per_second
         name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
-        left = ((self.args.epochs - self.epoch) * per_epoch - self.images) / speed
+        later = float(os.environ.get(LATER_IMAGES) or 0)
+        left = ((self.args.epochs - self.epoch) * per_epoch - self.images + later) / speed
         best = f", best {100 * self.best:.1f} %" if self.best else ""
         return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
 

@@ -12,7 +12,7 @@ from ..files import atomic_write
 from ..groups import FEW_BELOW, MANY_ABOVE
 from .plots import draw
 from .records import Group, Run, read_args
-from .tables import CLASS_COLUMNS, class_cells, class_rows, few_note, mean_rows, summary_cells, summary_rows
+from .tables import CLASS_COLUMNS, class_cells, class_rows, mean_rows, notes, records_of, summary_cells, summary_rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
 OPEN_UP_TO = 30  # classes; longer tables are collapsed
@@ -44,8 +44,8 @@ def format_summary(runs: list[Run], groups: list[Group] | None) -> str:
     if groups is not None:
         means = format_table(*summary_cells(mean_rows(groups)))
         tables = f"<h3>Mean ± standard deviation over seeds</h3>\n{means}<h3>Single runs</h3>\n{tables}"
-    notes = few_note([record for run in runs for record in run.records])
-    return tables + "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes if note)
+    lines = notes(records_of(runs))[1:]
+    return tables + "".join(f'<p class="note">{escape(line)}</p>\n' for line in lines)
 
 
 def format_run(run: Run, anchor: str) -> str:

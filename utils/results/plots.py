@@ -12,6 +12,7 @@ from .records import Run, read_log
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito, for all color vision
 SHADES = {"many": "#dcebf7", "medium": "#e3f2e1", "few": "#fdebd8"}
+MAX_NAMED = 30  # classes up to which plots have their names
 BOOKKEEPING = ("epoch", "lr", "images_per_second", "seconds")  # numbers in log.txt that are not losses
 
 
@@ -49,13 +50,16 @@ def draw(run: Run):
         yield "losses", "Losses by epoch", draw_curves(losses, "loss")
     if accuracies:
         yield "accuracies", "Accuracies by epoch, training and validation", draw_curves(accuracies, "accuracy (%)")
-    yield "class_counts", "Training images per class, largest first", draw_class_counts(run.records[0]["train_counts"])
+    yield "class_counts", "Training images per class, largest first", draw_class_counts(run.records[0])
     for record in run.records:
         name = record["classifier"]
         caption = f"Accuracy of every class against its training images, {name} classifier"
         yield f"per_class_{name}", caption, draw_per_class(record)
         caption = f"Test images of each group predicted as classes of each group, {name} classifier"
         yield f"confusion_{name}", caption, draw_confusion(record["confusion_groups"])
+        if record["confusion"] and len(record["classes"]) <= MAX_NAMED:
+            caption = f"Test images of each class predicted as each class, in percent, {name} classifier"
+            yield f"confusion_classes_{name}", caption, draw_class_confusion(record)
 
 
 def read_curves(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -158,10 +162,31 @@ def draw_confusion(rows: list[list[int]]):
     return figure
 
 
-def draw_class_counts(train_counts: list[int]):
-    """Training images per class, largest class first; shaded by shot group."""
+def short_names(record: dict) -> list[str]:
+    """The names of a record's classes as axes show them."""
+    return [(name if len(name) <= 24 else f"{name[:22]}…").replace("$", r"\$") for name in record["classes"]]
+
+
+def draw_class_confusion(record: dict):
+    """One cell per pair of classes: the share of a class's test images predicted as each class, in percent."""
+    names, rows = short_names(record), record["confusion"]
+    figure, axes = new_axes(xlabel="predicted as", ylabel="test images of")
+    figure.set_size_inches(2.4 + 0.24 * len(names), 2.4 + 0.24 * len(names))
+    shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for i, j in zip(*np.nonzero(rows), strict=True):
+        color = "white" if shares[i][j] > 55 else "black"
+        axes.text(j, i, f"{shares[i][j]:.0f}", ha="center", va="center", color=color, fontsize=6)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
+    axes.set_yticks(range(len(names)), names, fontsize="x-small")
+    return figure
+
+
+def draw_class_counts(record: dict):
+    """Training images per class, largest class first, with names for up to MAX_NAMED; shaded by shot group."""
     figure, axes = new_axes(xlabel="class, by its number of training images", ylabel="training images")
-    counts = sorted(train_counts, reverse=True)
+    order = sorted(range(len(record["classes"])), key=lambda label: -record["train_counts"][label])
+    counts = [record["train_counts"][label] for label in order]
     sizes = torch.bincount(shot_groups(torch.tensor(counts)), minlength=len(GROUPS)).tolist()
     first = 0.5
     for group, size in zip(GROUPS, sizes, strict=True):
@@ -173,5 +198,8 @@ def draw_class_counts(train_counts: list[int]):
     axes.set_xlim(0.5, len(counts) + 0.5)
     axes.set_ylim(counts[-1] / 1.5, max(counts[0], 1) * 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(order) <= MAX_NAMED:
+        names = short_names(record)
+        axes.set_xticks(range(1, len(order) + 1), [names[label] for label in order], rotation=90, fontsize="x-small")
     axes.yaxis.set_major_formatter("{x:g}")
     return figure

@@ -12,6 +12,7 @@ from ..files import is_dir, lexists, walk
 from ..groups import tell_names_apart
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
+OPTIONAL = ("confusion", "test_checksum", "test_trained_on")
 
 
 class Run(NamedTuple):
@@ -79,13 +80,17 @@ def read_records(folder: Path) -> list[dict]:
     """The records of a run's results.json, see check_record. Raises UserError if it is not valid."""
     file = folder / "results.json"
     try:
-        return [check_record(record) for record in read_json(file, list)]
+        records = [check_record(record) for record in read_json(file, list)]
     except ValueError as error:
         raise UserError(f"{file}: is not valid: {error}; evaluate the run again") from None
+    for record in records:
+        if record["test_checksum"] is None:  # of an earlier version: that of its training
+            record["test_checksum"] = saved_checksums(folder).get("test")
+    return records
 
 
 def check_record(record) -> dict:
-    """A classifier's record with names for its classes, and confusion None if it has none (above 1,000 classes).
+    """A classifier's record with names for its classes; what earlier or large ones do not have (OPTIONAL) is None.
 
     Raises ValueError saying which entry is missing or wrong.
     """
@@ -102,8 +107,9 @@ def check_record(record) -> dict:
         "count": is_counts,
         "confusion_groups": lambda counts: is_counts(counts, 3, 3),
         "confusion": lambda counts: counts is None or is_counts(counts, size, size),
+        **dict.fromkeys(OPTIONAL[1:], lambda number: number is None or is_counts(number)),
     }
-    record = {"confusion": None} | record
+    record = dict.fromkeys(OPTIONAL) | record
     for name, is_valid in checks.items():
         if name not in record:
             raise ValueError(f"a record has no {name}")

@@ -25,7 +25,9 @@ def read_settings(folder: Path, records=(), after: tuple = ()) -> Settings | Non
     args, place = read_args(folder), os.path.realpath(folder)
     if not isinstance(args.get("identity"), dict) or place in after:
         return None
-    images = [[record["classifier"], record["train_counts"], record["count"]] for record in records]
+    images = [
+        [record["classifier"], record["train_counts"], record["count"], record["test_checksum"]] for record in records
+    ]
     defaults = args["identity"] | {"program": None, "images": None}
     settings = Settings(args | {"images": images}, defaults, {"seed": args.get("seed")})
     for flag in args.get("starts_from", ()):

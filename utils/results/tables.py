@@ -1,5 +1,6 @@
 """Tables of results: accuracies by group of classes, and by class, in percent."""
 
+from collections import Counter
 from statistics import fmean, stdev
 
 from ..groups import FEW_BELOW, percent
@@ -18,13 +19,42 @@ FEW_TEST_IMAGES = 50  # test images of few-shot classes; with fewer, a table say
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table in percent, with few_note; results: row name -> a record of results.json."""
+    """A Markdown table in percent, with its notes; results: row name -> a record of results.json."""
     rows = [[name, *(percent(result[key]) for key in COLUMNS)] for name, result in results.items()]
-    return "\n".join([markdown(["", *COLUMNS.values()], rows), *few_note(list(results.values()))])
+    return "\n".join([markdown(["", *COLUMNS.values()], rows), *notes(results)])
 
 
-def few_note(records: list[dict]) -> list[str]:
-    """The lines below a table if its few-shot accuracies come from a handful of test images, else none."""
+def notes(results: dict[str, dict]) -> list[str]:
+    """The lines below a table on what its accuracies cannot tell, after an empty one; results: row name -> a record."""
+    lines = few_note(results.values())
+    if max(list_numbers(results.values()), default=1) > 1:
+        lines.append("*: tested on another list than most rows, each number of * on its own; do not compare them.")
+    rows = {}  # what is true of a row -> the names of such rows
+    for name, record in results.items():
+        chance = 1 / len(record["per_class"])
+        if record["class_mean"] is not None and record["class_mean"] <= chance < 1:
+            rows.setdefault(f"Class mean at or below chance ({percent(chance)})", []).append(name)
+        if seen := record.get("test_trained_on"):
+            what = f"{seen} of {record['count']} test images were trained on, by the run or one that it came from"
+            rows.setdefault(what, []).append(name)
+    lines += [f"{text}: {', '.join(names)}." for text, names in rows.items()]
+    return ["", *lines] if lines else []
+
+
+def list_numbers(records) -> list[int]:
+    """Which test list each record is of: 1 is that of most, 2 the next.
+
+    Without a checksum it is the one with these numbers of images.
+    """
+    records = [(tuple(record["test_counts"]), record.get("test_checksum")) for record in records]
+    known = {counts: checksum for counts, checksum in records if checksum is not None}
+    lists = [known.get(counts, counts) if checksum is None else checksum for counts, checksum in records]
+    order = [one for one, _ in Counter(lists).most_common()]
+    return [order.index(one) + 1 for one in lists]
+
+
+def few_note(records) -> list[str]:
+    """The line if few-shot accuracies come from a handful of test images, else none."""
     numbers = set()
     for record in records:
         classes = zip(record["train_counts"], record["test_counts"], strict=True)
@@ -33,7 +63,7 @@ def few_note(records: list[dict]) -> list[str]:
     if not few:
         return []
     number = f"{few[0]}" if len(few) == 1 else f"{few[0]} to {few[-1]}"
-    return ["", f"Few: {number} test images in all few-shot classes together; read this column with care."]
+    return [f"Few: {number} test images in all few-shot classes together; read this column with care."]
 
 
 def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
@@ -46,12 +76,24 @@ def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = 
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
+def records_of(runs: list[Run]) -> dict[str, dict]:
+    """Row name -> record of each classifier of the runs."""
+    return {row_name(run.name, record["classifier"]): record for run in runs for record in run.records}
+
+
+def row_name(run: str, classifier: str) -> str:
+    return f"{run}, {classifier} classifier"
+
+
 def summary_rows(runs: list[Run]) -> list[dict]:
-    """One row per run and classifier: run, classifier, accuracies in [0, 1]."""
+    """One row per run and classifier: run, classifier, accuracies in [0, 1], test_list (list_numbers), trained_on."""
+    pairs = [(run, record) for run in runs for record in run.records]
+    numbers = list_numbers([record for _, record in pairs])
     return [
-        {"run": run.name, "classifier": record["classifier"]} | {name: record[name] for name in ACCURACIES}
-        for run in runs
-        for record in run.records
+        {"run": run.name, "classifier": record["classifier"]}
+        | {name: record[name] for name in ACCURACIES}
+        | {"test_list": number, "test_trained_on": record["test_trained_on"]}
+        for (run, record), number in zip(pairs, numbers, strict=True)
     ]
 
 
@@ -60,7 +102,7 @@ def mean_rows(groups: list[Group]) -> list[dict]:
 
     It is the sample standard deviation (n - 1), None for a single seed.
     """
-    rows = []
+    rows, numbers = [], iter(list_numbers([record for group in groups for record in group.runs[0].records]))
     for group in groups:
         for record in group.runs[0].records:
             same = [r for run in group.runs for r in run.records if r["classifier"] == record["classifier"]]
@@ -69,7 +111,7 @@ def mean_rows(groups: list[Group]) -> list[dict]:
                 values = [r[name] for r in same if r[name] is not None]
                 row[name] = fmean(values) if values else None
                 row[f"{name}_std"] = stdev(values) if len(values) > 1 else None
-            rows.append(row)
+            rows.append(row | {"test_list": next(numbers)})
     return rows
 
 
@@ -78,7 +120,7 @@ def summary_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     seeds = ["Seeds"] if "seeds" in rows[0] else []
     cells = []
     for row in rows:
-        name = f"{row['run']}, {row['classifier']} classifier"
+        name = f"{row_name(row['run'], row['classifier'])} {'*' * (row['test_list'] - 1)}".rstrip()
         cells.append([name, *(str(row["seeds"]) for _ in seeds), *(format_accuracy(row, key) for key in COLUMNS)])
     return ["", *seeds, *COLUMNS.values()], cells
 
