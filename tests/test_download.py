@@ -114,7 +114,7 @@ def assert_accepted(outcome, source, out):
     assert status == 0 and hashlib.sha256(source.read_bytes()).hexdigest() in printed
     assert f"python ssd_stage_iii.py --resume {out} --evaluate DIR" in printed
     assert out.read_bytes() == source.read_bytes()
-    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    assert sorted(file.name for file in out.parent.iterdir()) == [out.name, f"{out.name}.sha256"]
     assert out.stat().st_mode & 0o777 == source.stat().st_mode & 0o777
 
 
@@ -170,6 +170,27 @@ def test_an_existing_file_is_verified_and_kept(files, tmp_path, run):
         status, _, line = run(out, *words)
         assert status == 2 and f"error: {out}: exists already" in line
     assert out.read_bytes() == (files / "stage_ii").read_bytes()
+
+
+def test_later_files_must_have_the_sha256_of_the_first_verified_one(drive, files, tmp_path, run):
+    drive("legacy")  # the same release in another file
+    out, record = tmp_path / "release", tmp_path / "release.sha256"
+    assert run(out, "--from", files / "good")[0] == 0
+    digest = {kind: hashlib.sha256((files / kind).read_bytes()).hexdigest() for kind in ("good", "legacy")}
+    assert record.read_text() == f"{digest['good']}  release\n"
+
+    def assert_differs(outcome):
+        status, printed, line = outcome
+        assert (status, printed) == (2, "") and digest["legacy"] in line and str(record) in line
+
+    out.write_bytes((files / "legacy").read_bytes())
+    assert_differs(run(out))  # changed on the disk
+    out.unlink()
+    for words in ([], ["--from", files / "legacy"]):
+        assert_differs(run(out, *words))
+    assert not out.exists() and digest["good"] in record.read_text()
+    record.unlink()
+    assert run(out)[0] == 0 and digest["legacy"] in record.read_text()
 
 
 def test_paths_that_are_no_files_are_named(files, tmp_path, run):

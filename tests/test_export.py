@@ -12,7 +12,7 @@ from PIL import Image
 
 import models
 from models.preprocess import EvalTransform
-from tests.helpers import LAST, STAGES, assert_mistake
+from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, results_of, same, train
 from tests.helpers_networks import BUILD, PublishedRun, with_module
 from utils import export
 
@@ -166,6 +166,22 @@ def assert_needs_nothing_newer_than_pytorch_1_4(file):
             operations = list(pickletools.genops(opened))
             assert {argument for code, argument, _ in operations if code.name == "GLOBAL"} <= known
             assert all(code.proto <= 2 for code, _, _ in operations)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_network_format_is_enough_to_evaluate_and_to_start_the_next_stage(
+    stage, trained, plain_tree, tmp_path, run
+):
+    file, whole = tmp_path / "network.pth.tar", checkpoint(trained[stage])
+    assert run(trained[stage] / LAST, file, "--format", "network")[0] == 0
+    content = torch.load(file, weights_only=True)
+    assert "optimizer" not in content and all(same(value, whole[name]) for name, value in content.items())
+    assert file.stat().st_size < (trained[stage] / LAST).stat().st_size
+    assert repr(models.load(file).transform) == repr(models.load(trained[stage] / LAST).transform)
+    evaluated = train(stage, plain_tree, tmp_path / "evaluated", "--resume", file, "--evaluate")
+    assert results_of(evaluated) == results_of(trained[stage])
+    receiver = {"i": models.SLG, "ii": models.SDL, "iii": models.SLG}[stage]
+    models.check_complete(content["state_dict"], 32, receiver)
 
 
 def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):

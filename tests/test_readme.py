@@ -7,15 +7,14 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import models
 import ssd_stage_i
 import ssd_stage_ii
 import ssd_stage_iii
-from benchmarks import gpu_check, study, traffic
+from benchmarks import gpu_check, probe, study, traffic
 from datasets.prepare import cli, verify
+from scripts import check_recipes
 from tests.helpers import ROOT
 from utils import export, predict, report
 from weights import download
@@ -24,13 +23,24 @@ PATTERNS = ("*.md", "[a-z]*/README.md", "docs/*.md", "tests/*/README.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PARSERS = {"i": ssd_stage_i.get_parser(), "ii": ssd_stage_ii.get_parser(), "iii": ssd_stage_iii.get_parser()}
-FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, torchrun, srun, sbatch, scripts/test.sh and scripts/demo.sh
+MODULES = {  # whose commands in the documents are parsed
+    "datasets.prepare": cli.build_parser(),
+    "datasets.verify": verify.build_parser(),
+    "utils.report": report.get_parser(),
+    "utils.predict": predict.get_parser(),
+    "utils.export": export.get_parser(),
+    "weights.download": download.build_parser(),
+    "benchmarks.study": study.get_parser(),
+    "benchmarks.traffic": traffic.get_parser(),
+    "benchmarks.probe": probe.get_parser(),
+}
+FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, sha256sum, torchrun, srun, sbatch, scripts/test.sh, demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--nodes", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
     "--wait", "--variants",
     "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment", "--student-ckpt",
-    "--no-memory", "--repeats",
+    "--no-memory", "--repeats", "--check",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))
@@ -55,6 +65,14 @@ STAGE_COMMANDS = [
 ]
 
 
+MODULE_COMMANDS = [
+    (name, match[1], match[2])
+    for name, line in commands()
+    if (match := re.search(r"python -m ([\w.]+) +(\S.*)$", line)) and match[1] in MODULES and "..." not in line
+]
+TRAIN_COMMANDS = [(name, m[1]) for name, line in commands() if (m := re.search(r"bash scripts/train\.sh (.+)$", line))]
+
+
 def defined_in(file: str, name: str) -> bool:
     """Whether a file defines a function, class or constant; of a dotted name, every part."""
     text = (ROOT / file).read_text()
@@ -70,8 +88,13 @@ def test_the_readme_has_at_most_180_lines():
 
 @each_document
 def test_relative_links_resolve(document):
-    for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-        assert (document.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^):]+)\)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
 @each_document
@@ -95,19 +118,8 @@ def test_test_files_named_in_documents_exist(name):
 
 def test_every_flag_of_the_documents_exists():
     """Everything that looks like a flag, except in docs/benchmarks.md, is a flag of a command line of this project."""
-    parsers = [
-        *PARSERS.values(),
-        cli.build_parser(),
-        verify.build_parser(),
-        download.build_parser(),
-        report.get_parser(),
-        predict.get_parser(),
-        export.get_parser(),
-        study.get_parser(),
-        gpu_check.get_parser(),
-        traffic.get_parser(),
-    ]
-    parsers += parsers[3]._subparsers._group_actions[0].choices.values()
+    parsers = [*PARSERS.values(), *MODULES.values(), gpu_check.get_parser()]
+    parsers += MODULES["datasets.prepare"]._subparsers._group_actions[0].choices.values()
     known = {option.replace("_", "-") for parser in parsers for option in parser._option_string_actions}
     for name, text in TEXTS.items():
         if name != "docs/benchmarks.md":
@@ -135,31 +147,61 @@ def test_the_readme_has_the_commands_of_every_stage():
     assert {stage: stages.count(stage) for stage in PARSERS} == {"i": 3, "ii": 2, "iii": 3}
 
 
-def test_prepare_commands_in_documents_parse(tmp_path):
-    parser, found = cli.build_parser(), 0
-    for _, line in commands():
-        match = re.search(r"python -m datasets\.prepare (.*)$", line)
-        if match:
-            parser.parse_args(shlex.split(match[1]))
-            found += 1
-    assert found >= 9
+@pytest.mark.parametrize(("name", "module", "words"), MODULE_COMMANDS)
+def test_the_commands_of_modules_parse(name, module, words):
+    MODULES[module].parse_args(shlex.split(words.partition(" > ")[0], comments=True))
 
 
-def test_verify_commands_in_documents_parse():
-    lines = [match[1] for _, line in commands() if (match := re.search(r"python -m datasets\.verify (.*)$", line))]
-    for line in lines:
-        verify.build_parser().parse_args(shlex.split(line))
-    assert len(lines) >= 2
+def test_the_documents_have_commands_of_modules():
+    found = [module for _, module, _ in MODULE_COMMANDS]
+    assert set(found) == set(MODULES) and found.count("datasets.prepare") >= 9 and found.count("datasets.verify") >= 2
 
 
-def test_the_python_example_runs(trained, tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```$", TEXTS["docs/usage.md"], flags=re.M | re.S)
-    folder = tmp_path / "weights" / "stage_iii"
-    folder.mkdir(parents=True)
-    (folder / "last_checkpoint.pth.tar").symlink_to(trained["iii"] / "last_checkpoint.pth.tar")
+@pytest.mark.parametrize(("name", "words"), TRAIN_COMMANDS)
+def test_the_recipes_of_train_commands_parse(name, words, tmp_path):
+    config, _, out, *flags = shlex.split(words)
+    config = "configs/own_photos" if config == "my_recipes" else config  # README.md copies it
+    check_recipes.check_all(check_recipes.get_parser().parse_args([str(ROOT / config), str(tmp_path), out, *flags]))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/usage.md", "weights/README.md"])
+def test_the_python_examples_run(name, trained, tmp_path, monkeypatch):
+    for folder in ("stage_iii", "stage_iii_released"):
+        (tmp_path / "weights" / folder).mkdir(parents=True)
+        (tmp_path / "weights" / folder / "last_checkpoint.pth.tar").symlink_to(
+            trained["iii"] / "last_checkpoint.pth.tar"
+        )
+    (tmp_path / "hubconf.py").symlink_to(ROOT / "hubconf.py")
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    scope = {"models": models, "torch": torch}
-    exec(code, scope)
-    assert scope["soft"].shape == (1, 6) and "indices" in capsys.readouterr().out
+    blocks = re.findall(r"^```python\n(.*?)^```$", TEXTS[name], flags=re.M | re.S)
+    assert blocks
+    for code in blocks:
+        scope = {}
+        exec(code, scope)
+        assert type(scope["network"]).__name__ == "SDL"
+
+
+def test_measured_figures_are_those_of_the_study():
+    """Every row of a table that links to a cell of the study has the accuracies that docs/study.md has for it."""
+    study_rows = {}
+    for line in TEXTS["docs/study.md"].splitlines():
+        if match := re.match(r"\| (\w+), (\w+) \| \d \| (.*) \|$", line):
+            many, medium, few, _, overall, _ = match[3].split(" | ")
+            study_rows.setdefault(match[1], []).append((match[2], [many, medium, few, overall]))
+    for name, least in (("README.md", 6), ("configs/README.md", 5)):
+        rows = [
+            line for line in TEXTS[name].splitlines() if line.startswith("|") and "imbalance_100/100_epochs/" in line
+        ]
+        assert len(rows) >= least
+        for row in rows:
+            cell = re.search(r"100_epochs/(\w+)\)", row)[1]
+            figures = re.findall(r"\d\d\.\d ± \d\.\d", row)
+            expected = [own for classifier, own in study_rows[cell] if len(study_rows[cell]) == 1 or classifier in row]
+            assert [figures] == expected, row
+
+
+def test_the_recipes_are_all_in_their_readme():
+    recipes = {folder.name for folder in (ROOT / "configs").iterdir() if folder.is_dir()}
+    assert set(re.findall(r"\[(\w+)\]\(\1\)", TEXTS["configs/README.md"])) == recipes

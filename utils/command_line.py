@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from . import __version__
 from .errors import Unavailable, UserError, one_line, print_stack, retry
 from .files import is_dir
 
@@ -39,6 +40,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.intermixed = intermixed
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **options)
+        version = f"SSD-LT {__version__}"
+        self.add_argument("--version", action="version", version=version, dest=argparse.SUPPRESS)
 
     def parse_args(self, argv=None):
         """As in argparse; args.given has the names of the arguments that were given."""

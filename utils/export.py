@@ -3,11 +3,13 @@ r"""Exports a checkpoint of any stage to a file that other programs read.
     python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.pth
     python -m utils.export weights/stage_iii/last_checkpoint.pth.tar model.onnx --format onnx
     python -m utils.export weights/stage_i/last_checkpoint.pth.tar old.pth.tar --format published
+    python -m utils.export weights/stage_iii/last_checkpoint.pth.tar small.pth.tar --format network
 
 torchvision: a plain state dict, which torchvision's network of the same arch loads with strict=True. Stage II's scales
 are folded into its classifier. onnx: the same network, images (N, 3, S, S) to logits (N, classes), for any N; needs
 the packages onnx and onnxscript. published: the whole network and its optimizer, as the published scripts resume
-them, in the file format before PyTorch 1.6.
+them, in the file format before PyTorch 1.6. network: the checkpoint without what only further training needs, to
+predict, evaluate and start the next stage from: both classifiers of stage III, and its teacher.
 """
 
 import copy
@@ -31,14 +33,19 @@ from .errors import UserError, one_line, optional_package, system_error
 from .files import atomic_write, lexists
 from .predict import add_network_flags, load_network
 
+WHOLE = ("published", "network")  # formats that keep all classifiers
+OF_NETWORK = (
+    "epoch", "stage", "arch", "state_dict", "best_acc1", "best_metric", "classes", "trained_on", "args", "run",
+)  # fmt: skip
+
 
 def get_parser():
     parser = ArgumentParser(__doc__, prog="python -m utils.export")
     # fmt: off
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of any stage")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
-    add_network_flags(parser)  # the format published has both classifiers, and no names
-    parser.add_argument("--format", default="torchvision", choices=("torchvision", "onnx", "published"),
+    add_network_flags(parser)  # the formats published and network have both classifiers
+    parser.add_argument("--format", default="torchvision", choices=("torchvision", "onnx", "published", "network"),
         help="see above (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     # fmt: on
@@ -128,6 +135,11 @@ def published_content(loaded: LoadedCheckpoint) -> dict:
     }
 
 
+def network_content(loaded: LoadedCheckpoint) -> dict:
+    """The checkpoint's content without optimizer, gradient scaler and position in an epoch."""
+    return {name: value for name, value in loaded.content.items() if name in OF_NETWORK}
+
+
 def check_out(args, arch: str):
     """Raises UserError if OUT cannot be written, exists and may not be replaced, or is not of the format."""
     out, file_format = args.out, args.format
@@ -156,9 +168,9 @@ def write(out, save):
 
 def run(args):
     """Writes the file, and prints what its network takes."""
-    if args.format == "published" and "classifier" in args.given:
-        raise UserError("--classifier: --format published keeps the whole network; leave it out")
-    if args.format != "onnx" and args.classes:
+    if args.format in WHOLE and "classifier" in args.given:
+        raise UserError(f"--classifier: --format {args.format} keeps the whole network; leave it out")
+    if args.format not in ("onnx", "network") and args.classes:
         raise UserError(f"--classes: a file of --format {args.format} has no names of classes; leave it out")
     model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
     arch, classes, view = loaded.found["arch"], loaded.found["num_classes"], model.transform
@@ -166,13 +178,15 @@ def run(args):
     if args.format == "published":
         content = published_content(loaded)
         write(args.out, lambda file: torch.save(content, file, _use_new_zipfile_serialization=False))
+    elif args.format == "network":
+        write(args.out, lambda file: torch.save(network_content(loaded) | {"classes": model.classes}, file))
     elif args.format == "onnx":
         content = onnx_model(plain_network(model, arch, model.preferred), view, model.classes)
         write(args.out, lambda file: file.write(content))
     else:
         content = dict(plain_network(model, arch, model.preferred).state_dict())
         write(args.out, lambda file: torch.save(content, file))
-    head = f", {model.preferred} classifier" if len(model.classifiers) > 1 and args.format != "published" else ""
+    head = f", {model.preferred} classifier" if len(model.classifiers) > 1 and args.format not in WHOLE else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":
         print(

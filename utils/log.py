@@ -13,6 +13,7 @@ import numpy
 import torch
 import torchvision
 
+from . import __version__
 from .checkpoint import LAST
 from .distributed import get_world_size
 from .errors import UserError, one_line, optional_package, retry
@@ -165,13 +166,14 @@ def add_scalars(writer, record: dict):
 
 
 def environment() -> dict:
-    """Versions, device and git commit, for args.json."""
+    """Versions, of this project first, device and git commit, for args.json."""
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
     if (root / ".git").exists() and shutil.which("git"):
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
+        "version": __version__,
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,

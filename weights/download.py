@@ -4,7 +4,8 @@
     python -m weights.download stage_iii --from FILE     a file on disk, for example one downloaded in a browser
 
 stage_iii is the last checkpoint of stage III: ResNeXt-50 32x4d on ImageNet-LT. It goes to
-weights/stage_iii_released/, next to the folder of your own run; existing files are never replaced.
+weights/stage_iii_released/, next to the folder of your own run; existing files are never replaced. The SHA-256 of the
+first file that passes is kept beside it, in last_checkpoint.pth.tar.sha256, and later files are compared with it.
 """
 
 import filecmp
@@ -42,8 +43,12 @@ def fetch(name: str, folder: str) -> Path:
     return Path(folder, name)
 
 
-def verify(name: str, file: Path) -> str:
-    """The SHA-256 of a file that contains the release. Raises ValueError, in one line, if it contains anything else."""
+def verify(name: str, file: Path, record: Path) -> str:
+    """The SHA-256 of a file that contains the release.
+
+    record: has the SHA-256 of the first file that was verified, if there was one. Raises ValueError, in one line, if
+    the file contains anything else than the release, or has another SHA-256.
+    """
     with open(file, "rb") as opened:
         if opened.read(1024).lstrip()[:1] == b"<":
             raise ValueError("an HTML page (about a quota or a login), not a checkpoint")
@@ -59,7 +64,18 @@ def verify(name: str, file: Path) -> str:
     with open(file, "rb") as opened:
         while block := opened.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    if record.exists() and record.read_text(errors="replace").split()[:1] != [found]:
+        raise ValueError(
+            f"its SHA-256, {found}, is not that of the first verified file, in {record}; remove this record if you "
+            "trust the new file"
+        )
+    return found
+
+
+def record_of(out: Path) -> Path:
+    """The file beside out that keeps the SHA-256 of the first verified file, as sha256sum --check reads it."""
+    return out.with_name(f"{out.name}.sha256")
 
 
 def describe(found: dict | None) -> str:
@@ -81,7 +97,7 @@ def obtain(name: str, source: Path | None, out: Path) -> str:
             with open(source or fetch(name, folder), "rb") as release:
                 shutil.copyfileobj(release, file)
             file.flush()
-            return verify(name, Path(file.name))
+            return verify(name, Path(file.name), record_of(out))
         except ValueError as error:
             link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
             command = f"python -m weights.download {name} --from FILE, which puts it at {out}"
@@ -95,7 +111,7 @@ def verify_existing(name: str, source: Path | None, out: Path) -> str:
             raise ValueError("it is not a regular file")
         if source is not None and not filecmp.cmp(source, out, shallow=False):
             raise ValueError(f"it differs from {source}")
-        return verify(name, out)
+        return verify(name, out, record_of(out))
     except ValueError as error:
         raise UserError(f"{out}: exists already: {error}; move it away, or choose another --out") from None
 
@@ -108,6 +124,10 @@ def download(args):
     if args.source is not None and not args.source.is_file():
         raise UserError(f"--from {args.source}: no such file")
     digest = (verify_existing if out.exists() else obtain)(args.name, args.source, out)
+    record = record_of(out)
+    if not record.exists():
+        with atomic_write(record) as file:
+            file.write(f"{digest}  {out.name}\n".encode())
     print(f"{out}: verified, {describe(EXPECTED[args.name])}, SHA-256 {digest}")
     print("evaluate it on the test list of ImageNet-LT; DIR is the folder of the images:")
     print(f"  python ssd_stage_iii.py --resume {shlex.quote(str(out))} --evaluate DIR")
