@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from tests.helpers import ROOT, args_of
-from utils import __version__
+from utils.command_line import __version__
 
 MAINS = sorted(
     str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")

@@ -9,10 +9,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import __version__
 from .errors import Unavailable, UserError, one_line, print_stack, retry
 from .files import is_dir
 
+__version__ = "1.0.0"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
 END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE

@@ -13,8 +13,8 @@ import numpy
 import torch
 import torchvision
 
-from . import __version__
 from .checkpoint import LAST
+from .command_line import __version__
 from .distributed import get_world_size
 from .errors import UserError, one_line, optional_package, retry
 from .files import atomic_write, lexists, optional_service
