@@ -34,13 +34,13 @@ MODULES = {  # whose commands in the documents are parsed
     "benchmarks.traffic": traffic.get_parser(),
     "benchmarks.probe": probe.get_parser(),
 }
-FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, pip, sha256sum, torchrun, srun, sbatch, scripts/test.sh, demo.sh
+FOREIGN_FLAGS = {  # of docs/extending.md, benchmarks, other programs, scripts/test.sh and scripts/demo.sh
     "--index-url", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--signal", "--requeue", "--nodes", "--full", "--smoke",
     "--max-restarts", "--rdzv-conf", "--local-addr", "--partition", "--time", "--open-mode", "--kill-on-bad-exit",
     "--wait", "--variants",
     "--kill-on-invalid-dep", "--help", "--no-", "--logit-adjustment", "--student-ckpt",
-    "--no-memory", "--repeats", "--check",
+    "--no-memory", "--repeats", "--check", "--shm-size", "--flag",
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=list(TEXTS))
@@ -61,7 +61,7 @@ def commands() -> list[tuple[str, str]]:
 STAGE_COMMANDS = [
     (name, *match.groups())
     for name, line in commands()
-    if (match := re.search(r"\bssd_stage_(i+)\.py +([-@].*)$", line)) and "--help" not in line
+    if (match := re.search(r"\bssd_stage_(i+)\.py +([-@].*?)'?$", line)) and "--help" not in line
 ]
 
 
@@ -158,10 +158,11 @@ def test_the_documents_have_commands_of_modules():
 
 
 @pytest.mark.parametrize(("name", "words"), TRAIN_COMMANDS)
-def test_the_recipes_of_train_commands_parse(name, words, tmp_path):
+def test_the_recipes_of_train_commands_parse(name, words, plain_tree, tmp_path):
     config, _, out, *flags = shlex.split(words)
     config = "configs/own_photos" if config == "my_recipes" else config  # README.md copies it
-    check_recipes.check_all(check_recipes.get_parser().parse_args([str(ROOT / config), str(tmp_path), out, *flags]))
+    command = map(str, [ROOT / config, plain_tree, tmp_path / out, *flags])
+    check_recipes.check_all(check_recipes.get_parser().parse_args(list(command)))
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/usage.md", "weights/README.md"])
