@@ -158,10 +158,10 @@ def test_the_documents_have_commands_of_modules():
 
 
 @pytest.mark.parametrize(("name", "words"), TRAIN_COMMANDS)
-def test_the_recipes_of_train_commands_parse(name, words, tmp_path):
+def test_the_recipes_of_train_commands_parse(name, words, plain_tree):
     config, _, out, *flags = shlex.split(words)
     config = "configs/own_photos" if config == "my_recipes" else config  # README.md copies it
-    check_recipes.check_all(check_recipes.get_parser().parse_args([str(ROOT / config), str(tmp_path), out, *flags]))
+    check_recipes.check_all(check_recipes.get_parser().parse_args([str(ROOT / config), str(plain_tree), out, *flags]))
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/usage.md", "weights/README.md"])
