@@ -134,7 +134,7 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     if not is_dir(root):
         kind = "a file" if lexists(root) else "no such folder"
         raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
-    retry(os.stat, root / ".")  # refused if the folder may not be searched
+    retry(os.stat, os.path.join(root, "."))  # refused if the folder may not be searched
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     present = [f"{split}.txt" for split in SPLITS if is_file(root / f"{split}.txt")]
