@@ -28,6 +28,7 @@ def launch(main_worker, parser, argv=None) -> int:
     known; with TRACEBACK=1 in the environment the stack is printed before it.
     """
     status, message = 0, ""
+    others = active_children()
     prepare_streams()
     with handle_stop_signals(parser.prog):
         try:
@@ -41,7 +42,7 @@ def launch(main_worker, parser, argv=None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             close_progress()
             status, message = describe_failure(error)
-            for child in active_children():  # data workers ignore the signal by which the exit would end them
+            for child in set(active_children()) - set(others):  # data workers ignore the signal of an exit
                 child.kill()
         if message:
             with contextlib.suppress(OSError):
