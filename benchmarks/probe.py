@@ -72,7 +72,7 @@ def split_accuracies(features, labels, train_counts, seed: int) -> dict:
 def probe(args):
     """Prints the accuracies, and writes them to the file of --json."""
     set_numerics(tf32=False, deterministic=True)
-    model, _ = load_network(args.checkpoint, "hard")
+    model, _ = load_network(args.checkpoint)
     train, test = find_splits(args.data, vars(args), ("train", "test"), check=("test",)).values()
     test.require()
     features, labels = extract_features(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

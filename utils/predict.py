@@ -76,7 +76,9 @@ def add_network_flags(parser):
     )  # fmt: skip
 
 
-def load_network(path, classifier: str, classes: Path | None) -> tuple[nn.Module, checkpoint.LoadedCheckpoint]:
+def load_network(
+    path, classifier: str = "auto", classes: Path | None = None
+) -> tuple[nn.Module, checkpoint.LoadedCheckpoint]:
     """The network in a checkpoint of any stage, on the CPU, in eval mode, and the checkpoint; for export too.
 
     classifier: "auto", "hard" or "soft", becomes the network's `preferred`; classes: a file of their names. Raises
