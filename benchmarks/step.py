@@ -121,7 +121,7 @@ class Ours:
 
     def loss(self, views, labels) -> float:
         """Runs a step and returns its loss."""
-        self.state.metrics = self.state.metrics.without_values()
+        self.state.step, self.state.images, self.state.metrics = 0, 0, self.state.metrics.without_values()
         self(views, labels)
         return self.state.metrics.means()["loss"]
 
