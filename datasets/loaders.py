@@ -186,5 +186,6 @@ def report_killed_workers(iterator):
         killed = [workers[sentinel] for sentinel in connection.wait(workers, timeout=5)]
         if not killed:
             raise
+        killed[0].join()  # its connection closes a moment before its status is known
         cause = signal.strsignal(-killed[0].exitcode) if killed[0].exitcode < 0 else f"status {killed[0].exitcode}"
         raise RuntimeError(f"DataLoader worker (pid {killed[0].pid}) was ended: {cause}") from None

@@ -84,3 +84,5 @@ def test_of_a_checkpoint_that_does_not_tell_nothing_is_said(trained, plain_tree,
     outcome = run_stage("i", plain_tree, tmp_path / "out", *flags)
     assert outcome.status == 0 and "trained on" not in outcome.out
     assert "test_trained_on" not in results_of(tmp_path / "out")[0]
+    outcome = run_stage("i", plain_tree, tmp_path / "finished", "--resume", tmp_path / LAST, *redrawn)
+    assert outcome.status == 0 and "trained_on" not in args_of(tmp_path / "finished")

@@ -159,8 +159,9 @@ class RunFolder:
             except UserError:  # damaged: it is written anew
                 earlier = {}
             values |= {name: earlier.get(name) for name in starts_from if not values[name]}
-        digests = {"images": len(state.trained_on), "checksum": zlib.crc32(state.trained_on.numpy())}
-        values["trained_on"] = digests | {"test_images": self.test_facts["test_trained_on"]}
+        if state.trained_on is not None:
+            digests = {"images": len(state.trained_on), "checksum": zlib.crc32(state.trained_on.numpy())}
+            values["trained_on"] = digests | {"test_images": self.test_facts["test_trained_on"]}
         values |= {"num_classes": data.num_classes, "identity": self.args.marked[IDENTITY], "starts_from": starts_from}
         log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})
 
