@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from models.preprocess import MEAN, STD, normalize
-from utils.distributed import block_signals
+from utils.distributed import block_signals, end_processes
 from utils.errors import EndOfRun, format_stack
 
 from .device_augment import to_float
@@ -165,13 +165,6 @@ class Loader(DataLoader):
                 iterator._shutdown_workers()
             finally:
                 end_processes(iterator._workers)
-
-
-def end_processes(workers):
-    """Kills workers that have not ended by themselves, because they are busy or could not be asked to."""
-    for worker in workers:
-        worker.kill()
-        worker.join()
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def by_split(path: str, split: str) -> str:
     return "/".join((split, *parts[-2:]))
 
 
+def split_named(file) -> str | None:
+    """The split that the name of a list file ends in, such as train for my_train.txt; None if it ends in none."""
+    return next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
+
+
 def missing_entries(images: ImageList, root, layout, split: str, progress=iter) -> list[int]:
     """The entries without a regular file below root; a pool of threads looks them up.
 

@@ -56,9 +56,13 @@ def network_of(path, content: dict) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
     network.transform, network.classes = transform, classes
-    untrained = (content.get("args") or {}).get("kd_weight") == 0  # the soft classifier is as it was initialized
-    network.preferred = network.classifiers[0 if untrained else -1]
+    network.preferred = network.classifiers[-1 if is_soft_trained(content) else 0]
     return network
+
+
+def is_soft_trained(content: dict) -> bool:
+    """Whether a checkpoint's run trained stage III's soft classifier, as all but those with --kd-weight 0 do."""
+    return (content.get("args") or {}).get("kd_weight") != 0
 
 
 def is_names(value) -> bool:

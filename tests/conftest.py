@@ -15,7 +15,8 @@ try:
 except ImportError:  # tests/test_gpu.py needs torch, torchvision and pytest only
     settings = None
 
-from tests.helpers import train_all, train_ranks, write_tree
+from tests.helpers import PARSERS, ROOT, train_all, train_ranks, write_tree
+from utils.launch.rendezvous import detect_launcher
 
 for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
     del os.environ[name]  # set by the job that the tests run in
@@ -38,6 +39,20 @@ def default_numerics():
 def interface_is_chosen_by_the_run(monkeypatch):
     """Removes what the tests set for gloo, so that the run chooses as for a user."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+@pytest.fixture
+def detect(monkeypatch):
+    """detect_launcher, given flags and an environment."""
+
+    def detected(env, *flags):
+        for name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return detect_launcher(PARSERS["i"]().parse_args([*map(str, flags), "--device", "cpu", str(ROOT)]))
+
+    return detected
 
 
 @pytest.fixture(scope="session")

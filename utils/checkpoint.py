@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.loading import is_names, read_checkpoint, state_dict_of, transform_of
+from models.loading import is_names, is_soft_trained, read_checkpoint, state_dict_of, transform_of
 from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
@@ -104,7 +104,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
 
 def check_trained(path, content: dict):
     """Raises UserError if a run without distillation left the soft classifier as it was initialized."""
-    if content.get("args", {}).get("kd_weight") == 0:
+    if not is_soft_trained(content):
         raise UserError(
             f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
         )

@@ -174,6 +174,13 @@ def block_signals():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_processes(processes):
+    """Kills processes, such as data workers that are busy, or could not be asked to end, and waits for them."""
+    for process in processes:
+        process.kill()
+        process.join()
+
+
 def distribute(model, device):
     """The model in DistributedDataParallel if there are several ranks; it averages gradients and sends no buffers.
 

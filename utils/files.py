@@ -6,10 +6,10 @@ import secrets
 import shutil
 import stat
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import PASSING, UserError, one_line, printable, retry
+from .errors import UserError, one_line, printable, retry
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
@@ -34,11 +34,8 @@ def mode_of(path, follow: bool = True) -> int:
     Raises Unavailable if the system cannot look now, which os.path.exists and others take for a missing file.
     """
     try:
-        return os.stat(path, follow_symlinks=follow).st_mode
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in PASSING:
-            with suppress(OSError):
-                return retry(lambda path: os.stat(path, follow_symlinks=follow), path).st_mode
+        return retry(os.stat if follow else os.lstat, path).st_mode
+    except (OSError, ValueError):
         return 0
 
 

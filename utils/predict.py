@@ -24,7 +24,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from datasets.lists import ImageList
-from datasets.splits import SPLITS, find_layout, read_names
+from datasets.splits import find_layout, read_names, split_named
 from models import STAGES
 from models.loading import network_of
 from models.preprocess import normalize
@@ -114,7 +114,7 @@ def read_list(file: str, root: str | None) -> list[tuple[str, int]]:
     Raises UserError if the list is malformed, or if none of its images is there.
     """
     root, images = root or os.path.dirname(file), ImageList.from_file(file)
-    split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), "test")
+    split = split_named(file) or "test"
     layout, missing = find_layout(images, root, split)
     if len(missing) == len(images):
         raise UserError(f"{file}: none of its images is in {root or '.'}; name their folder with --root")

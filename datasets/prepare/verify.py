@@ -30,7 +30,7 @@ from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import FORMATS, load_rgb
 from utils.results.plots import require_matplotlib, save_figure
 
-from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, unlisted_note
+from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, split_named, unlisted_note
 from .trees import bar, diagnose, flat
 
 MAX_SHOWN = 20
@@ -265,7 +265,7 @@ def given_lists(args) -> dict[str, str | None]:
     """The list files of the command line, by split."""
     given = {split: getattr(args, f"{split}_list") for split in SPLITS}
     for file in args.lists:
-        split = next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
+        split = split_named(file)
         if split is None:
             raise UserError(f"{file}: its name does not end in train, val or test; give it with --train-list, ...")
         if given[split] is not None:

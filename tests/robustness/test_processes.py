@@ -43,7 +43,7 @@ from tests.helpers import (
     train,
     train_ranks,
 )
-from tests.helpers_processes import Job, alive, listening, wait_until
+from tests.helpers_processes import Job, alive, free_port, listening, wait_until
 from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, defer_stop, get_dist_info, num_cores, raise_on_all_ranks
@@ -53,7 +53,6 @@ from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
 from utils.launch.rendezvous import (
     check_equal_starts,
-    detect_launcher,
     master_address,
     note_unused_flags,
     select_device,
@@ -69,12 +68,6 @@ SMALL_RUN = (
     training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none"),
     [*map(str, TWO), "--device", "cpu", str(ROOT)],
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_stopped(outcome):
@@ -397,20 +390,6 @@ TASKS = {
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "20005",
 }  # fmt: skip
-
-
-@pytest.fixture
-def detect(monkeypatch):
-    """detect_launcher, given flags and an environment."""
-
-    def detected(env, *flags):
-        for name in ("WORLD_SIZE", "RANK"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        return detect_launcher(SMALL_RUN[0].parse_args([*map(str, flags), "--device", "cpu", str(ROOT)]))
-
-    return detected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import fcntl
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -23,34 +22,13 @@ from tests.helpers import (
     run_stage,
     stage_flags,
 )
-from tests.helpers_processes import PATIENCE, Job, listening, wait_until
+from tests.helpers_processes import PATIENCE, Job, free_port, listening, wait_until
 from utils.errors import UserError
 from utils.launch.network import check_interfaces
-from utils.launch.rendezvous import detect_launcher
 
 PODS = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "2345"}
 TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "127.0.0.1"}
 TASK |= {"SLURM_JOB_ID": "7"}
-
-
-def free_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
-@pytest.fixture
-def detect(monkeypatch):
-    """detect_launcher, given flags and an environment."""
-
-    def detected(env, *flags):
-        for name in ("WORLD_SIZE", "RANK"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        return detect_launcher(PARSERS["i"]().parse_args([*map(str, flags), "--device", "cpu", str(ROOT)]))
-
-    return detected
 
 
 # ---- launchers
@@ -63,7 +41,7 @@ def test_every_step_of_a_job_has_a_port_of_its_own(detect):
 
 def test_a_task_of_another_step_is_refused_at_a_shared_port(plain_tree, tmp_path):
     """Both steps have the same flags. The first one trains with its own task, which comes later."""
-    url = free_url()
+    url = f"tcp://127.0.0.1:{free_port()}"
 
     def start(step, task):
         env = TASK | {"SLURM_STEP_ID": f"{step}", "SLURM_PROCID": f"{task}", "SLURM_LOCALID": f"{task}"}
@@ -79,7 +57,7 @@ def test_a_task_of_another_step_is_refused_at_a_shared_port(plain_tree, tmp_path
 
 
 def test_a_process_says_what_it_waits_for_and_a_rank_joins_once(plain_tree, tmp_path):
-    url = free_url()
+    url = f"tcp://127.0.0.1:{free_port()}"
 
     def start(rank, name):
         return Job("i", plain_tree, tmp_path / name, "--world-size", 3, "--rank", rank, "--dist-url", url)

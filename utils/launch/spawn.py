@@ -10,7 +10,7 @@ from multiprocessing import connection, resource_tracker
 import torch.multiprocessing as mp
 
 from ..command_line import USER_ERROR, prepare_streams
-from ..distributed import STOP_SIGNALS, DistInfo, block_signals, defer_stop, heartbeat, stop_requested
+from ..distributed import STOP_SIGNALS, DistInfo, block_signals, defer_stop, end_processes, heartbeat, stop_requested
 from ..errors import UserError, one_line
 from ..signals import handle_stop_signals
 from .failures import LOST_CONTACT, describe_failure, exit_now
@@ -38,7 +38,7 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
             context = mp.start_processes(run_rank, arguments, len(pipes), join=False, start_method="spawn")
         killed = watch(context.processes)
     except BaseException as error:  # for instance a second SIGINT, or too many open files
-        kill(mp.active_children())
+        end_processes(mp.active_children())
         if isinstance(error, OSError):
             raise UserError(f"--nproc {info.local_world_size}: cannot be started ({one_line(error)})") from None
         raise
@@ -79,14 +79,8 @@ def watch(processes) -> set:
                 process.terminate()  # sends SIGTERM
         if deadline is None and codes - {os.EX_TEMPFAIL}:
             deadline = time.monotonic() + GRACE
-    kill(running)
+    end_processes(running)
     return running
-
-
-def kill(processes):
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def read_report(channel) -> tuple[int, str] | None:

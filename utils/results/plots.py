@@ -149,17 +149,29 @@ def draw_per_class(record: dict):
     return figure
 
 
-def draw_confusion(rows: list[list[int]]):
-    """One cell per pair of groups: the share of a group's test images predicted as each group, in percent."""
-    figure, axes = new_axes(xlabel="predicted as a class of", ylabel="test images of")
+def draw_shares(rows: list[list[int]], names, show, fontsize=None, **labels):
+    """(figure, axes) of one cell per pair of names: the share of a row's test images predicted as each, in percent.
+
+    show(share, count, images of the row): what the cell says.
+    """
+    figure, axes = new_axes(**labels)
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for i, j in np.ndindex(3, 3):
-        text = f"{shares[i][j]:.0f} %\n({rows[i][j]})" if sum(rows[i]) else "-"
-        axes.text(j, i, text, ha="center", va="center", color="white" if shares[i][j] > 55 else "black")
-    axes.set_xticks(range(3), GROUPS)
-    axes.set_yticks(range(3), GROUPS)
-    return figure
+    for i, j in np.ndindex(len(names), len(names)):
+        text, color = show(shares[i][j], rows[i][j], sum(rows[i])), "white" if shares[i][j] > 55 else "black"
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=fontsize)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    return figure, axes
+
+
+def draw_confusion(rows: list[list[int]]):
+    """One cell per pair of groups: the share of a group's test images predicted as each group, in percent."""
+
+    def show(share, count, images):
+        return f"{share:.0f} %\n({count})" if images else "-"
+
+    return draw_shares(rows, GROUPS, show, xlabel="predicted as a class of", ylabel="test images of")[0]
 
 
 def short_names(record: dict) -> list[str]:
@@ -169,16 +181,16 @@ def short_names(record: dict) -> list[str]:
 
 def draw_class_confusion(record: dict):
     """One cell per pair of classes: the share of a class's test images predicted as each class, in percent."""
-    names, rows = short_names(record), record["confusion"]
-    figure, axes = new_axes(xlabel="predicted as", ylabel="test images of")
+    names = short_names(record)
+
+    def show(share, count, images):
+        return f"{share:.0f}" if count else ""
+
+    labels = {"xlabel": "predicted as", "ylabel": "test images of"}
+    figure, axes = draw_shares(record["confusion"], names, show, fontsize=6, **labels)
     figure.set_size_inches(2.4 + 0.24 * len(names), 2.4 + 0.24 * len(names))
-    shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for i, j in zip(*np.nonzero(rows), strict=True):
-        color = "white" if shares[i][j] > 55 else "black"
-        axes.text(j, i, f"{shares[i][j]:.0f}", ha="center", va="center", color=color, fontsize=6)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
-    axes.set_yticks(range(len(names)), names, fontsize="x-small")
+    axes.tick_params(labelsize="x-small")
+    axes.tick_params(axis="x", rotation=90)
     return figure
 
 
