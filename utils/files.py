@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from .errors import UserError, one_line, printable, retry
@@ -34,7 +35,7 @@ def mode_of(path, follow: bool = True) -> int:
     Raises Unavailable if the system cannot look now, which os.path.exists and others take for a missing file.
     """
     try:
-        return retry(os.stat if follow else os.lstat, path).st_mode
+        return retry(partial(os.stat, follow_symlinks=follow), path).st_mode
     except (OSError, ValueError):
         return 0
 

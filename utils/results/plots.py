@@ -158,8 +158,9 @@ def draw_shares(rows: list[list[int]], names, show, fontsize=None, **labels):
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, j in np.ndindex(len(names), len(names)):
-        text, color = show(shares[i][j], rows[i][j], sum(rows[i])), "white" if shares[i][j] > 55 else "black"
-        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=fontsize)
+        if text := show(shares[i][j], rows[i][j], sum(rows[i])):
+            color = "white" if shares[i][j] > 55 else "black"
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=fontsize)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
     return figure, axes
