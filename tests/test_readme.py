@@ -1,6 +1,5 @@
 """What the documents mention exists: links, modules, functions, files and flags; their commands and code run."""
 
-import argparse
 import importlib.util
 import re
 import shlex
@@ -126,15 +125,6 @@ def test_every_flag_of_the_documents_exists():
             text = re.sub(r"<!--.*?-->|^\|[-:| ]+\|$", "", text, flags=re.M)
             flags = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)}
             assert flags - known - FOREIGN_FLAGS == set(), name
-
-
-def test_the_documents_mention_every_flag():
-    text = TEXTS["README.md"] + TEXTS["docs/usage.md"]
-    mentioned = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
-    for parser in PARSERS.values():
-        for action in parser._actions:
-            if action.dest not in ("help", "data", argparse.SUPPRESS):
-                assert mentioned & set(action.option_strings), action.option_strings
 
 
 @pytest.mark.parametrize(("name", "stage", "words"), STAGE_COMMANDS)
