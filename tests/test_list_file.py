@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from datasets import splits, verify
 from datasets.lists import ImageList
 from datasets.prepare.list_writer import list_content
-from datasets.splits import SPLITS, as_listed, by_split, choose_lists, class_folders, find_layout, find_splits
+from datasets.splits import SPLITS, Split, as_listed, by_split, choose_lists, class_folders, find_files, find_splits
 from utils.errors import UserError
 
 
@@ -148,9 +148,9 @@ def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
     for file in (reorganized / "val/cat/1.jpg", reorganized / "val/dog/2.jpg"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert find_layout(images, plain, "val") == (as_listed, [2])
-    assert find_layout(images, reorganized, "val") == (by_split, [2])
-    assert find_layout(images, tmp_path, "val") == (as_listed, [0, 1, 2])
+    found = [find_files(Split("val", str(root), images)) for root in (plain, reorganized, tmp_path)]
+    assert [split.layout for split in found] == [as_listed, by_split, as_listed]
+    assert [split.missing for split in found] == [(2,), (2,), (0, 1, 2)]
 
 
 def test_class_folders_are_numbered_by_the_training_classes(tmp_path):

@@ -19,7 +19,7 @@ from datasets.dataset import ListFileDataset
 from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.splits import Split, as_listed
+from datasets.splits import Split
 from datasets.transforms import Views
 from tests.helpers import TWO, assert_mistake
 from utils.arguments import training_parser
@@ -195,9 +195,8 @@ def prints(image, item):
 
 def load_with(transform, args, device):
     """A main_worker that reads the training images with a transform."""
-    dataset = ListFileDataset(
-        ImageList.from_file(Path(args.data) / "train.txt"), args.data, transform, as_listed, "train"
-    )
+    images = ImageList.from_file(Path(args.data) / "train.txt")
+    dataset = Split("train", args.data, images).dataset(transform)
     with closing(build_loader(dataset, args.workers)) as loader:
         list(loader)
 
