@@ -201,7 +201,10 @@ def load_with(transform, args, device):
         list(loader)
 
 
-@pytest.fixture(params=[(0, []), (2, []), (2, TWO), pytest.param((0, TWO), marks=pytest.mark.full)], ids=str)
+TWO_PROCESSES = [pytest.param((workers, TWO), marks=pytest.mark.full) for workers in (0, 2)]
+
+
+@pytest.fixture(params=[(0, []), (2, []), *TWO_PROCESSES], ids=str)
 def run(request, plain_tree, capfd):
     """Loads with a transform; returns (status, stdout, stderr). run.workers: the number of data workers."""
     workers, flags = request.param
@@ -215,11 +218,13 @@ def run(request, plain_tree, capfd):
     return run
 
 
+@pytest.mark.parametrize("run", [(0, []), (2, TWO)], ids=str, indirect=True)
 def test_a_file_that_a_transform_does_not_find_is_named_with_the_line_that_opens_it(run):
     place = f"(in {__file__}, line {opens_a_missing_file.__code__.co_firstlineno + 1})"
     assert_mistake(run(opens_a_missing_file), "No such file or directory: '/nowhere/colors.json'", place)
 
 
+@pytest.mark.parametrize("run", [(0, []), (2, TWO)], ids=str, indirect=True)
 def test_a_fault_in_a_transform_keeps_its_traceback(run):
     """No worker has died, and no other memory or number of workers would help."""
     status, _, err = run(has_a_fault)
