@@ -2,6 +2,7 @@
 
 import platform
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,8 @@ def locate_splits(args, info) -> dict:
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
     checked = ("test",) if args.evaluate else wanted
 
-    def progress(iterator):
-        return tqdm(iterator, desc="looking for the images", leave=False, disable=None if is_main_process() else True)
-
+    disable = None if is_main_process() else True
+    progress = partial(tqdm, desc="looking for the images", leave=False, disable=disable)
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
     difference = find_difference({name: split.images.checksum for name, split in splits.items()})

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def flat(path: str, split: str) -> str:
 
 def bar(what: str):
     """A progress bar for find_files, which looks up 1,024 files at a time."""
-    return lambda spans: tqdm(spans, desc=what, unit="k files", disable=None)
+    return partial(tqdm, desc=what, unit="k files", disable=None)
 
 
 class Missing(NamedTuple):
