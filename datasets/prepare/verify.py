@@ -31,6 +31,7 @@ from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import load_rgb
 from utils.results.plots import require_matplotlib, save_figure
 
+from ..lists import ImageList
 from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, split_named, unlisted_note
 from .trees import bar, diagnose, flat
 
@@ -138,10 +139,10 @@ def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bo
         print(row(name, len(split.images), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
 
 
-def first_lines(lines: list[str], rest: str) -> list[str]:
-    """The first MAX_SHOWN lines, and the number of the others in `rest`."""
-    more = len(lines) - MAX_SHOWN
-    return lines[:MAX_SHOWN] + ([rest.format(more)] if more > 0 else [])
+def first_lines(found: list, line, rest: str) -> list[str]:
+    """line(*one) of the first MAX_SHOWN that were found, and the number of the others with `rest`."""
+    more = len(found) - MAX_SHOWN
+    return [line(*one) for one in found[:MAX_SHOWN]] + ([f"and {more} more{rest}"] if more > 0 else [])
 
 
 def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[str], list[str]]:
@@ -155,12 +156,10 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
             paths[name].add(path)
             other, j = labeled.setdefault(path, (split, i))
             if label != int(other.images.labels[j]) and is_same_image(path, other, split):
-                entries = (other.images, j), (split.images, i)
-                labels = (f"label {int(images.labels[k])} in {images.locate([k])}" for images, k in entries)
-                contradictions.append(f"{path}: {' and '.join(labels)}; correct one of them")
+                contradictions.append((other.images, j, split.images, i))
         if repeated := len(split.images) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
-    problems += first_lines(contradictions, "and {} more paths with two labels")
+    problems += first_lines(contradictions, two_labels, " paths with two labels")
     for one, other in combinations(splits, 2):
         both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
         if both and paths[one] == paths[other] and "train" not in (one, other):
@@ -169,7 +168,7 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
         elif both:
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
     copies = find_copies([split for name, split in splits.items() if name not in again], findings)
-    problems += first_lines(copies, "and {} more images with the same bytes")
+    problems += first_lines(copies, same_bytes, " images with the same bytes")
     labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
     hints = {name: split.images.label_hint() for name, split in splits.items()}
     if "train" in splits:
@@ -182,20 +181,28 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
     return problems, information
 
 
-def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[str]:
-    """Lines on images whose files have the same bytes, under different paths, in two classes or two splits."""
-    first, lines = {}, []
+def two_labels(one: ImageList, j: int, other: ImageList, i: int) -> str:
+    labels = (f"label {int(images.labels[k])} in {images.locate([k])}" for images, k in ((one, j), (other, i)))
+    return f"{posixpath.normpath(other.path(i))}: {' and '.join(labels)}; correct one of them"
+
+
+def same_bytes(one: ImageList, j: int, other: ImageList, i: int) -> str:
+    labels = int(one.labels[j]), int(other.labels[i])
+    what = f"two classes, {labels[0]} and {labels[1]}" if labels[0] != labels[1] else "two splits"
+    both = (images.with_line(posixpath.normpath(images.path(k)), k) for images, k in ((one, j), (other, i)))
+    return f"{' and '.join(both)}: the same bytes in {what}; keep one of them"
+
+
+def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[tuple]:
+    """(list, entry, list, entry) with the same bytes under different paths, in two classes or two splits."""
+    first, found = {}, []
     for split in splits:
         for i, digest in findings[split.name]["digest"]:
-            other, j = first.setdefault(digest, (split, i))
-            paths = [posixpath.normpath(s.images.path(number)) for s, number in ((other, j), (split, i))]
-            labels = int(other.images.labels[j]), int(split.images.labels[i])
-            if paths[0] == paths[1] or (labels[0] == labels[1] and other is split):
-                continue
-            what = f"two classes, {labels[0]} and {labels[1]}" if labels[0] != labels[1] else "two splits"
-            one, two = other.images.with_line(paths[0], j), split.images.with_line(paths[1], i)
-            lines.append(f"{one} and {two}: the same bytes in {what}; keep one of them")
-    return lines
+            one, j = first.setdefault(digest, (split.images, i))
+            other_place = one is not split.images or one.labels[j] != split.images.labels[i]
+            if other_place and posixpath.normpath(one.path(j)) != posixpath.normpath(split.images.path(i)):
+                found.append((one, j, split.images, i))
+    return found
 
 
 def is_same_image(path: str, one: Split, other: Split) -> bool:
@@ -213,7 +220,7 @@ def describe(split: Split, findings: dict[str, list]):
     def show(found, title):
         if found:
             print(f"{split.name}: {title}")
-        for line in first_lines([f"{name_entry(i)}: {detail}" for i, detail in found], "and {} more"):
+        for line in first_lines(found, lambda i, detail: f"{name_entry(i)}: {detail}", ""):
             print(f"  {line}")
 
     def name_entry(i):
