@@ -146,27 +146,25 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     present = [f"{split}.txt" for split in SPLITS if is_file(root / f"{split}.txt")]
-    if rest and present:
-        chosen |= {split: root / f"{split}.txt" for split in rest}
-    elif rest and not chosen and all(is_dir(root / split) for split in SPLITS):
+    folders = all(is_dir(root / split) for split in SPLITS)
+    if rest and folders and not chosen and not present:
         return None
-    else:
-        chosen |= {split: IMAGENET_LT / f"ImageNet_LT_{split}.txt" for split in rest}
+    start = f"{root}/" if present else f"{IMAGENET_LT}/ImageNet_LT_"
+    chosen |= {split: Path(f"{start}{split}.txt") for split in rest}
     for split, file in chosen.items():
-        if not is_file(file):
-            if given.get(split):
-                raise UserError(f"{file}: no such list; correct --{split}-list")
-            if present:
-                there = " and ".join(present)
-                raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
-            if all(is_dir(root / split) for split in SPLITS):
-                raise UserError(
-                    f"--{split}-list: is missing; the class folders of {root} are only read if no list is given"
-                )
-            raise UserError(
-                f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
-                f"make lists with python -m datasets.prepare, or name one with --{split}-list"
-            )
+        flag = f"--{split}-list"
+        if is_file(file):
+            continue
+        if given.get(split):
+            raise UserError(f"{file}: no such list; correct {flag}")
+        if present:
+            raise UserError(f"{file}: no such list, beside {' and '.join(present)}; add it, or name one with {flag}")
+        if folders:
+            raise UserError(f"{flag}: is missing; the class folders of {root} are only read if no list is given")
+        raise UserError(
+            f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
+            f"make lists with python -m datasets.prepare, or name one with {flag}"
+        )
     return chosen
 
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from models.preprocess import to_rgb
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError, retry
+from utils.errors import UserError, one_line, retry
 from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import load_rgb
-from utils.results.plots import require_matplotlib, save_figure
+from utils.results.plots import new_axes, require_matplotlib
 
 from ..lists import ImageList
 from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, split_named, unlisted_note
@@ -249,18 +249,19 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, dict]
                     report.write(f"{fault}\t{name}\t{split.images.path(i)}\t{reason}\n")
 
 
-def plot(figure_class, file: Path, splits: dict[str, Split]):
+def plot(file: Path, splits: dict[str, Split]):
     """Draws one curve per split: the number of images per class, largest class first."""
-    figure = figure_class(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(yscale="log", xlabel="class, by number of images", ylabel="images")
     for name, split in splits.items():
         counts = split.images.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
     for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
     axes.legend()
-    save_figure(figure, file, "--plot")
+    try:
+        figure.savefig(file)
+    except ValueError as error:  # an ending that is no format
+        raise UserError(f"--plot {file}: {one_line(error)}") from None
 
 
 def given_lists(args) -> dict[str, str | None]:
@@ -278,7 +279,8 @@ def given_lists(args) -> dict[str, str | None]:
 
 def verify(args) -> int:
     """Prints the report; returns 1 if something is wrong with the data, else 0."""
-    figure_class = require_matplotlib("--plot") if args.plot else None
+    if args.plot:
+        require_matplotlib("--plot")
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
@@ -297,7 +299,7 @@ def verify(args) -> int:
     if args.report:
         write_report(args.report, splits, findings)
     if args.plot:
-        plot(figure_class, args.plot, splits)
+        plot(args.plot, splits)
     if problems or any(found[fault] for found in findings.values() for fault in FAULTS):
         return 1
     print("all images are there" + (" and can be read" if args.decode else ""))
