@@ -121,7 +121,10 @@ def test_paths_that_a_list_cannot_hold_are_refused(path):
         list_content([(path, 0)])
 
 
-@given(st.binary(max_size=200))
+pieces = st.lists(st.sampled_from([b"a", b" ", b"7", b"\n", b"\r", b"..", b"/", b"\xef\xbb\xbf", b"\0", b"\t"]))
+
+
+@given(st.binary(max_size=200) | pieces.map(b"".join))
 @settings(deadline=None)
 def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     try:
@@ -131,12 +134,6 @@ def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     else:
         for path, label in entries(images):
             assert path and "\n" not in path and not path.startswith("/") and 0 <= label < 2**31
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([b"a", b" ", b"7", b"\n", b"\r", b"..", b"/", b"\xef\xbb\xbf", b"\0", b"\t"])))
-def test_pieces_of_lists_raise_nothing_but_user_errors(pieces):
-    test_arbitrary_bytes_raise_nothing_but_user_errors.hypothesis.inner_test(b"".join(pieces))
 
 
 def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
