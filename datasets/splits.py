@@ -149,8 +149,8 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     folders = all(is_dir(root / split) for split in SPLITS)
     if rest and folders and not chosen and not present:
         return None
-    start = f"{root}/" if present else f"{IMAGENET_LT}/ImageNet_LT_"
-    chosen |= {split: Path(f"{start}{split}.txt") for split in rest}
+    folder, start = (root, "") if present else (IMAGENET_LT, "ImageNet_LT_")
+    chosen |= {split: folder / f"{start}{split}.txt" for split in rest}
     for split, file in chosen.items():
         flag = f"--{split}-list"
         if is_file(file):
