@@ -218,7 +218,6 @@ def run(request, plain_tree, capfd):
     return run
 
 
-@pytest.mark.parametrize("run", [(0, []), (2, TWO)], ids=str, indirect=True)
 def test_a_file_that_a_transform_does_not_find_is_named_with_the_line_that_opens_it(run):
     place = f"(in {__file__}, line {opens_a_missing_file.__code__.co_firstlineno + 1})"
     assert_mistake(run(opens_a_missing_file), "No such file or directory: '/nowhere/colors.json'", place)

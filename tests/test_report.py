@@ -404,8 +404,9 @@ def test_plots_are_drawn_for_any_training_counts(tmp_path, matplotlib, counts):
     accuracies = [None, 0.5 if counts[1] else None, None]
     write_run(tmp_path / "run", RECORD | {"train_counts": counts, "per_class": accuracies, "many": None})
     for name, _, figure in draw(read_runs([tmp_path / "run"])[0]):
-        figure.savefig(tmp_path / f"{name}.png")
-        assert is_drawn(tmp_path / f"{name}.png")
+        if name in ("class_counts", "per_class_linear"):  # the others do not show them
+            figure.savefig(tmp_path / f"{name}.png")
+    assert len(files := list(tmp_path.glob("*.png"))) == 2 and all(map(is_drawn, files))
 
 
 def test_the_running_mean_is_the_one_computed_by_hand():
