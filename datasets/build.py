@@ -2,6 +2,7 @@
 
 import platform
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,10 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
         train = splits["train"].images
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
-        if not args.evaluate:
-            check_step(args, sampler.images_per_step * get_world_size(), len(train), info.nodes)
+        if not args.evaluate and sampler.images_per_step * get_world_size() > len(train):  # it would repeat some
+            nodes = f" on each of {info.nodes} nodes" if info.nodes > 1 else ""
+            what = f"--batch-size {args.batch_size}{nodes}: the training list's {len(train)} images give no full step"
+            raise UserError(f"{what}; lower it")
     train_counts = train.counts(num_classes)
     unlisted = unlisted_note(splits) if is_main_process() and not args.evaluate else ()
     for line in (*list_warnings(splits, train_counts), *([note] if note else ()), *numbering_note(classes), *unlisted):
@@ -119,16 +122,6 @@ def micro_batch_size(args, processes: int) -> int:
     return size
 
 
-def check_step(args, images_per_step: int, num_images: int, nodes: int):
-    """Raises UserError if a step of all processes has more images than the training list: it would repeat some."""
-    if images_per_step > num_images:
-        on_nodes = f" on each of {nodes} nodes" if nodes > 1 else ""
-        raise UserError(
-            f"--batch-size {args.batch_size}{on_nodes}: the training list's {num_images} images give no full step; "
-            "lower it"
-        )
-
-
 def locate_splits(args, info) -> dict:
     """The splits that the run needs; the first process of a node looks for their files, the others use its result.
 
@@ -138,9 +131,8 @@ def locate_splits(args, info) -> dict:
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
     checked = ("test",) if args.evaluate else wanted
 
-    def progress(iterator):
-        return tqdm(iterator, desc="looking for the images", leave=False, disable=None if is_main_process() else True)
-
+    disable = None if is_main_process() else True
+    progress = partial(tqdm, desc="looking for the images", leave=False, disable=disable)
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
     difference = find_difference({name: split.images.checksum for name, split in splits.items()})

@@ -56,38 +56,8 @@ class ImageList:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, name: str, content: np.ndarray, starts: array, labels: array):
-        self.name = name
-        self.content = torch.from_numpy(content)
-        self.starts = torch.frombuffer(starts, dtype=torch.int32 if starts.itemsize == 4 else torch.int64)
-        self.labels = torch.frombuffer(labels, dtype=torch.int32)
-
-    @classmethod
-    def from_file(cls, file) -> "ImageList":
-        """Reads a list file: UTF-8, LF or CRLF; a BOM, blank lines and a missing last newline are allowed.
-
-        Raises UserError, naming file and line, if a line is malformed, or if there is no entry.
-        """
-        if lexists(file) and not is_file(file):  # opening a FIFO would wait for a writer
-            raise UserError(f"{file}: not a regular file; name a list file")
-        try:
-            return cls.from_bytes(str(file), retry(Path.read_bytes, Path(file)))
-        except OSError as error:
-            raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
-
-    @classmethod
-    def from_bytes(cls, name: str, content: bytes) -> "ImageList":
-        """As from_file, for the content of a list; name: its name in messages."""
-        return cls._parse(name, np.frombuffer(bytearray(content), dtype=np.uint8), io.BytesIO(content))
-
-    @classmethod
-    def from_entries(cls, name: str, entries) -> "ImageList":
-        """The list of an iterable of (path, label), such as ImageFolder's listing."""
-        lines = [os.fsencode(f"{path} {label}\n") for path, label in entries]
-        return cls._parse(name, np.frombuffer(bytearray(b"".join(lines)), dtype=np.uint8), lines)
-
-    @classmethod
-    def _parse(cls, name, content, lines):
+    def __init__(self, name: str, content: bytes, lines):
+        """lines: those of the content. Raises UserError, naming file and line, if one is malformed, or without any."""
         starts, labels = array("i" if len(content) < 2**31 else "q"), array("i")
         position = 0
         for number, line in enumerate(lines, 1):
@@ -107,7 +77,31 @@ class ImageList:
                 labels.append(entry[1])
         if not starts:
             raise UserError(f"{name}: the list is empty")
-        return cls(name, content, starts, labels)
+        self.name = name
+        self.content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self.starts = torch.frombuffer(starts, dtype=torch.int32 if starts.itemsize == 4 else torch.int64)
+        self.labels = torch.frombuffer(labels, dtype=torch.int32)
+
+    @classmethod
+    def from_file(cls, file) -> "ImageList":
+        """Reads a list file: UTF-8, LF or CRLF; a BOM, blank lines and a missing last newline are allowed."""
+        if lexists(file) and not is_file(file):  # opening a FIFO would wait for a writer
+            raise UserError(f"{file}: not a regular file; name a list file")
+        try:
+            return cls.from_bytes(str(file), retry(Path.read_bytes, Path(file)))
+        except OSError as error:
+            raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
+
+    @classmethod
+    def from_bytes(cls, name: str, content: bytes) -> "ImageList":
+        """As from_file, for the content of a list; name: its name in messages."""
+        return cls(name, content, io.BytesIO(content))
+
+    @classmethod
+    def from_entries(cls, name: str, entries) -> "ImageList":
+        """The list of an iterable of (path, label), such as ImageFolder's listing."""
+        lines = [os.fsencode(f"{path} {label}\n") for path, label in entries]
+        return cls(name, b"".join(lines), lines)
 
     def __len__(self):
         return len(self.labels)

@@ -11,13 +11,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import EndOfRun, UserError, one_line, printable, retry
 from utils.files import is_dir, is_file, lexists, name_refused, walk
+from utils.groups import read_names
 from utils.images import is_image_file
 
 from .dataset import ListFileDataset
 from .lists import ImageList
 
 SPLITS = ("train", "val", "test")
-CLASSES_FILE, MAX_NAMES = "classes.txt", 4 * 2**20  # of class names, in bytes; checkpoints contain the names too
+CLASSES_FILE = "classes.txt"
 PREPARED_FILE = "prepared.json"  # beside the lists of `prepare folder`: the flags that they were drawn with
 IMAGENET_LT = Path(__file__).resolve().parent.parent / "data"
 CHUNK = 1024  # entries that a thread looks up at a time
@@ -37,30 +38,6 @@ def by_split(path: str, split: str) -> str:
 def split_named(file) -> str | None:
     """The split that the name of a list file ends in, such as train for my_train.txt; None if it ends in none."""
     return next((split for split in SPLITS if Path(file).stem.lower().endswith(split)), None)
-
-
-def missing_entries(images: ImageList, root, layout, split: str, progress=iter) -> list[int]:
-    """The entries without a regular file below root; a pool of threads looks them up.
-
-    progress: wraps the iterator over the results.
-    """
-
-    def missing(chunk):
-        return [i for i in chunk if not is_file(os.path.join(root, layout(images.path(i), split)))]
-
-    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return [i for found in progress(pool.map(missing, chunks)) for i in found]
-
-
-def find_layout(images: ImageList, root, split: str, progress=iter):
-    """(layout, missing): the layout under which most files exist below root, and the entries that are still missing."""
-    layout, missing = as_listed, missing_entries(images, root, as_listed, split, progress)
-    if missing:
-        others = missing_entries(images, root, by_split, split, progress)
-        if len(others) < len(missing):
-            layout, missing = by_split, others
-    return layout, missing
 
 
 def explain_missing(root, path: str) -> str | None:
@@ -94,8 +71,15 @@ class Split(NamedTuple):
     missing: tuple[int, ...] = ()
     folders: list[str] | None = None
 
+    def path(self, i: int) -> str:
+        """Where the file of entry i lies below root."""
+        return self.layout(self.images.path(i), self.name)
+
+    def file(self, i: int) -> str:
+        return os.path.join(self.root, self.path(i))
+
     def dataset(self, transform) -> ListFileDataset:
-        return ListFileDataset(self.images, self.root, transform, self.layout, self.name)
+        return ListFileDataset(self, transform)
 
     def require(self):
         """Raises UserError with the first missing files and their number, if there are any."""
@@ -121,11 +105,30 @@ class Split(NamedTuple):
         """One line with the first missing files and their number."""
         shown = []
         for i in self.missing[:3]:
-            path = self.layout(self.images.path(i), self.name)
-            exists = os.path.exists(os.path.join(self.root, path))  # a FIFO, a folder
-            shown.append(path[:200] + (" (not a regular file)" if exists else ""))
+            exists = os.path.exists(self.file(i))  # a FIFO, a folder
+            shown.append(self.path(i)[:200] + (" (not a regular file)" if exists else ""))
         number = f"{len(self.missing)} of {len(self.images)}"
         return f"{self.images.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
+
+
+def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Split:
+    """The split in the first layout that leaves the fewest files missing, which a pool of threads looks for.
+
+    progress: wraps the iterator over the results.
+    """
+    entries, found = range(len(split.images)), []
+    for layout in layouts:
+        split = split._replace(layout=layout)
+
+        def missing(start, split=split):
+            return [i for i in entries[start : start + CHUNK] if not is_file(split.file(i))]
+
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            results = progress(pool.map(missing, entries[::CHUNK]))
+            found.append(split._replace(missing=tuple(i for result in results for i in result)))
+        if not found[-1].missing:
+            break
+    return min(found, key=lambda split: len(split.missing))
 
 
 @name_refused()
@@ -143,27 +146,25 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     present = [f"{split}.txt" for split in SPLITS if is_file(root / f"{split}.txt")]
-    if rest and present:
-        chosen |= {split: root / f"{split}.txt" for split in rest}
-    elif rest and not chosen and all(is_dir(root / split) for split in SPLITS):
+    folders = all(is_dir(root / split) for split in SPLITS)
+    if rest and folders and not chosen and not present:
         return None
-    else:
-        chosen |= {split: IMAGENET_LT / f"ImageNet_LT_{split}.txt" for split in rest}
+    folder, start = (root, "") if present else (IMAGENET_LT, "ImageNet_LT_")
+    chosen |= {split: folder / f"{start}{split}.txt" for split in rest}
     for split, file in chosen.items():
-        if not is_file(file):
-            if given.get(split):
-                raise UserError(f"{file}: no such list; correct --{split}-list")
-            if present:
-                there = " and ".join(present)
-                raise UserError(f"{file}: no such list, beside {there}; add it, or name one with --{split}-list")
-            if all(is_dir(root / split) for split in SPLITS):
-                raise UserError(
-                    f"--{split}-list: is missing; the class folders of {root} are only read if no list is given"
-                )
-            raise UserError(
-                f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
-                f"make lists with python -m datasets.prepare, or name one with --{split}-list"
-            )
+        flag = f"--{split}-list"
+        if is_file(file):
+            continue
+        if given.get(split):
+            raise UserError(f"{file}: no such list; correct {flag}")
+        if present:
+            raise UserError(f"{file}: no such list, beside {' and '.join(present)}; add it, or name one with {flag}")
+        if folders:
+            raise UserError(f"{flag}: is missing; the class folders of {root} are only read if no list is given")
+        raise UserError(
+            f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
+            f"make lists with python -m datasets.prepare, or name one with {flag}"
+        )
     return chosen
 
 
@@ -226,8 +227,9 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
             images, classes = class_folders(root, split, classes)
         else:
             images = ImageList.from_file(lists[split])
-        layout, missing = find_layout(images, root, split, progress) if split in check else (as_listed, [])
-        splits[split] = Split(split, str(root), images, layout, tuple(missing), classes)
+        splits[split] = Split(split, str(root), images, folders=classes)
+        if split in check:
+            splits[split] = find_files(splits[split], progress)
     return {split: splits[split] for split in wanted}
 
 
@@ -267,11 +269,3 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
         where = file or f"{root}/train"
         return None, f"warning: {where}: {len(names)} names for {num_classes} classes; the classes have no names"
     return names, None
-
-
-def read_names(file: Path) -> list[str]:
-    """The lines of a file of class names. Raises OSError, and ValueError if it is too large."""
-    if file.stat().st_size > MAX_NAMES:
-        raise ValueError(f"more than {MAX_NAMES:,} bytes")
-    text = file.read_bytes().decode("utf-8-sig", errors="replace")
-    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]

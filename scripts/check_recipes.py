@@ -38,7 +38,7 @@ from utils.command_line import (
     with_hyphens,
 )
 from utils.errors import UserError
-from utils.results.records import read_args, read_log
+from utils.results.records import read_args, read_log, saved_checksums
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
 
@@ -83,8 +83,7 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
         if dest in args.given and saved.get(dest, value) != value:
             was, now = option_words(action, saved[dest]), option_words(action, value)
             raise UserError(f"{run}: was trained with {was}, not {now}; {remedy}")
-    checksums = saved.get("list_checksums")
-    if isinstance(checksums, dict):
+    if checksums := saved_checksums(run):
         for split in read_splits(args.data, args.train_list, args.val_list, args.test_list):
             if split.images.checksum != checksums.get(split.name):
                 raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")

@@ -167,19 +167,11 @@ def run_ranks(stage: str, data, out, *flags, world=2, setup=dict) -> list[Outcom
     argv = stage_flags(stage, data, out, flags)
     with tempfile.TemporaryDirectory() as folder:
         files = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in range(world)]
-        ranks = [
-            forkserver().Process(
-                target=_run_rank,
-                args=(
-                    stage,
-                    argv,
-                    os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-                    files[rank],
-                    setup,
-                ),
-            )
-            for rank in range(world)
-        ]
+        ranks = []
+        for rank in range(world):
+            own = os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+            arguments = stage, argv, own, files[rank], setup
+            ranks.append(forkserver().Process(target=_run_rank, args=arguments))
         join(ranks)
         return [
             Outcome(process.exitcode, *(Path(file).read_text() for file in own))
@@ -215,9 +207,6 @@ def assert_mistake_of_all_ranks(outcomes, *words):
     """That all ranks end, and the first alone says why."""
     assert_mistake(outcomes[0], *words)
     assert [(outcome.status, outcome.err) for outcome in outcomes[1:]] == [(2, "")] * (len(outcomes) - 1), outcomes
-
-
-assert_command_mistake = assert_mistake  # its earlier name
 
 
 def checkpoint(folder, name=LAST) -> dict:

@@ -11,7 +11,7 @@ from datasets.samplers import ClassAwareSampler
 from models import distillation_loss
 from models.moco import SplitBatchNorm
 from models.preprocess import normalize
-from tests.helpers import assert_command_mistake, forkserver
+from tests.helpers import assert_mistake, forkserver
 from utils.train_state import TrainState
 
 TINY = "--arch resnet8 --size 32 --batch 8 --classes 5 --queue 16"
@@ -183,4 +183,4 @@ def test_nothing_is_read_or_printed_between_timed_steps(monkeypatch, capsys):
     ("--batch 6", "--batch 6"), ("--scaling --scaling-batches 8 4", "--batch 4"),
 ])  # fmt: skip
 def test_a_wrong_flag_ends_in_one_line_and_status_2(flags, named, capsys):
-    assert_command_mistake((run("step", *flags.split()), *capsys.readouterr()), named)
+    assert_mistake((run("step", *flags.split()), *capsys.readouterr()), named)

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from datasets.splits import MAX_NAMES, find_class_names, find_splits
-from tests.helpers import LAST, PREVIOUS, STAGES, checkpoint, results_of, run_stage, same, source, train, train_all
+from datasets.splits import find_class_names, find_splits
+from tests.helpers import LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
+from utils.groups import MAX_NAMES
 
 NAMES = ["ant", "bee", "Großer Panda", "crane", "crane", "zebra, plains"]  # two kinds of crane
 
@@ -20,9 +21,15 @@ def with_names(tree, folder, content):
     return folder
 
 
-@pytest.fixture
-def named_tree(plain_tree, tmp_path):
-    return with_names(plain_tree, tmp_path / "named", NAMES)
+@pytest.fixture(scope="module")
+def named_tree(plain_tree, tmp_path_factory):
+    return with_names(plain_tree, tmp_path_factory.mktemp("names") / "named", NAMES)
+
+
+@pytest.fixture(scope="module")
+def named(named_tree, tmp_path_factory):
+    """Folders of all stages, trained on data with names."""
+    return train_all(named_tree, tmp_path_factory.mktemp("runs"), "--epochs", 1)
 
 
 def names_in(folder):
@@ -32,19 +39,18 @@ def names_in(folder):
     return list(names)
 
 
-def test_class_names_pass_through_all_stages(named_tree, tmp_path):
-    assert all(names_in(folder) == NAMES for folder in train_all(named_tree, tmp_path, "--epochs", 1).values())
+def test_class_names_pass_through_all_stages(named):
+    assert all(names_in(folder) == NAMES for folder in named.values())
 
 
-def test_class_names_come_from_the_checkpoint_if_the_data_have_none(named_tree, plain_tree, tmp_path):
-    i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
-    assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, *source("ii", {"i": i}))) == NAMES
-    evaluation = train("i", plain_tree, tmp_path / "e", "--resume", i / LAST, "--evaluate")
+def test_class_names_come_from_the_checkpoint_if_the_data_have_none(named, plain_tree, tmp_path):
+    assert names_in(train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, *source("ii", named))) == NAMES
+    evaluation = train("i", plain_tree, tmp_path / "e", "--resume", named["i"] / LAST, "--evaluate")
     assert results_of(evaluation)[0]["classes"] == NAMES
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_tree, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "following"), [("i", "ii"), ("ii", "iii")])
+def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_tree, tmp_path, stage, following):
     old = checkpoint(trained[stage], PREVIOUS)
     for name in ("classes", "best_metric"):
         del old[name]
@@ -53,25 +59,24 @@ def test_checkpoints_without_class_names_take_those_of_the_data(trained, named_t
     assert (outcome.status, outcome.err) == (0, "") and "warning" not in outcome.out
     assert names_in(tmp_path / "run") == NAMES
     assert same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(trained[stage])["state_dict"])
-    if stage != "iii":
-        following, flag = {"i": ("ii", "--last_stage_ckpt"), "ii": ("iii", "--teacher_ckpt")}[stage]
-        flags = ["--epochs", 1, flag, tmp_path / "old.tar"]
-        assert names_in(train(following, named_tree, tmp_path / following, *flags)) == NAMES
+    flag = source(following, {stage: tmp_path})[0]
+    run = train(following, named_tree, tmp_path / following, "--epochs", 1, flag, tmp_path / "old.tar")
+    assert names_in(run) == NAMES
 
 
-def test_class_names_in_another_order_give_one_warning(named_tree, plain_tree, tmp_path):
-    i = train("i", named_tree, tmp_path / "i", "--epochs", 1)
+def test_class_names_in_another_order_give_one_warning(named, named_tree, plain_tree, tmp_path):
+    resume = ["--resume", named["i"] / LAST]
     other = with_names(plain_tree, tmp_path / "other", ["ant", "crane", "bee", *NAMES[3:]])
-    for flags in (["--resume", i / LAST, "--epochs", 2], ["--resume", i / LAST, "--evaluate"]):
-        outcome = run_stage("i", other, tmp_path / f"{len(flags)}", *flags)
+    for flags in (["--epochs", 2], ["--evaluate"]):
+        outcome = run_stage("i", other, tmp_path / f"{len(flags)}", *resume, *flags)
         (line,) = [line for line in outcome.out.splitlines() if line.startswith("warning: class")]
-        assert outcome.status == 0 and f"class 1 is 'bee' in {i / LAST}, and 'crane' in the data" in line
-    assert "warning" not in run_stage("i", named_tree, tmp_path / "same", "--resume", i / LAST, "--evaluate").out
+        assert outcome.status == 0 and f"class 1 is 'bee' in {resume[1]}, and 'crane' in the data" in line
+    assert "warning" not in run_stage("i", named_tree, tmp_path / "same", *resume, "--evaluate").out
 
 
 def test_a_wrong_number_of_class_names_gives_a_warning_and_they_are_ignored(plain_tree, tmp_path):
     short = with_names(plain_tree, tmp_path / "short", NAMES[:5])
-    outcome = run_stage("i", short, tmp_path / "run", "--epochs", 1)
+    outcome = run_stage("i", short, tmp_path / "run", "--epochs", 1, "--con-weight", 0)
     (line,) = [line for line in outcome.out.splitlines() if "names for" in line]
     assert outcome.status == 0 and f"{short / 'classes.txt'}: 5 names for 6 classes" in line
     assert results_of(tmp_path / "run")[0]["classes"] is None and checkpoint(tmp_path / "run")["classes"] is None
@@ -82,9 +87,10 @@ def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
     data.mkdir()
     for split in ("train", "val", "test"):
         (data / split).symlink_to(reorganized_tree / split)
-    assert names_in(train("i", data, tmp_path / "i", "--epochs", 1)) == [f"class{c}" for c in range(6)]
+    run = train("i", data, tmp_path / "i", "--epochs", 1, "--con-weight", 0)
+    assert names_in(run) == [f"class{c}" for c in range(6)]
     (data / "classes.txt").write_text("\n".join(NAMES))
-    assert names_in(train("i", data, tmp_path / "named", "--epochs", 1)) == NAMES
+    assert found(data, 6) == (NAMES, None)
 
 
 def found(root, num_classes, **given):
@@ -108,12 +114,14 @@ def test_class_names_next_to_the_training_list_come_first(named_tree, plain_tree
     [b"a\r\nb\r\n\xc3\xa9\r\n", b"\xef\xbb\xbfa\nb\n\xc3\xa9", b"a\nb\n\xc3\xa9\n\n\n"],
     ids=["CRLF", "BOM", "blank"],
 )
-def test_class_names_are_read_with_any_line_ending(named_tree, content):
-    (named_tree / "classes.txt").write_bytes(content)
-    assert found(named_tree, 3) == (["a", "b", "é"], None)
+def test_class_names_are_read_with_any_line_ending(plain_tree, tmp_path, content):
+    tree = with_names(plain_tree, tmp_path / "tree", [])
+    (tree / "classes.txt").write_bytes(content)
+    assert found(tree, 3) == (["a", "b", "é"], None)
 
 
-def test_invalid_or_too_large_files_of_class_names_do_not_stop_a_run(named_tree):
+def test_invalid_or_too_large_files_of_class_names_do_not_stop_a_run(plain_tree, tmp_path):
+    named_tree = with_names(plain_tree, tmp_path / "tree", [])
     (named_tree / "classes.txt").write_bytes(b"a\n\xff\xfe\n")
     assert found(named_tree, 2) == (["a", "\ufffd\ufffd"], None)
     (named_tree / "classes.txt").write_bytes(b"a" * (MAX_NAMES + 1))

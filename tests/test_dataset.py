@@ -36,12 +36,6 @@ def test_images_of_every_mode_become_rgb(tmp_path):
         assert loaded.mode == "RGB" and loaded.size == (16, 16), name
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    loaded = load_rgb(saved(tmp_path, Image.fromarray(levels)))
-    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
-
-
 @pytest.mark.parametrize(
     ("levels", "kind", "expected"),
     [
@@ -51,6 +45,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
         ([0, 1, 128, 255], np.int32, [0, 1, 128, 255]),
         ([0, 257, 32896, 65535], np.int32, [0, 1, 128, 255]),
         ([0, 1, 128, 255], np.uint16, [0, 1, 128, 255]),
+        ([0, 257, 32896, 65535], np.uint16, [0, 1, 128, 255]),
     ],
 )
 def test_values_of_more_bits_are_scaled_by_their_range(tmp_path, levels, kind, expected):
@@ -82,8 +77,7 @@ def test_twelve_bits_are_scaled(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", ["text", "profile", "international text"])
-@pytest.mark.parametrize("size", [2**21, 2**25])
-def test_a_png_with_much_metadata_is_read(tmp_path, metadata, size):
+def test_a_png_with_much_metadata_is_read(tmp_path, metadata, size=2**25):
     info = PngImagePlugin.PngInfo()
     if metadata != "profile":
         add = info.add_text if metadata == "text" else info.add_itxt
@@ -104,25 +98,20 @@ def test_a_png_named_jpeg_is_read(tmp_path):
     assert load_rgb(file).getpixel((0, 0)) == (1, 2, 3)
 
 
-def broken_images(folder):
-    """Writes files that cannot be decoded; returns {name: part of the message}."""
+def test_broken_images_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
     noise = Image.fromarray(np.frombuffer(random.Random(0).randbytes(64 * 64 * 3), np.uint8).reshape(64, 64, 3))
-    whole = saved(folder, noise, "whole.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "zero.jpg").touch()
-    (folder / "text.JPEG").write_text("no image at all\n")
-    bomb = Image.new("1", (13400, 13400))
-    bomb.save(folder / "bomb.png")
-    return {
+    whole = saved(tmp_path, noise, "whole.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "zero.jpg").touch()
+    (tmp_path / "text.JPEG").write_text("no image at all\n")
+    saved(tmp_path, Image.new("1", (64, 129)), "bomb.png")
+    for name, reason in {
         "truncated.jpg": "truncated",
-        "zero.jpg": "not an image|empty",
+        "zero.jpg": "not an image",
         "text.JPEG": "not an image",
-        "bomb.png": "decompression bomb",
-    }
-
-
-def test_broken_images_are_refused(tmp_path):
-    for name, reason in broken_images(tmp_path).items():
+        "bomb.png": "decompression bomb, over 8192 pixels",
+    }.items():
         with pytest.raises(UserError, match=reason) as caught:
             load_rgb(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)

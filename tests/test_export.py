@@ -64,7 +64,7 @@ def choice(classifier):
 
 @pytest.mark.parametrize(
     ("stage", "classifier", "arch"),
-    [*((*of, "resnet18") for of in CLASSIFIERS), ("ii", "hard", "resnext50_32x4d"), ("iii", "soft", "resnext50_32x4d")],
+    [*((*of, "resnet18") for of in CLASSIFIERS), ("iii", "soft", "resnext50_32x4d")],
 )
 def test_torchvisions_network_computes_the_same_logits(tmp_path, run, stage, classifier, arch):
     model = write(stage, arch, tmp_path / "checkpoint")
@@ -77,10 +77,7 @@ def test_torchvisions_network_computes_the_same_logits(tmp_path, run, stage, cla
     torch.testing.assert_close(logits(plain, classifier, images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("stage", "classifier", "arch"),
-    [("ii", "hard", "resnet8"), ("iii", "soft", "resnet8"), ("ii", "hard", "resnet18")],
-)
+@pytest.mark.parametrize(("stage", "classifier", "arch"), [("iii", "soft", "resnet8"), ("ii", "hard", "resnet18")])
 def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run, stage, classifier, arch):
     pytest.importorskip("onnxscript", reason="the optional package onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
@@ -104,7 +101,7 @@ def test_the_onnx_file_computes_the_same_logits_for_any_batch_size(tmp_path, run
     assert metadata["preprocessing"]["resize"] == [SIZE, SIZE]
 
 
-@pytest.mark.parametrize("size", [32, 96, 224])
+@pytest.mark.parametrize("size", [32, 224])
 def test_the_metadata_suffice_to_prepare_an_image(size):
     """With Pillow and numpy alone, as a program does that runs the ONNX file."""
     steps = json.loads(json.dumps(export.preprocessing(EvalTransform(size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))))

@@ -19,7 +19,7 @@ from datasets.dataset import ListFileDataset
 from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ShuffledSampler
-from datasets.splits import Split, as_listed
+from datasets.splits import Split
 from datasets.transforms import Views
 from tests.helpers import TWO, assert_mistake
 from utils.arguments import training_parser
@@ -195,14 +195,16 @@ def prints(image, item):
 
 def load_with(transform, args, device):
     """A main_worker that reads the training images with a transform."""
-    dataset = ListFileDataset(
-        ImageList.from_file(Path(args.data) / "train.txt"), args.data, transform, as_listed, "train"
-    )
+    images = ImageList.from_file(Path(args.data) / "train.txt")
+    dataset = Split("train", args.data, images).dataset(transform)
     with closing(build_loader(dataset, args.workers)) as loader:
         list(loader)
 
 
-@pytest.fixture(params=[(0, []), (2, []), (2, TWO), pytest.param((0, TWO), marks=pytest.mark.full)], ids=str)
+TWO_PROCESSES = [pytest.param((workers, TWO), marks=pytest.mark.full) for workers in (0, 2)]
+
+
+@pytest.fixture(params=[(0, []), (2, []), *TWO_PROCESSES], ids=str)
 def run(request, plain_tree, capfd):
     """Loads with a transform; returns (status, stdout, stderr). run.workers: the number of data workers."""
     workers, flags = request.param
@@ -221,6 +223,7 @@ def test_a_file_that_a_transform_does_not_find_is_named_with_the_line_that_opens
     assert_mistake(run(opens_a_missing_file), "No such file or directory: '/nowhere/colors.json'", place)
 
 
+@pytest.mark.parametrize("run", [(0, []), (2, TWO)], ids=str, indirect=True)
 def test_a_fault_in_a_transform_keeps_its_traceback(run):
     """No worker has died, and no other memory or number of workers would help."""
     status, _, err = run(has_a_fault)

@@ -19,7 +19,7 @@ from PIL import Image
 from datasets.prepare import long_tail
 from datasets.prepare.cli import build_parser
 from datasets.prepare.long_tail import Selection, SmallImages, long_tail_counts, pick, write_long_tail
-from tests.helpers import class_image, train
+from datasets.splits import find_splits
 from tests.helpers_prepare import class_counts, everything, fails, read_lists, stamps, succeeds
 from utils.errors import UserError
 from utils.images import load_rgb
@@ -80,17 +80,17 @@ def write_idx(file, array, packed):
         target.write(header + array.astype(np.uint8).tobytes())
 
 
-@pytest.fixture(params=[True, False], ids=["gz", "raw"])
-def fashion(tmp_path, request):
-    """A Fashion-MNIST of 60 training and 2 test images per class; the first two pixels of an image are its number."""
+@pytest.fixture
+def fashion(tmp_path):
+    """A Fashion-MNIST of 60 training (gzipped) and 2 test images a class, whose first two pixels are their number."""
     folder = tmp_path / "idx"
     folder.mkdir()
     for name, each in (("train", 60), ("t10k", 2)):
         labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), each))
         images = np.zeros((len(labels), 28, 28), np.uint8)
         images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(len(labels)), 256)
-        write_idx(folder / f"{name}-images-idx3-ubyte", images, request.param)
-        write_idx(folder / f"{name}-labels-idx1-ubyte", labels, request.param)
+        write_idx(folder / f"{name}-images-idx3-ubyte", images, packed=name == "train")
+        write_idx(folder / f"{name}-labels-idx1-ubyte", labels, packed=name == "train")
     return folder
 
 
@@ -140,9 +140,8 @@ def test_fashion_mnist_mistakes_end_in_one_line(tmp_path, fashion, capsys, monke
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
     os.mkfifo(tmp_path / "train-images-idx3-ubyte")
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
-    packed = not (fashion / "t10k-labels-idx1-ubyte").exists()
     for labels in (np.full(20, 10), np.zeros(19)):
-        write_idx(fashion / "t10k-labels-idx1-ubyte", labels, packed)
+        write_idx(fashion / "t10k-labels-idx1-ubyte", labels, packed=False)
         assert f"20 images, {len(labels)} labels" in fails(capsys, *command, fashion)
     damaged = next(fashion.glob("train-images*"))
     for content in (damaged.read_bytes()[:-500], b"<html>"):
@@ -233,16 +232,15 @@ def test_cifar_takes_a_tree_of_class_folders_as_source(tmp_path, capsys):
 # Class folders
 
 
-@pytest.fixture(scope="module", params=["test", "val"])
-def source(request, tmp_path_factory):
-    """A balanced tree of class folders; its second split is called test or val."""
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A balanced tree of class folders."""
     root = tmp_path_factory.mktemp("balanced")
-    random = np.random.default_rng(0)
-    for split, count in (("train", TRAIN), (request.param, TEST)):
-        for label, name in enumerate(NAMES):
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        for name in NAMES:
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                class_image(random, label, 32).save(root / split / name / f"{number:02}.png")
+                (root / split / name / f"{number:02}.png").touch()
     return root
 
 
@@ -272,13 +270,18 @@ def test_by_default_the_first_class_gets_what_the_smallest_one_can_give(source, 
     assert class_counts(read_lists(tmp_path / "out")["train"])[::3] == [TRAIN - held, (TRAIN - held) // 6]
 
 
-def test_a_tree_with_val_and_test_keeps_both(source, tmp_path, capsys):
-    for split in ("val", "test"):
-        (tmp_path / split).symlink_to(source / next(s for s in ("test", "val") if (source / s).is_dir()))
-    (tmp_path / "train").symlink_to(source / "train")
-    assert "too" not in succeeds(capsys, "long-tail", tmp_path, "--imbalance", 4, "--out", tmp_path / "out")
-    for split, entries in read_lists(tmp_path / "out").items():
-        assert {path.split("/")[0] for path, _ in entries} == {split}
+def test_val_is_tested_on_if_there_is_no_test_and_both_are_kept(source, tmp_path, capsys):
+    def used():
+        """The first folder of the paths in each list."""
+        said = succeeds(capsys, "long-tail", tmp_path, "--imbalance", 4, "--out", tmp_path / "out", "--overwrite")
+        lists = read_lists(tmp_path / "out")
+        return "too" in said, [{path.split("/")[0] for path, _ in lists[split]} for split in lists]
+
+    for split, of in (("train", "train"), ("val", "test")):
+        (tmp_path / split).symlink_to(source / of)
+    assert used() == (True, [{"train"}, {"val"}, {"val"}])
+    (tmp_path / "test").symlink_to(source / "test")
+    assert used() == (False, [{"train"}, {"val"}, {"test"}])
 
 
 def test_no_image_is_copied_and_out_is_the_folder_to_train_with(source, tmp_path, capsys):
@@ -286,7 +289,7 @@ def test_no_image_is_copied_and_out_is_the_folder_to_train_with(source, tmp_path
     succeeds(capsys, "long-tail", source, "--imbalance", 10, "--held-out", 2, "--out", out)
     assert sum(len(files) for _, _, files in os.walk(out)) == 4  # the lists, and the names of the classes
     assert (out / "train").resolve() == source / "train"
-    train("i", out, tmp_path / "run", "--epochs", 1)
+    assert not any(split.missing for split in find_splits(out, {}).values())
 
 
 def test_running_again_changes_nothing_and_another_selection_needs_overwrite(source, tmp_path, capsys):

@@ -26,10 +26,10 @@ def test_normalize_subtracts_the_mean_and_divides_by_the_standard_deviation(as_f
 
 
 def test_mean_and_std_reach_training_and_evaluation(plain_tree, tmp_path):
-    default = train("iii", plain_tree, tmp_path / "default", "--kd-weight", 0)
-    same = train("iii", plain_tree, tmp_path / "same", "--kd-weight", 0, "--mean", *MEAN, "--std", *STD)
-    other = train("iii", plain_tree, tmp_path / "other", "--kd-weight", 0, *FLAGS)
-    assert log_of(default, timed=False) == log_of(same, timed=False) != log_of(other, timed=False)
+    plain = ["--kd-weight", 0, "--epochs", 1]
+    default = train("iii", plain_tree, tmp_path / "default", *plain)
+    other = train("iii", plain_tree, tmp_path / "other", *plain, *FLAGS)
+    assert log_of(default)[0]["loss"] != log_of(other)[0]["loss"]
     assert models.load(other / LAST).transform.std == (0.3, 0.2, 0.1)
     resumed = ["--resume", other / LAST, "--evaluate", "-j", 0, "--device", "cpu", plain_tree]
     outcome = call("iii", ["--output_dir", tmp_path / "as saved", *resumed])
@@ -40,7 +40,7 @@ def test_mean_and_std_reach_training_and_evaluation(plain_tree, tmp_path):
 
 
 def test_the_next_stage_takes_mean_and_std_from_its_checkpoint(plain_tree, tmp_path):
-    i = train("i", plain_tree, tmp_path / "i", *FLAGS, "--epochs", 1)
+    i = train("i", plain_tree, tmp_path / "i", *FLAGS, "--epochs", 1, "--con-weight", 0)
     train("ii", plain_tree, tmp_path / "ii", *source("ii", {"i": i}), "--epochs", 1)
     assert models.load(tmp_path / "ii" / LAST).transform.mean == (0.5, 0.4, 0.3)
 
@@ -69,7 +69,7 @@ def test_mean_and_std_are_parsed_as_three_numbers(tmp_path):
     assert (args.mean, args.std, args.data) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1], str(tmp_path))
 
 
-@pytest.mark.parametrize("mean", [[0.5, 0.5], [0.5] * 4, 0.5, [0.5, 0.5, 3.0], [0.5, 0.5, "x"]])
+@pytest.mark.parametrize("mean", [[0.5, 0.5], 0.5, [0.5, 0.5, 3.0], [0.5, 0.5, "x"]])
 def test_a_checkpoint_with_an_invalid_mean_is_refused(trained, plain_tree, tmp_path, mean):
     content = torch.load(trained["ii"] / LAST, weights_only=True)
     file = tmp_path / "file"

@@ -386,8 +386,7 @@ def shuffled_both_ways(rank, layout):
     return [all(map(torch.equal, *found)), all(layouts)]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "layout"), [(2, torch.contiguous_format), (4, torch.channels_last)])
 def test_shuffling_gives_bit_for_bit_what_a_gather_of_all_images_gives(world, layout):
     assert on_ranks(world, shuffled_both_ways, layout) == [[True, True]] * world
 
@@ -416,36 +415,27 @@ def bytes_of_a_step(rank):
     return [counts, expected, strangers]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_rank_receives_only_the_images_that_it_encodes_and_one_gather_of_keys_and_labels(world):
-    outcomes = on_ranks(world, bytes_of_a_step)
+def test_a_rank_receives_only_the_images_that_it_encodes_and_one_gather_of_keys_and_labels():
+    outcomes = on_ranks(4, bytes_of_a_step)
     assert [counts for counts, _, _ in outcomes] == [expected for _, expected, _ in outcomes]
     assert all(0 < strangers <= 5 for _, _, strangers in outcomes)
 
 
-def trained_queue(rank):
-    model, (im_q, im_k, labels) = ssfl().train(), views(n=3)
-    model(im_q + rank, im_k - rank, (labels + rank) % CLASSES)
-    return [model.queue, model.label_queue, model.queue_ptr]
+def trained_queues(rank):
+    """The queue after one step, and after another model's step of two micro-batches."""
+    one, (im_q, im_k, labels) = ssfl().train(), views(n=3)
+    one(im_q + rank, im_k - rank, (labels + rank) % CLASSES)
+    two, (im_q, im_k, labels) = ssfl().train(), views(n=4)
+    for part, enqueue in ((slice(0, 2), False), (slice(2, 4), True)):
+        two(im_q[part], im_k[part], (labels[part] + rank) % CLASSES, update=not enqueue, enqueue=enqueue)
+    return [[model.queue, model.label_queue, model.queue_ptr] for model in (one, two)]
 
 
-def test_the_queue_of_every_rank_holds_the_keys_of_all_ranks():
-    first, second = on_ranks(2, trained_queue)
-    assert all(map(torch.equal, first, second))
-    queue, labels, position = first
+def test_the_queue_of_every_rank_holds_the_keys_of_all_ranks_in_the_order_of_one_large_batch():
+    first, second = on_ranks(2, trained_queues)
+    assert all(map(torch.equal, first[0] + first[1], second[0] + second[1]))
+    (queue, labels, position), (_, of_parts, after_parts) = first
     assert labels.tolist() == [0, 1, 2, 1, 2, 3, -1, -1, -1, -1] and position == 6
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
     assert len(queue[:, :6].unique(dim=1).T) == 6
-
-
-def queue_of_two_micro_batches(rank):
-    model, (im_q, im_k, labels) = ssfl().train(), views(n=4)
-    labels = (labels + rank) % CLASSES
-    for part, enqueue in ((slice(0, 2), False), (slice(2, 4), True)):
-        model(im_q[part], im_k[part], labels[part], update=not enqueue, enqueue=enqueue)
-    return [model.label_queue, model.queue_ptr]
-
-
-def test_micro_batches_on_several_ranks_enter_in_the_order_of_one_large_batch():
-    for labels, position in on_ranks(2, queue_of_two_micro_batches):
-        assert labels.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and position == 8
+    assert of_parts.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and after_parts == 8

@@ -18,19 +18,17 @@ def test_the_notebook_is_valid_and_stores_no_outputs():
         assert cell == {name: cell[name] for name in ("cell_type", "id", "metadata", "source")} | own
 
 
-@pytest.mark.parametrize(("stage", "classifier"), [("iii", "soft"), ("i", "linear")])
-def test_the_cells_run_on_the_demos_paths(stage, classifier, trained, plain_tree, tmp_path, monkeypatch, capsys):
+def test_the_cells_run_on_the_demos_paths(trained, plain_tree, tmp_path, monkeypatch, capsys):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "docs").mkdir()
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "stage_iii").symlink_to(trained[stage])
+    (tmp_path / "runs" / "demo" / "stage_iii").symlink_to(trained["iii"])
     (tmp_path / "runs" / "fashion-mnist-lt").symlink_to(plain_tree)
     monkeypatch.chdir(tmp_path / "docs")
     scope, figures = {}, []
     for code in CODE:
-        code = code.replace('CLASSIFIER = "soft"', f"CLASSIFIER = {classifier!r}")
         exec(compile(code, "look_at_a_run.ipynb", "exec"), scope)
         figures += map(pyplot.figure, pyplot.get_fignums())
     for figure in figures:
@@ -38,5 +36,5 @@ def test_the_cells_run_on_the_demos_paths(stage, classifier, trained, plain_tree
     pyplot.close("all")
     out = capsys.readouterr().out
     assert "class_mean" in out and "Most common mistake" in out
-    assert scope["record"]["classifier"] == classifier and len(scope["predicted"]) == 8
+    assert scope["record"]["classifier"] == "soft" and len(scope["predicted"]) == 8
     assert len(set(map(id, figures))) == 2

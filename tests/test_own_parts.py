@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from datasets.dataset import ListFileDataset
 from datasets.lists import ImageList
 from datasets.loaders import Loader
 from datasets.samplers import BatchSampler, ClassAwareSampler, ShuffledSampler
-from datasets.splits import as_listed
+from datasets.splits import Split
 from datasets.transforms import Views
 from tests.helpers import (
     CLASSES,
@@ -233,7 +232,7 @@ def test_every_pass_over_a_loader_is_the_next_epoch(plain_tree, sampler, workers
     images = ImageList.from_file(plain_tree / "train.txt")
     options = {} if sampler is ShuffledSampler else {"samples_per_class": 2}
     batches = BatchSampler(sampler(images.labels, seed=3, **options), 32)
-    dataset = ListFileDataset(images, plain_tree, Views(("query",), 32, 3), as_listed, "train")
+    dataset = Split("train", plain_tree, images).dataset(Views(("query",), 32, 3))
     loader = Loader("train", dataset, batches, workers, torch.device("cpu"))
 
     def numbers():

@@ -128,7 +128,6 @@ def test_invalid_entries_of_a_checkpoint_are_named(rewritten, entries, reason):
     ("stage", "classifier", "flags"),
     [
         ("i", "linear", []),
-        ("ii", "lws", []),
         ("iii", "hard", ["--classifier", "hard"]),
         ("iii", "soft", ["--classifier", "soft"]),
         ("iii", "soft", []),

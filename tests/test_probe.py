@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import probe
-from tests.helpers import LAST, STAGES, assert_command_mistake, write_tree
+from tests.helpers import LAST, STAGES, assert_mistake, write_tree
 
 TRAIN_COUNTS = torch.tensor([200, 150, 50, 30, 10, 5])
 
@@ -46,4 +46,4 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
         ([tmp_path / "other", data], [tmp_path / "other"]),
         ([trained["i"] / LAST, data], [data / "test.txt", "class 1"]),
     ):
-        assert_command_mistake((probe.main(list(map(str, words))), *capsys.readouterr()), *named)
+        assert_mistake((probe.main(list(map(str, words))), *capsys.readouterr()), *named)

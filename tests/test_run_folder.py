@@ -182,13 +182,13 @@ def test_a_run_needs_no_git(trained, plain_tree, tmp_path, monkeypatch):
 
 
 def test_an_evaluation_looks_for_no_training_image(trained, plain_tree, tmp_path, monkeypatch):
-    looked_for, find_layout = [], splits.find_layout
+    looked_for, find_files = [], splits.find_files
 
-    def noting(index, root, split, progress):
-        looked_for.append(split)
-        return find_layout(index, root, split, progress)
+    def noting(split, progress):
+        looked_for.append(split.name)
+        return find_files(split, progress)
 
-    monkeypatch.setattr(splits, "find_layout", noting)
+    monkeypatch.setattr(splits, "find_files", noting)
     train("i", plain_tree, tmp_path / "evaluation", "--evaluate", "--resume", trained["i"] / LAST)
     assert looked_for == ["test"]
 

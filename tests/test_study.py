@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.study import Cell, Plan
-from tests.helpers import ROOT, STAGES, assert_command_mistake, class_image
+from tests.helpers import ROOT, STAGES, assert_mistake, class_image
 
 CELLS = (
     Cell("i", "i"),
@@ -104,7 +104,7 @@ def test_the_tables_average_over_the_seeds(project, capsys):
     ("mian", ["mian", "choose one of main"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line(project, capsys, flags, named):
-    assert_command_mistake((study.main(flags.split()), *capsys.readouterr()), *named)
+    assert_mistake((study.main(flags.split()), *capsys.readouterr()), *named)
 
 
 def test_a_training_that_fails_and_missing_lists_are_named(project, capsys):

@@ -34,7 +34,7 @@ from .files import atomic_write, lexists
 from .predict import add_network_flags, load_network
 
 WHOLE = ("published", "network")  # formats that keep all classifiers
-OF_NETWORK = (
+OF_NETWORK = (  # all of a checkpoint but optimizer, gradient scaler and position in an epoch
     "epoch", "stage", "arch", "state_dict", "best_acc1", "best_metric", "classes", "trained_on", "args", "run",
 )  # fmt: skip
 
@@ -135,11 +135,6 @@ def published_content(loaded: LoadedCheckpoint) -> dict:
     }
 
 
-def network_content(loaded: LoadedCheckpoint) -> dict:
-    """The checkpoint's content without optimizer, gradient scaler and position in an epoch."""
-    return {name: value for name, value in loaded.content.items() if name in OF_NETWORK}
-
-
 def check_out(args, arch: str):
     """Raises UserError if OUT cannot be written, exists and may not be replaced, or is not of the format."""
     out, file_format = args.out, args.format
@@ -156,11 +151,14 @@ def check_out(args, arch: str):
         raise UserError(f"{out}: is the checkpoint itself; name another file")
 
 
-def write(out, save):
-    """Writes a file by save(file). Raises UserError if that fails."""
+def write(out, content, **options):
+    """Writes bytes, or anything else by torch.save with its options. Raises UserError if that fails."""
     try:
         with atomic_write(out) as file:
-            save(file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file, **options)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
         reason = one_line(system_error(error) or error)
         raise UserError(f"{out}: cannot be written ({reason}); nothing was changed") from None
@@ -176,16 +174,14 @@ def run(args):
     arch, classes, view = loaded.found["arch"], loaded.found["num_classes"], model.transform
     check_out(args, arch)
     if args.format == "published":
-        content = published_content(loaded)
-        write(args.out, lambda file: torch.save(content, file, _use_new_zipfile_serialization=False))
+        write(args.out, published_content(loaded), _use_new_zipfile_serialization=False)
     elif args.format == "network":
-        write(args.out, lambda file: torch.save(network_content(loaded) | {"classes": model.classes}, file))
-    elif args.format == "onnx":
-        content = onnx_model(plain_network(model, arch, model.preferred), view, model.classes)
-        write(args.out, lambda file: file.write(content))
+        content = {name: value for name, value in loaded.content.items() if name in OF_NETWORK}
+        write(args.out, content | {"classes": model.classes})
     else:
-        content = dict(plain_network(model, arch, model.preferred).state_dict())
-        write(args.out, lambda file: torch.save(content, file))
+        network = plain_network(model, arch, model.preferred)
+        onnx = args.format == "onnx"
+        write(args.out, onnx_model(network, view, model.classes) if onnx else dict(network.state_dict()))
     head = f", {model.preferred} classifier" if len(model.classifiers) > 1 and args.format not in WHOLE else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":

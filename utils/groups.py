@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 
 MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
 GROUPS = ("many", "medium", "few")
+MAX_NAMES = 4 * 2**20  # bytes of a file of class names; checkpoints contain the names too
 
 
 def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
@@ -17,6 +19,14 @@ def shot_groups(train_counts: torch.Tensor) -> torch.Tensor:
 def percent(value: float | None) -> str:
     """An accuracy of [0, 1] in percent, or - for None."""
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def read_names(file: Path) -> list[str]:
+    """The lines of a file of class names. Raises OSError, and ValueError if it is too large."""
+    if file.stat().st_size > MAX_NAMES:
+        raise ValueError(f"more than {MAX_NAMES:,} bytes")
+    text = file.read_bytes().decode("utf-8-sig", errors="replace")
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
 
 
 def tell_names_apart(names: list[str]) -> list[str]:

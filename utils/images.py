@@ -24,23 +24,24 @@ if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler")
     libraries.TIFFSetErrorHandler(None)  # libtiff would print errors, which Pillow raises as exceptions
 
 
-def decode(file) -> Image.Image:
-    """The image as RGB. Raises whatever Pillow does."""
+def decode(file, read):
+    """read(image) of an open image. Raises whatever Pillow does."""
     if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
         raise UserError(f"{file}: not a regular file; replace it")
     with Image.open(file, formats=FORMATS) as image:
-        return to_rgb(image)
+        return read(image)
 
 
-def load_rgb(file) -> Image.Image:
+def load_rgb(file, read=to_rgb) -> Image.Image:
     """The image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 bits.
 
-    Raises UserError naming the file if it is missing, not a regular file, damaged, not an image, or has more pixels
-    than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression bombs. Raises MemoryError, or an OSError
-    that says that memory or file descriptors have run out; Unavailable if the system cannot read the file now.
+    read: what to make of the open image instead. Raises UserError naming the file if it is missing, not a regular file,
+    damaged, not an image, or has more pixels than twice Image.MAX_IMAGE_PIXELS, Pillow's limit against decompression
+    bombs. Raises MemoryError, or an OSError that says that memory or file descriptors have run out; Unavailable if the
+    system cannot read the file now.
     """
     try:
-        return retry(decode, file)
+        return retry(decode, file, read)
     except (EndOfRun, MemoryError):
         raise
     except FileNotFoundError:

@@ -24,7 +24,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from datasets.lists import ImageList
-from datasets.splits import find_layout, read_names, split_named
+from datasets.splits import Split, find_files, split_named
 from models import STAGES
 from models.loading import network_of
 from models.preprocess import normalize
@@ -35,7 +35,7 @@ from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, one_line, printable, retry
 from .files import atomic_write, is_folder, mode_of, name_refused, walk
-from .groups import tell_names_apart
+from .groups import read_names, tell_names_apart
 from .images import UNREAD, is_image_file, load_rgb
 
 
@@ -114,11 +114,10 @@ def read_list(file: str, root: str | None) -> list[tuple[str, int]]:
     Raises UserError if the list is malformed, or if none of its images is there.
     """
     root, images = root or os.path.dirname(file), ImageList.from_file(file)
-    split = split_named(file) or "test"
-    layout, missing = find_layout(images, root, split)
-    if len(missing) == len(images):
+    split = find_files(Split(split_named(file) or "test", root, images))
+    if len(split.missing) == len(images):
         raise UserError(f"{file}: none of its images is in {root or '.'}; name their folder with --root")
-    return [(os.path.join(root, layout(images.path(i), split)), int(images.labels[i])) for i in range(len(images))]
+    return [(split.file(i), label) for i, label in enumerate(images.labels.tolist())]
 
 
 def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], list[str]]:

@@ -139,13 +139,14 @@ class RunFolder:
         state.trained_on = torch.cat([found.flatten() for found in digests]).unique()
         for loader in filter(None, (data.val, data.test)):
             seen = int(torch.isin(loader.dataset.digests(), state.trained_on).sum())
+            if loader is data.test:
+                self.test_facts["test_trained_on"] = seen
             if seen:
                 what = {"val": "validation"}.get(loader.name, loader.name)
                 print_main(
                     f"warning: {seen} of {len(loader.dataset)} {what} images were trained on, by this run or one that "
                     f"it came from{f' ({paths[0]})' if paths else ''}: accuracies on them say nothing of new images"
                 )
-        self.test_facts["test_trained_on"] = seen  # the test list comes last
 
     def _write_args(self, state, data):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""

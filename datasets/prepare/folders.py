@@ -11,20 +11,10 @@ import numpy as np
 
 from utils.errors import UserError, retry
 from utils.files import is_dir, is_file
-from utils.groups import numbering_note
+from utils.groups import numbering_note, read_names
 
 from ..lists import ImageList
-from ..splits import (
-    CLASSES_FILE,
-    PREPARED_FILE,
-    SPLITS,
-    Split,
-    as_listed,
-    class_folders,
-    class_paths,
-    missing_entries,
-    read_names,
-)
+from ..splits import CLASSES_FILE, PREPARED_FILE, SPLITS, Split, as_listed, class_folders, class_paths, find_files
 from .list_writer import list_files, read_entries, write_files
 from .trees import require_files
 
@@ -217,8 +207,7 @@ def own_splits(root: Path):
     for split in there:  # train comes first: it numbers the classes
         image_list, classes = class_folders(root, split, classes)
         left_out += image_list.notes
-        missing = missing_entries(image_list, root, as_listed, split)
-        require_files(Split(split, str(root), image_list, missing=tuple(missing)))
+        require_files(find_files(Split(split, str(root), image_list), layouts=[as_listed]))
         entries[split] = read_entries(image_list)
     notes = [*left_out, f"{root} is split into {', '.join(f'{split}/' for split in there)} already, which are kept"]
     for split, other in (("val", "test"), ("test", "val")):

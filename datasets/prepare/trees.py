@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-from ..splits import Split, by_split, find_splits, missing_entries
+from ..splits import Split, by_split, find_files, find_splits
 
 SUFFIXES = (".JPEG", ".jpg", ".jpeg", ".png", ".JPG", ".webp")
 real_folder = lru_cache(maxsize=4096)(os.path.realpath)
@@ -23,8 +23,8 @@ def flat(path: str, split: str) -> str:
 
 
 def bar(what: str):
-    """A progress bar for missing_entries, which looks up 1,024 files at a time."""
-    return lambda spans: tqdm(spans, desc=what, unit="k files", disable=None)
+    """A progress bar for find_files, which looks up 1,024 files at a time."""
+    return partial(tqdm, desc=what, unit="k files", disable=None)
 
 
 class Missing(NamedTuple):
@@ -99,8 +99,8 @@ def diagnose(split: Split) -> str:
     if cause := split.cause_of_missing():
         return cause
     root = Path(split.root)
-    paths = [split.images.path(i) for i in split.missing[:: max(1, len(split.missing) // 200)]]
-    files = [split.layout(path, split.name) for path in paths]
+    some = split.missing[:: max(1, len(split.missing) // 200)]
+    paths, files = [split.images.path(i) for i in some], [split.path(i) for i in some]
     absent = [folder for folder in sorted({os.path.dirname(file) for file in files}) if not (root / folder).is_dir()]
     missing = Missing(split, root, paths, files, absent)
     for cause, find, remedy in CAUSES:
@@ -122,9 +122,8 @@ def find_tree(root: Path, lists: dict[str, Path], sort_flat: bool = False) -> di
     splits = find_splits(root, {split: str(file) for split, file in lists.items()}, progress=bar("looking for images"))
     test = splits["test"]
     if sort_flat and test.missing:
-        missing = tuple(missing_entries(test.images, root, flat, "test", bar("unsorted images")))
-        if len(missing) < len(test.missing):
-            splits["test"] = test._replace(layout=flat, missing=missing)
+        unsorted = find_files(test, bar("unsorted images"), [flat])
+        splits["test"] = min(test, unsorted, key=lambda split: len(split.missing))
     for split in splits.values():
         require_files(split)
     return splits
@@ -140,9 +139,7 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     targets = {}
     for name, split in splits.items():
         for i in range(len(split.images)):
-            path = split.images.path(i)
-            image = os.path.abspath(os.path.join(split.root, split.layout(path, name)))
-            link = layout(path, name)
+            image, link = os.path.abspath(split.file(i)), layout(split.images.path(i), name)
             if targets.setdefault(link, image) != image:
                 both = f"{image} and {targets[link]}"
                 raise UserError(f"--link {out}: {both} would both be {link}; use the tree as it is")

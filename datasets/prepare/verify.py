@@ -24,12 +24,14 @@ from threading import Lock
 from PIL import Image
 from tqdm import tqdm
 
+from models.preprocess import to_rgb
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError, retry
+from utils.errors import UserError, one_line, retry
 from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
-from utils.images import FORMATS, load_rgb
-from utils.results.plots import require_matplotlib, save_figure
+from utils.images import load_rgb
+from utils.results.plots import new_axes, require_matplotlib
 
+from ..lists import ImageList
 from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, split_named, unlisted_note
 from .trees import bar, diagnose, flat
 
@@ -59,9 +61,9 @@ def examine(split: Split, decode: bool) -> dict[str, list]:
     missing = set(split.missing)
 
     def look(i):
-        file = os.path.join(split.root, split.layout(split.images.path(i), split.name))
+        file = split.file(i)
         if i in missing:
-            why = explain_missing(split.root, split.layout(split.images.path(i), split.name)) or "no such file"
+            why = explain_missing(split.root, split.path(i)) or "no such file"
             return [("missing", "not a regular file" if os.path.exists(file) else why)]
         found = decode_image(file) if decode else []
         folder, name = os.path.split(file)
@@ -82,18 +84,19 @@ def examine(split: Split, decode: bool) -> dict[str, list]:
 
 def decode_image(file: str) -> list[tuple[str, str]]:
     """(kind of finding, detail) of a file after decoding all of it."""
-    try:
-        with Image.open(file) as image:
-            kind, mode, pixels = image.format, image.mode, image.width * image.height
-    except Exception:  # load_rgb says what is wrong
-        kind, mode, pixels = None, None, 0
+
+    def look(image):
+        kind, mode, transparent = image.format, image.mode, image.has_transparency_data
+        with LARGE_IMAGE if image.width * image.height > MAX_PARALLEL_PIXELS else nullcontext():
+            low, high = zip(*to_rgb(image).getextrema(), strict=True)
+            transparent = transparent and image.convert("RGBA").getextrema()[3][0] < 255
+        return kind, mode, min(low), max(high), transparent, exif_orientation(image)
+
     try:
         if retry(os.path.getsize, file) == 0:
             return [("unreadable", "an empty file, 0 bytes")]
-        with LARGE_IMAGE if pixels > MAX_PARALLEL_PIXELS else nullcontext():
-            low, high = zip(*load_rgb(file).getextrema(), strict=True)
-            transparent, orientation = has_transparency(file), exif_orientation(file)
-            digest = hashlib.blake2b(retry(Path.read_bytes, Path(file)), digest_size=16).digest()
+        kind, mode, low, high, transparent, orientation = load_rgb(file, look)
+        digest = hashlib.blake2b(retry(Path.read_bytes, Path(file)), digest_size=16).digest()
     except MemoryError:
         return [("unreadable", "not enough memory to decode it")]
     except (UserError, OSError) as error:
@@ -101,8 +104,8 @@ def decode_image(file: str) -> list[tuple[str, str]]:
     found = [("digest", digest)] + ([] if mode == "RGB" else [("converted", mode)])
     if orientation in range(2, 9):
         found.append(("turned", f"orientation {orientation}"))
-    if max(high) - min(low) < 256 / 8:
-        found.append(("flat", f"levels from {min(low)} to {max(high)} of 255"))
+    if high - low < 256 / 8:
+        found.append(("flat", f"levels from {low} to {high} of 255"))
     if transparent:
         found.append(("transparent", mode))
     named = FORMAT_OF_SUFFIX.get(os.path.splitext(file)[1].lower(), kind)
@@ -111,17 +114,10 @@ def decode_image(file: str) -> list[tuple[str, str]]:
     return found
 
 
-def has_transparency(file: str) -> bool:
-    """Whether pixels of an image are transparent to any degree."""
-    with Image.open(file, formats=FORMATS) as image:
-        return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-
-
-def exif_orientation(file: str) -> int | None:
-    """How an image is to be turned or mirrored before it is shown: 1 is as stored, None if it does not say."""
+def exif_orientation(image: Image.Image) -> int | None:
+    """How a decoded image is to be turned or mirrored: 1 is as stored, None if nothing is said, or it is done."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            return image.getexif().get(0x0112)
+        return image.getexif().get(0x0112)
     except Exception:  # damaged EXIF data, which training does not read
         return None
 
@@ -143,6 +139,12 @@ def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bo
         print(row(name, len(split.images), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
 
 
+def first_lines(found: list, line, rest: str) -> list[str]:
+    """line(*one) of the first MAX_SHOWN that were found, and the number of the others with `rest`."""
+    more = len(found) - MAX_SHOWN
+    return [line(*one) for one in found[:MAX_SHOWN]] + ([f"and {more} more{rest}"] if more > 0 else [])
+
+
 def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[str], list[str]]:
     """(problems, information): lines about images of several splits, repeated entries, and classes without images."""
     again = set()  # splits with the images of another one
@@ -154,14 +156,10 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
             paths[name].add(path)
             other, j = labeled.setdefault(path, (split, i))
             if label != int(other.images.labels[j]) and is_same_image(path, other, split):
-                contradictions.append((path, ((other, j), (split, i))))
+                contradictions.append((other.images, j, split.images, i))
         if repeated := len(split.images) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
-    for path, entries in contradictions[:MAX_SHOWN]:
-        labels = (f"label {int(split.images.labels[i])} in {split.images.locate([i])}" for split, i in entries)
-        problems.append(f"{path}: {' and '.join(labels)}; correct one of them")
-    if len(contradictions) > MAX_SHOWN:
-        problems.append(f"and {len(contradictions) - MAX_SHOWN} more paths with two labels")
+    problems += first_lines(contradictions, two_labels, " paths with two labels")
     for one, other in combinations(splits, 2):
         both = {path for path in paths[one] & paths[other] if is_same_image(path, splits[one], splits[other])}
         if both and paths[one] == paths[other] and "train" not in (one, other):
@@ -170,9 +168,7 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
         elif both:
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
     copies = find_copies([split for name, split in splits.items() if name not in again], findings)
-    problems += copies[:MAX_SHOWN]
-    if len(copies) > MAX_SHOWN:
-        problems.append(f"and {len(copies) - MAX_SHOWN} more images with the same bytes")
+    problems += first_lines(copies, same_bytes, " images with the same bytes")
     labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
     hints = {name: split.images.label_hint() for name, split in splits.items()}
     if "train" in splits:
@@ -185,20 +181,28 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
     return problems, information
 
 
-def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[str]:
-    """Lines on images whose files have the same bytes, under different paths, in two classes or two splits."""
-    first, lines = {}, []
+def two_labels(one: ImageList, j: int, other: ImageList, i: int) -> str:
+    labels = (f"label {int(images.labels[k])} in {images.locate([k])}" for images, k in ((one, j), (other, i)))
+    return f"{posixpath.normpath(other.path(i))}: {' and '.join(labels)}; correct one of them"
+
+
+def same_bytes(one: ImageList, j: int, other: ImageList, i: int) -> str:
+    labels = int(one.labels[j]), int(other.labels[i])
+    what = f"two classes, {labels[0]} and {labels[1]}" if labels[0] != labels[1] else "two splits"
+    both = (images.with_line(posixpath.normpath(images.path(k)), k) for images, k in ((one, j), (other, i)))
+    return f"{' and '.join(both)}: the same bytes in {what}; keep one of them"
+
+
+def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[tuple]:
+    """(list, entry, list, entry) with the same bytes under different paths, in two classes or two splits."""
+    first, found = {}, []
     for split in splits:
         for i, digest in findings[split.name]["digest"]:
-            other, j = first.setdefault(digest, (split, i))
-            paths = [posixpath.normpath(s.images.path(number)) for s, number in ((other, j), (split, i))]
-            labels = int(other.images.labels[j]), int(split.images.labels[i])
-            if paths[0] == paths[1] or (labels[0] == labels[1] and other is split):
-                continue
-            what = f"two classes, {labels[0]} and {labels[1]}" if labels[0] != labels[1] else "two splits"
-            one, two = other.images.with_line(paths[0], j), split.images.with_line(paths[1], i)
-            lines.append(f"{one} and {two}: the same bytes in {what}; keep one of them")
-    return lines
+            one, j = first.setdefault(digest, (split.images, i))
+            other_place = one is not split.images or one.labels[j] != split.images.labels[i]
+            if other_place and posixpath.normpath(one.path(j)) != posixpath.normpath(split.images.path(i)):
+                found.append((one, j, split.images, i))
+    return found
 
 
 def is_same_image(path: str, one: Split, other: Split) -> bool:
@@ -216,13 +220,11 @@ def describe(split: Split, findings: dict[str, list]):
     def show(found, title):
         if found:
             print(f"{split.name}: {title}")
-        for i, detail in found[:MAX_SHOWN]:
-            print(f"  {name_entry(i)}: {detail}")
-        if len(found) > MAX_SHOWN:
-            print(f"  and {len(found) - MAX_SHOWN} more")
+        for line in first_lines(found, lambda i, detail: f"{name_entry(i)}: {detail}", ""):
+            print(f"  {line}")
 
     def name_entry(i):
-        return split.images.with_line(split.layout(split.images.path(i), split.name), i)
+        return split.images.with_line(split.path(i), i)
 
     missing, unreadable, outside = (findings[kind] for kind in (*FAULTS, "outside"))
     if missing:
@@ -247,18 +249,19 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, dict]
                     report.write(f"{fault}\t{name}\t{split.images.path(i)}\t{reason}\n")
 
 
-def plot(figure_class, file: Path, splits: dict[str, Split]):
+def plot(file: Path, splits: dict[str, Split]):
     """Draws one curve per split: the number of images per class, largest class first."""
-    figure = figure_class(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(yscale="log", xlabel="class, by number of images", ylabel="images")
     for name, split in splits.items():
         counts = split.images.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
     for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(yscale="log", xlabel="class, by number of images", ylabel="images")
     axes.legend()
-    save_figure(figure, file, "--plot")
+    try:
+        figure.savefig(file)
+    except ValueError as error:  # an ending that is no format
+        raise UserError(f"--plot {file}: {one_line(error)}") from None
 
 
 def given_lists(args) -> dict[str, str | None]:
@@ -276,7 +279,8 @@ def given_lists(args) -> dict[str, str | None]:
 
 def verify(args) -> int:
     """Prints the report; returns 1 if something is wrong with the data, else 0."""
-    figure_class = require_matplotlib("--plot") if args.plot else None
+    if args.plot:
+        require_matplotlib("--plot")
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
@@ -295,7 +299,7 @@ def verify(args) -> int:
     if args.report:
         write_report(args.report, splits, findings)
     if args.plot:
-        plot(figure_class, args.plot, splits)
+        plot(args.plot, splits)
     if problems or any(found[fault] for found in findings.values() for fault in FAULTS):
         return 1
     print("all images are there" + (" and can be read" if args.decode else ""))

@@ -83,9 +83,9 @@ def read_records(folder: Path) -> list[dict]:
         records = [check_record(record) for record in read_json(file, list)]
     except ValueError as error:
         raise UserError(f"{file}: is not valid: {error}; evaluate the run again") from None
+    earlier = saved_checksums(folder).get("test")  # what records of earlier versions do not have
     for record in records:
-        if record["test_checksum"] is None:  # of an earlier version: that of its training
-            record["test_checksum"] = saved_checksums(folder).get("test")
+        record["test_checksum"] = earlier if record["test_checksum"] is None else record["test_checksum"]
     return records
 
 

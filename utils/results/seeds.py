@@ -98,6 +98,3 @@ def pattern(folders: list[Path]) -> tuple[str, ...]:
         ends = [name.removeprefix(start) for name in dict.fromkeys(names)]
         parts.append(f"{start}{{{','.join(ends)}}}" if any(ends) else start)
     return tuple(parts)
-
-
-# for utils/run_folder.py, until it reads "starts_from"
