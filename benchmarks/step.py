@@ -121,7 +121,8 @@ class Ours:
 
     def loss(self, views, labels) -> float:
         """Runs a step and returns its loss."""
-        self.state.step, self.state.images, self.state.metrics = 0, 0, self.state.metrics.without_values()
+        self.state.step, self.state.images = 0, 0
+        self.state.metrics.reset()
         self(views, labels)
         return self.state.metrics.means()["loss"]
 

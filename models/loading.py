@@ -44,18 +44,14 @@ def load(path) -> nn.Module:
 
 def network_of(path, content: dict) -> nn.Module:
     """The network in the content of the checkpoint at path, as load returns it. Raises ValueError as load does."""
-    state_dict = state_dict_of(path, content)
+    state_dict = find_state_dict(path, content)
     try:
-        transform, classes = transform_of(content), content.get("classes")
+        transform = transform_of(content)
         network = from_state_dict(state_dict, transform.size)
-        num_classes = len(network.state_dict()[f"{network.linear}weight"])
-        if not is_names(classes):
-            raise ValueError("its classes are not a list of names")
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"it names {len(classes)} classes, and has {num_classes}")
+        network.classes = class_names_of(content, len(network.state_dict()[f"{network.linear}weight"]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
-    network.transform, network.classes = transform, classes
+    network.transform = transform
     network.preferred = network.classifiers[-1 if is_soft_trained(content) else 0]
     return network
 
@@ -65,9 +61,16 @@ def is_soft_trained(content: dict) -> bool:
     return (content.get("args") or {}).get("kd_weight") != 0
 
 
-def is_names(value) -> bool:
-    """Whether a value is None or a list of text."""
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def class_names_of(content: dict, num_classes: int) -> list[str] | None:
+    """The names of the classes in a checkpoint, or None. Raises ValueError if they are not num_classes names."""
+    names = content.get("classes")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its classes are not a list of names")
+    if len(names) != num_classes:
+        raise ValueError(f"it names {len(names)} classes, and has {num_classes}")
+    return names
 
 
 def transform_of(content: dict) -> EvalTransform:
@@ -83,11 +86,15 @@ def transform_of(content: dict) -> EvalTransform:
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
     statistics = saved.get("mean", MEAN), saved.get("std", STD)
-    for name, values, least in zip(("mean", "std"), statistics, (0.0, MIN_STD), strict=True):
-        valid = isinstance(values, list | tuple) and len(values) == 3
-        if not valid or not all(isinstance(v, int | float) and least <= v < math.inf for v in values):
-            raise ValueError(f"its {name} is not three numbers from {least:g}")
+    for values, least in zip(statistics, (0.0, MIN_STD), strict=True):
+        numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list | tuple) else []
+        if len(numbers) != 3 or len(values) != 3 or not all(least <= v < math.inf for v in numbers):
+            raise ValueError(f"its mean or std is not three numbers from {least:g}")
     return EvalTransform(size, *statistics)
+
+
+class Refused(Exception):
+    """Why a file is not loaded."""
 
 
 def read_checkpoint(path) -> dict:
@@ -101,68 +108,55 @@ def read_checkpoint(path) -> dict:
     with open_regular(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
         warnings.simplefilter("ignore")  # what they warn of is an error here
         try:
-            is_zip = file.read(4) == b"PK\x03\x04"
-            sizes = check_zip(file) if is_zip else check_legacy(file)
-            content = load_mapped(path) if is_zip else None
-            if content is None:  # read here, so that the system's errors are not hidden by torch's
-                file.seek(0)
-                content = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
-            if is_zip and storage_sizes(content) - sizes:
-                raise Refused("it is damaged: a tensor in it is cut short")
+            if file.read(4) == b"PK\x03\x04":
+                sizes = check_zip(file)
+                content = load_mapped(path, file)
+                if storage_sizes(content) - sizes:
+                    raise Refused("it is damaged: a tensor in it is cut short")
+            else:
+                if os.fstat(file.fileno()).st_size > MAX_LEGACY:
+                    raise Refused(f"it is in the format before PyTorch 1.6 and has more than {MAX_LEGACY:,} bytes")
+                content = load_copied(file)
         except MemoryError:
             raise
         except Exception as error:
             cause = error if isinstance(error, OSError) else error.__context__  # zipfile hides it there
             if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
                 raise cause from None
-            raise ValueError(f"{path}: not loaded: {reason_of(error)}; use another file") from None
+            reason = str(error) if isinstance(error, Refused) else "it is damaged or not a checkpoint"
+            if found := re.search(r"GLOBAL ([\w.]+)", str(error)):  # by torch
+                reason = f"it holds {found[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
+            raise ValueError(f"{path}: not loaded: {reason}; use another file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict; use another file")
     return content
 
 
-def load_mapped(path):
-    """The content of a zip file, its tensors mapped; None if it is damaged, or not to be mapped.
+def load_copied(file):
+    """The content of an open file, which is read here, so that the system's errors are not hidden by torch's."""
+    file.seek(0)
+    return torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+
+
+def load_mapped(path, file):
+    """The content of a zip file, its tensors mapped, or copied if it is damaged or not to be mapped.
 
     Some file systems do not map files, and torch's C++ code opens no path that the locale cannot encode.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, UnicodeError):
-        return None
-
-
-class Refused(Exception):
-    """Why a file is not loaded."""
-
-
-def reason_of(error: Exception) -> str:
-    """Why a file is not loaded, on one line."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found:
-        return f"it holds {found[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
-    return str(error) if isinstance(error, Refused) else "it is damaged or not a checkpoint"
+        return load_copied(file)
 
 
 def open_regular(path):
     """open(path, "rb") for regular files only: a FIFO would block, a device has no end. Raises OSError."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(
-            errno.EISDIR, "a folder; name a file in it, such as last_checkpoint.pth.tar", os.fspath(path)
-        )
-    if stat.S_ISREG(mode):
-        file = open(path, "rb")
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
-    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-
-
-def check_legacy(file):
-    """Raises Refused if a file in the format before PyTorch 1.6 is too large to be read."""
-    if os.fstat(file.fileno()).st_size > MAX_LEGACY:
-        raise Refused(f"it is in the format before PyTorch 1.6 and has more than {MAX_LEGACY:,} bytes")
+        raise OSError(errno.EISDIR, "a folder; name a file in it, such as last_checkpoint.pth.tar", os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return open(path, "rb")
 
 
 def check_zip(file) -> Counter:
@@ -192,25 +186,9 @@ def storage_sizes(content) -> Counter:
         if isinstance(value, torch.Tensor) and is_dense(value):
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, list | tuple):
-            stack.extend(value)
+        elif isinstance(value, dict | list | tuple):
+            stack.extend(value.values() if isinstance(value, dict) else value)
     return Counter(size for size in storages.values() if size > 0)
-
-
-def state_dict_of(path, content: dict) -> dict:
-    """The state dict in a checkpoint's content. Raises ValueError if it has none with dense tensors only."""
-    state_dict = find_state_dict(content)
-    if state_dict is None:
-        names = ", ".join(map(str, content))[:100]
-        raise ValueError(
-            f"{path}: not a checkpoint of SSD-LT: it has no state_dict of tensors, but {names}; use another file"
-        )
-    for name, value in strip_module(state_dict).items():
-        if not is_dense(value):
-            raise ValueError(f"{path}: not a checkpoint of SSD-LT: no dense tensor at {name}; use another file")
-    return state_dict
 
 
 def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None:

@@ -13,17 +13,25 @@ def strip_module(state_dict: dict) -> dict:
     return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state_dict.items()}
 
 
-def find_state_dict(content: dict) -> dict | None:
-    """The dict of tensors by name in a file: its entry `state_dict`, else `model`, else its only one, else the file."""
+def find_state_dict(path, content: dict) -> dict:
+    """The weights in a file's content: its entry `state_dict`, else `model`, else its only dict of tensors, else all.
+
+    Raises ValueError, in one line that names the file, if that is no dict of dense tensors by name.
+    """
 
     def is_found(value):
-        return isinstance(value, dict) and all(
-            isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in value.items()
-        )
+        named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        return named and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
     others = list(filter(is_found, content.values()))
     found = content.get("state_dict", content.get("model", others[0] if len(others) == 1 else content))
-    return found if is_found(found) else None
+    if not is_found(found):
+        names = ", ".join(map(str, content))[:100]
+        raise ValueError(f"{path}: not a checkpoint: it has no state_dict of tensors, but {names}; use another file")
+    for name, tensor in strip_module(found).items():
+        if not is_dense(tensor):
+            raise ValueError(f"{path}: not a checkpoint: no dense tensor at {name}; use another file")
+    return found
 
 
 def strip_prefix(state_dict: dict, prefix: str) -> dict:

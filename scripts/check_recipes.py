@@ -26,7 +26,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from datasets.splits import SPLITS, find_splits
 from models import STAGES as NETWORKS
-from utils.checkpoint import as_saved, present_in
+from utils.checkpoint import present_in
 from utils.command_line import (
     KEPT,
     NETWORK,
@@ -79,7 +79,7 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
     remedy = "give what it had, name another OUT, or remove it and the later stages"
     saved = read_args(run)
     for dest, action in parser.marked(KEPT).items():
-        value = as_saved(getattr(args, dest))
+        value = getattr(args, dest)
         if dest in args.given and saved.get(dest, value) != value:
             was, now = option_words(action, saved[dest]), option_words(action, value)
             raise UserError(f"{run}: was trained with {was}, not {now}; {remedy}")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import models
-from models.loading import MAX_LEGACY, MAX_PICKLE, read_checkpoint, state_dict_of
-from models.state_dicts import check_weights
+from models.loading import MAX_LEGACY, MAX_PICKLE, read_checkpoint
+from models.state_dicts import check_weights, find_state_dict
 from tests.helpers import LAST, ROOT, STAGES, checkpoint, same
 from tests.helpers_networks import BUILD, with_module
 
@@ -275,7 +275,7 @@ def test_a_tensor_that_is_not_dense_is_named(make, tmp_path):
     file = write(content, tmp_path / "file")
     assert "no dense tensor at classifier.fc.weight" in refusal(file)
     with pytest.raises(ValueError, match="no dense tensor"):
-        state_dict_of(file, read_checkpoint(file))
+        find_state_dict(file, read_checkpoint(file))
 
 
 @pytest.mark.parametrize(

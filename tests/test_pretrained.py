@@ -216,7 +216,7 @@ def test_networks_without_torchvision_weights_are_refused(plain_tree, tmp_path, 
         ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, ["conv1.weight has the shape (64, 1, 7, 7), not (64, 3, 7, 7)"]),
         ({"extra": torch.zeros(1)}, ["extra is unknown"]),
         ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, ["conv1.weight", "not finite"]),
-        ({"conv1.weight": 3}, ["no state dict"]),
+        ({"conv1.weight": 3}, ["no state_dict"]),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(plain_tree, tmp_path, change, words):

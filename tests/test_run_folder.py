@@ -125,7 +125,6 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_pat
         killed = killed_at(number, lambda folder=folder: start_over(folder))
         if ends == "without, twice":
             killed_at(2, lambda folder=folder: under_test.settle(folder))
-        under_test.remove_leftovers(folder)
         under_test.settle(folder)
         found = content(folder)
         is_new = found.keys() == new and found["args.json"] == b"new" and checkpoint(folder)["epoch"] == 7

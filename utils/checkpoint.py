@@ -1,6 +1,5 @@
 """Checkpoints: read without running code, checked before use, written so that a crash cannot damage them."""
 
-import fcntl
 import math
 import os
 import shutil
@@ -13,20 +12,20 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.loading import is_names, is_soft_trained, read_checkpoint, state_dict_of, transform_of
-from models.state_dicts import check_weights, find_mismatch, is_dense, strip_module
+from models.loading import class_names_of, is_soft_trained, read_checkpoint, transform_of
+from models.state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
 from .distributed import gather_objects, get_world_size, heartbeat, is_main_process, print_main, raise_on_all_ranks
-from .errors import UserError, one_line, retry, system_error
-from .files import atomic_write, is_dir, is_file, lexists, link, remove_temporary_files, replace
+from .errors import UserError, one_line, retry
+from .files import atomic_write, flush, is_dir, is_file, lexists, link, lock_folder, name_failure, replace
 from .groups import numbering_note
 from .metrics import MetricLogger
-from .signals import Stopped
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 RUN_FILES = (f"{LAST}*", PREVIOUS, BEST, "args.json", "log.txt", "results.json", "plots", "events.out.tfevents.*")
-ASIDE = ".replaced"  # the folder of a run that --overwrite replaces; it is called ASIDE.moving unless it has all files
+ASIDE = ".replaced"  # the folder of a run that --overwrite replaces, once it has all files
+MOVING = f"{ASIDE}.moving"  # the same while files are moved
 BEST_METRIC = "class_mean"
 
 
@@ -36,7 +35,7 @@ class LoadedCheckpoint(NamedTuple):
     path: str
     flag: str
     content: dict
-    found: dict  # stage, arch, num_classes; of stage I, dim and queue_size too
+    found: dict  # stage, arch, num_classes, image_size; of stage I, dim and queue_size too
 
     @property
     def state_dict(self) -> dict:
@@ -58,16 +57,15 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     parser: the one that made args; network: the class of the stage that it must belong to. Raises UserError, on all
     ranks, if it cannot be read or belongs to another stage.
     """
+    latest = None
     with raise_on_all_ranks():
         if args.resume and is_main_process():
             settle_unless_in_use(Path(args.output_dir) if args.resume == "auto" else Path(args.resume).parent)
+        if args.resume == "auto" and is_main_process():
+            latest = find_latest(args.output_dir)
+            if latest is None and args.evaluate:
+                raise UserError(f"--resume auto: no checkpoint in {args.output_dir}; name one")
     if args.resume == "auto":
-        latest = None
-        with raise_on_all_ranks():
-            if is_main_process():
-                latest = find_latest(args.output_dir)
-                if latest is None and args.evaluate:
-                    raise UserError(f"--resume auto: no checkpoint in {args.output_dir}; name one")
         args.resume = str(gather_objects(latest)[0] or "")
     if not args.resume:
         return None
@@ -96,7 +94,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
         if soft:
             check_trained(path, loaded.content)
         try:
-            models.check_complete(loaded.state_dict, image_size_of(loaded.content), receiver, *options)
+            models.check_complete(loaded.state_dict, loaded.found["image_size"], receiver, *options)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
@@ -110,21 +108,30 @@ def check_trained(path, content: dict):
         )
 
 
-def read(path, flag: str) -> dict:
-    """The content of a checkpoint, its fields as save writes them.
+def read_weights(path, flag: str) -> dict:
+    """The content of a file with a state dict, which is its entry state_dict.
 
-    Raises UserError naming file and flag if it is not a checkpoint, or a field cannot be what save writes; Unavailable
-    if the system cannot read it now.
+    Raises UserError naming file and flag if it has none; Unavailable if the system cannot read it now.
     """
     try:
         content = retry(read_checkpoint, path)
-        content["state_dict"] = state_dict_of(path, content)
+        return content | {"state_dict": find_state_dict(path, content)}
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({one_line(error)}); correct {flag}") from None
     except ValueError as error:
         raise UserError(f"{error} ({flag})") from None
+
+
+def read(path, flag: str) -> dict:
+    """The content of a checkpoint, its fields as save writes them.
+
+    Raises what read_weights does, and UserError if a field cannot be what save writes.
+    """
+    content = read_weights(path, flag)
     try:
-        check_fields(content)
+        content |= {name: convert(content[name]) for name, convert in FIELDS.items() if name in content}
+        if content.get("step", 0) != (content.get("averages") or {"steps": 0})["steps"]:
+            raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
         raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
     return content
@@ -133,25 +140,19 @@ def read(path, flag: str) -> dict:
 def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     """A checkpoint of one of the stages. Raises UserError as read does, and if it belongs to another stage."""
     content = read(path, flag)
-    found = models.infer_stage_and_arch(content["state_dict"], image_size_of(content))
-    if found is None:
-        names = f"the names of its weights, such as {min(content['state_dict'], default='none')},"
-        raise UserError(f"{path}: {names} belong to no stage of SSD-LT; correct {flag}")
+    try:
+        image_size = transform_of(content).size
+        found = models.infer_stage_and_arch(content["state_dict"], image_size)
+        if found is None:
+            names = f"the names of its weights, such as {min(content['state_dict'], default='none')},"
+            raise ValueError(f"{names} belong to no stage of SSD-LT")
+        class_names_of(content, found["num_classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; correct {flag}") from None
     if found["stage"] not in stages:
         stage = models.STAGES[found["stage"]].number
         raise UserError(f"{path}: a checkpoint of stage {stage}; {flag} takes one of stage {stage_names(stages)}")
-    names = content.get("classes")
-    if names is not None and len(names) != found["num_classes"]:
-        raise UserError(f"{path}: it names {len(names)} classes, and has {found['num_classes']}; correct {flag}")
-    return LoadedCheckpoint(str(path), flag, content, found)
-
-
-def image_size_of(content: dict) -> int:
-    """The side of the images that a checkpoint's network was trained on."""
-    try:
-        return transform_of(content).size
-    except ValueError:  # apply_saved_args names what is wrong
-        return 224
+    return LoadedCheckpoint(str(path), flag, content, found | {"image_size": image_size})
 
 
 def stage_names(stages) -> str:
@@ -161,52 +162,57 @@ def stage_names(stages) -> str:
 
 def number(value) -> float:
     """A finite number, also from a tensor or numpy scalar of one element, as published checkpoints hold it."""
-    if isinstance(value, str | bytes) or not math.isfinite(value):
+    if not math.isfinite(value):
         raise ValueError
     return float(value)
 
 
 def whole_number(value) -> int:
-    """A whole number, likewise."""
-    if not 0 <= number(value) < 2**31 or int(value) != value:
+    """A whole number, likewise; a seed may have 63 bits."""
+    if not 0 <= value < 2**63 or int(value) != value:
         raise ValueError
     return int(value)
 
 
-def check_fields(content: dict):
-    """Brings the fields of a checkpoint into the form that save gives them; an exception means that one has another.
-
-    Published checkpoints have of these only epoch and best_acc1.
-    """
-    fields = {"epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number}
-    content |= {name: convert(content[name]) for name, convert in fields.items() if name in content}
-    averages = content.get("averages")
-    if averages is not None:
-        MetricLogger.check_state_dict(averages)
-    if content.get("step", 0) != (averages["steps"] if averages else 0):
-        raise ValueError
-    for fact in content.get("run", {}).values():
-        whole_number(fact)
-    if not is_digests(content.get("trained_on")):
+def text(value) -> str:
+    """A text."""
+    if not isinstance(value, str):
         raise TypeError
-    lists = [value if isinstance(value, list) else [value] for value in content.get("args", {}).values()]
-    flags = [isinstance(one, bool | int | float | str | None) for values in lists for one in values]
-    if not all(flags) or not isinstance(content.get("best_metric", ""), str) or not is_names(content.get("classes")):
+    return value
+
+
+def digests(value) -> torch.Tensor | None:
+    """A tensor of ListFileDataset.digests, or None."""
+    if value is not None and not (isinstance(value, torch.Tensor) and value.dtype == torch.int64 and is_dense(value)):
         raise TypeError
+    return value
 
 
-def is_digests(value) -> bool:
-    """Whether a value is None or a tensor of ListFileDataset.digests."""
-    return value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.int64 and is_dense(value))
+def flags(values) -> dict:
+    """The values of flags by name: each one of the types that flags have, or a list of them."""
+    for value in values.values():
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, bool | int | float | str | None):
+                raise TypeError
+    return values
+
+
+# The fields that a run continues from, and what brings each into the form that save gives it, or raises an exception.
+# Published checkpoints have of these only epoch and best_acc1.
+FIELDS = {
+    "epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number, "best_metric": text,
+    "trained_on": digests, "args": flags, "averages": lambda averages: averages and MetricLogger.checked(averages),
+    "run": lambda run: {name: whole_number(fact) for name, fact in run.items()},
+}  # fmt: skip
 
 
 def trained_on(path) -> torch.Tensor | None:
-    """The digests of the images that the weights in a file were trained on; None if it does not tell, or is no file."""
-    try:
-        digests = read_checkpoint(path).get("trained_on")
-    except (OSError, ValueError):
-        return None
-    return digests if is_digests(digests) else None
+    """The digests of the images that the weights in a file were trained on; None if it does not tell, or is no file.
+
+    Raises Unavailable if the system cannot read it now.
+    """
+    with suppress(UserError, TypeError):
+        return digests(read_weights(path, "").get("trained_on"))
 
 
 def find_latest(folder) -> Path | None:
@@ -258,12 +264,11 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
     Prints a warning for every given flag that differs from what was saved. Raises UserError if the command line could
     not give a saved value, or if the checkpoint has another backbone.
     """
-    actions, taken, warnings = parser.marked(*facts), [], []
-    for name, value in saved_args(loaded).items():
-        if name not in actions:
-            continue
-        now = getattr(args, name)
-        if value is None or value == now:
+    actions, taken, warnings, found = parser.marked(*facts), [], [], loaded.found
+    shapes = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    saved = loaded.content.get("args", {}) | {name: value for name, value in shapes.items() if value is not None}
+    for name, value in saved.items():
+        if name not in actions or value in (None, getattr(args, name)):
             continue
         try:
             parser.check_value(actions[name], value)
@@ -271,7 +276,7 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
             raise UserError(f"{loaded.path}: its arguments are not valid: {error}; correct {loaded.flag}") from None
         words = option_words(actions[name], value)
         if name in args.given:
-            given = option_words(actions[name], now)
+            given = option_words(actions[name], getattr(args, name))
             warnings.append(f"warning: {given} is given, {loaded.path} was saved with {words}")
             continue
         setattr(args, name, value)
@@ -284,13 +289,6 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
         print_main(f"as saved: {' '.join(taken)}")
     for line in warnings:
         print_main(line)
-
-
-def saved_args(loaded: LoadedCheckpoint) -> dict:
-    """The flags that a checkpoint keeps, by name; for published ones, what their weights tell."""
-    found = loaded.found
-    saved = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
-    return loaded.content.get("args", {}) | {name: value for name, value in saved.items() if value is not None}
 
 
 def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: int | None = None):
@@ -376,7 +374,8 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
         return
     how = f"continues after its first {state.images} images"
     if train_loader.depends_on_ranks:
-        state.step, state.images, state.metrics = 0, 0, state.metrics.without_values()
+        state.step, state.images = 0, 0
+        state.metrics.reset()
         how = "starts over, since its batches are different now"
     print_main(f"warning: epoch {state.epoch + 1} {how}")
 
@@ -424,10 +423,10 @@ def restore_momentum(optimizer, saved: dict | None):
         momentum = saved["state"].get(number, {}).get("momentum_buffer")
         if momentum is None:
             continue
-        if momentum.layout != torch.strided or momentum.shape != parameter.shape:
-            raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, not {tuple(parameter.shape)}")
+        if not is_dense(momentum) or momentum.shape != parameter.shape:
+            raise ValueError(f"a momentum is no dense tensor of shape {tuple(parameter.shape)}")
         if not momentum.is_floating_point() or not momentum.isfinite().all():
-            raise ValueError("a momentum that is not finite")
+            raise ValueError("a momentum is not finite")
         optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
@@ -486,28 +485,12 @@ def checkpoint_of(state, averages: dict | None) -> dict:
         "averages": averages,
         "images": state.images,
         "trained_on": state.trained_on,
-        "args": {name: as_saved(getattr(args, name)) for name in args.marked[KEPT]},
+        "args": {name: getattr(args, name) for name in args.marked[KEPT]},
         "run": {
             "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,
             "batch_size": args.batch_size, "world_size": get_world_size(),
         },
     }  # fmt: skip
-
-
-def as_saved(value):
-    """An argument's value as it can be loaded with weights_only."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def stopped(state) -> Stopped:
-    """The exception that ends the run here, with its message."""
-    if state.args.evaluate:
-        message = "stopped on request; evaluate again with the same command"
-    elif state.epoch == state.args.epochs:
-        message = "stopped on request before the test evaluation was done; continue with --resume auto"
-    else:
-        message = f"stopped on request at epoch {state.epoch + 1}, step {state.step}; continue with --resume auto"
-    return Stopped(message, on_all_ranks=True)
 
 
 def write(folder, content: dict, is_best: bool = False):
@@ -517,62 +500,59 @@ def write(folder, content: dict, is_best: bool = False):
     """
     folder = Path(folder)
     last = folder / LAST
-
-    def link_others():  # before last changes: it says how good the best is, and must not be ahead of the file
+    with name_failure(last, "earlier checkpoints are kept"), atomic_write(last) as file:
+        torch.save(content, file)
+        flush(file)
+        # The others first: the last says how good the best is, and must not be ahead of the file.
         if last.exists():
             link(last, folder / PREVIOUS)
         if is_best:
             link(file.name, folder / BEST)
 
-    try:
-        with atomic_write(last, link_others) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        reason = one_line(system_error(error) or error)
-        raise UserError(f"{last}: cannot be written ({reason}); earlier checkpoints are kept") from None
-
 
 def set_aside(folder: Path):
     """Moves all files of a run, for settle to bring back or to remove; the folder's lock must be held."""
-    moving = folder / f"{ASIDE}.moving"
-    moving.mkdir()
+    (folder / MOVING).mkdir()
     for file in find_run_files(folder):
-        os.replace(file, moving / file.name)
-    replace(moving, folder / ASIDE)
+        os.replace(file, folder / MOVING / file.name)
+    replace(folder / MOVING, folder / ASIDE)
 
 
 def settle(folder):
-    """Removes the run that was set aside if the new one has a checkpoint, else brings it back in the new one's place.
+    """Brings a folder in order after a kill at any moment of a run, of set_aside or of itself; its lock must be held.
 
-    It can be called after a kill at any moment of set_aside, of a run or of itself; the folder's lock must be held.
+    Half-written files go. A run that was set aside goes if the new one has a checkpoint; else it comes back in the
+    new one's place.
     """
-    aside, moving = Path(folder) / ASIDE, Path(folder) / f"{ASIDE}.moving"
-    if lexists(aside):
-        if lexists(aside.with_name(LAST)):
-            shutil.rmtree(aside)
+    folder = Path(folder)
+    for file in folder.glob(".*.????????"):  # as atomic_write names them
+        if is_run_file(file.name[1:-9]):
+            file.unlink()
+    if lexists(folder / ASIDE):
+        if lexists(folder / LAST):
+            shutil.rmtree(folder / ASIDE)
             return
         for file in find_run_files(folder):
             shutil.rmtree(file) if is_dir(file) else file.unlink()
-        replace(aside, moving)
-    if lexists(moving):
-        for file in moving.iterdir():
-            os.replace(file, moving.with_name(file.name))
-        moving.rmdir()
+        replace(folder / ASIDE, folder / MOVING)
+    if lexists(folder / MOVING):
+        for file in (folder / MOVING).iterdir():
+            os.replace(file, folder / file.name)
+        (folder / MOVING).rmdir()
 
 
 def settle_unless_in_use(folder: Path):
-    """settle, unless a run holds the folder's lock; without a lock RunFolder does it."""
-    if lexists(folder / ASIDE) or lexists(folder / f"{ASIDE}.moving"):
-        with suppress(OSError), open(folder / ".lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Brings back a run that was set aside, unless the folder cannot be locked: then its own run does so."""
+    if lexists(folder / ASIDE) or lexists(folder / MOVING):
+        with suppress(OSError), lock_folder(folder):
             settle(folder)
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a file of this name in its folder is a run's."""
+    return any(fnmatch(name, pattern) for pattern in RUN_FILES)
 
 
 def find_run_files(folder) -> list[Path]:
     """What a run has written in its folder."""
-    return [file for file in Path(folder).iterdir() if any(fnmatch(file.name, pattern) for pattern in RUN_FILES)]
-
-
-def remove_leftovers(folder):
-    """Removes what a process left behind that was killed while it wrote; the folder's lock must be held."""
-    remove_temporary_files(folder, LAST, PREVIOUS, BEST, "args.json", "results.json", "log.txt")
+    return [file for file in Path(folder).iterdir() if is_run_file(file.name)]

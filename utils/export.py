@@ -29,8 +29,8 @@ from models.heads import LWS
 
 from .checkpoint import LoadedCheckpoint
 from .command_line import ArgumentParser, run_command
-from .errors import UserError, one_line, optional_package, system_error
-from .files import atomic_write, lexists
+from .errors import UserError, optional_package
+from .files import atomic_write, lexists, name_failure
 from .predict import add_network_flags, load_network
 
 WHOLE = ("published", "network")  # formats that keep all classifiers
@@ -153,15 +153,11 @@ def check_out(args, arch: str):
 
 def write(out, content, **options):
     """Writes bytes, or anything else by torch.save with its options. Raises UserError if that fails."""
-    try:
-        with atomic_write(out) as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                torch.save(content, file, **options)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        reason = one_line(system_error(error) or error)
-        raise UserError(f"{out}: cannot be written ({reason}); nothing was changed") from None
+    with name_failure(out, "nothing was changed"), atomic_write(out) as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            torch.save(content, file, **options)
 
 
 def run(args):

@@ -1,6 +1,7 @@
 """Writing files so that after a crash at any moment there is the old file or the complete new one; walking folders."""
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from .errors import UserError, one_line, printable, retry
+from .errors import UserError, one_line, printable, retry, system_error
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
@@ -66,29 +67,54 @@ def temporary_beside(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporary_files(folder, *names: str):
-    """Removes what a process did not remove that was killed while it wrote one of the named files."""
-    for name in names:
-        for file in Path(folder).glob(f".{name}.{'?' * 8}"):
-            file.unlink(missing_ok=True)
-
-
 @contextmanager
-def atomic_write(path, before_replacing=lambda: None, sync=True):
+def atomic_write(path, sync=True):
     """Opens a temporary file beside `path` for writing bytes; if the block succeeds, it replaces path.
 
     The file and then its folder are flushed to the disk. If the block raises, path stays as it was and the temporary
-    file is removed. before_replacing is called when the new file is complete. sync=False skips flushing to the disk,
-    which takes milliseconds per file; use it for many files that can be made again. Raises OSError.
+    file is removed. sync=False skips flushing to the disk, which takes milliseconds per file; use it for many files
+    that can be made again. Raises OSError.
     """
     with temporary_beside(path) as temporary, open(temporary, "xb") as file:
         yield file
         file.flush()
         if sync:
-            with optional_service():
-                os.fsync(file.fileno())
-        before_replacing()
+            flush(file)
         (replace if sync else os.replace)(temporary, path)
+
+
+def flush(file):
+    """Writes what an open file holds to the disk."""
+    file.flush()
+    with optional_service():
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def name_failure(path, kept: str):
+    """Makes a failure to write `path` a UserError that names the file, the system's reason, and what is kept."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
+        reason = one_line(system_error(error) or error)
+        raise UserError(f"{path}: cannot be written ({reason}); {kept}") from None
+
+
+def lock_folder(folder):
+    """Opens a folder's .lock and locks it until it is closed, or until this process ends, however it ends.
+
+    Raises BlockingIOError if another process holds the lock, OSError if the file cannot be opened. On a file system
+    without locks it warns, and locks nothing.
+    """
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise BlockingIOError(error.errno, "locked by another run", file.name) from None
+        print(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it", flush=True)
+    return file
 
 
 def replace(source, target):

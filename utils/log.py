@@ -1,12 +1,12 @@
 """What a run writes for people: its settings and the next command, and log.txt, args.json and TensorBoard's files."""
 
 import json
-import os
 import platform
 import shlex
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -17,7 +17,7 @@ from .checkpoint import LAST
 from .command_line import __version__
 from .distributed import get_world_size
 from .errors import UserError, one_line, optional_package, retry
-from .files import atomic_write, lexists, optional_service
+from .files import atomic_write, flush, lexists, name_failure
 from .groups import GROUPS, shot_groups
 
 
@@ -32,17 +32,21 @@ def run_summary(state, data) -> str:
     total = sum(parameter.numel() for parameter in state.model.parameters())
     trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
+    threads, processes = torch.get_num_threads(), get_world_size()
+    device = f"CPU with {threads} thread{'s' * (threads > 1)}"
+    if state.device.type == "cuda":
+        device = torch.cuda.get_device_name(state.device)
     rows = {
         f"stage {state.model.number}, {state.model.title}": "",
         "data": f"{args.data}: {', '.join(f'{count:,} {name}' for name, count in images.items())} images",
         "classes": f"{data.num_classes:,} ({shots}-shot)",
         "network": f"{args.arch} at {args.image_size} pixels, {trained:,} of {total:,} parameters train",
-        "device": f"{device_name(state.device)}, {precision}, {get_world_size()} {plural(get_world_size(), 'process')}",
+        "device": f"{device}, {precision}, {processes} process{'es' * (processes > 1)}",
     }
     if args.evaluate:
         rows["checkpoint"] = args.resume
     else:
-        per_step = data.train.images_per_step * get_world_size()
+        per_step = data.train.images_per_step * processes
         epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
         rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images"
         if args.accum_steps > 1:
@@ -56,18 +60,6 @@ def run_summary(state, data) -> str:
         rows["output"] = args.output_dir
     width = max(len(name) for name, value in rows.items() if value)
     return "\n".join(f"  {name:{width}}  {value}" if value else name for name, value in rows.items())
-
-
-def plural(count: int, word: str) -> str:
-    """The word, in the plural unless count is 1."""
-    return word if count == 1 else word + ("es" if word.endswith("s") else "s")
-
-
-def device_name(device) -> str:
-    """The name of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU with {torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
 
 
 def next_command(args, script: str, flag: str, recipe: str, *words: str) -> str:
@@ -91,11 +83,8 @@ def report_command(args) -> str:
 
 def write_json(path, value):
     """Writes value as JSON, atomically. Raises UserError naming the file."""
-    try:
-        with atomic_write(path) as file:
-            file.write((to_json(value) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); the earlier file is kept") from None
+    with name_failure(path, "the earlier file is kept"), atomic_write(path) as file:
+        file.write((to_json(value) + "\n").encode())
 
 
 def to_json(value, margin: str = "\n") -> str:
@@ -112,14 +101,9 @@ def to_json(value, margin: str = "\n") -> str:
 def append_epoch(folder, record: dict):
     """Adds a line to log.txt. Raises UserError naming the file."""
     path = Path(folder) / "log.txt"
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            with optional_service():
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); the checkpoints are kept") from None
+    with name_failure(path, "the checkpoints are kept"), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        flush(file)
 
 
 def truncate_log(folder, epochs: int):
@@ -127,11 +111,9 @@ def truncate_log(folder, epochs: int):
     path, kept = Path(folder) / "log.txt", []
     try:
         for line in retry(Path.read_text, path).splitlines() if lexists(path) else []:
-            try:
+            with suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["epoch"] < epochs:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
         with atomic_write(path) as file:
             file.write("".join(kept).encode())
     except (OSError, UnicodeDecodeError) as error:
@@ -145,23 +127,12 @@ def require_tensorboard():
     return SummaryWriter
 
 
-def create_summary_writer(folder, first_epoch: int):
-    """TensorBoard's writer; what an earlier run wrote from first_epoch on is dropped."""
-    return require_tensorboard()(str(folder), purge_step=first_epoch)
-
-
 def add_scalars(writer, record: dict):
-    """Gives an epoch's record to TensorBoard, nested names joined by a slash."""
-
-    def flat(values, prefix=""):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}/")
-            elif value is not None and name != "epoch":
-                yield prefix + name, value
-
-    for name, value in flat(record):
-        writer.add_scalar(name, value, record["epoch"])
+    """Gives an epoch's record to TensorBoard, with the names of log.txt, nested ones joined by a slash."""
+    validation = {f"val/{name}/{key}": value for name, result in record["val"].items() for key, value in result.items()}
+    for name, value in (record | validation).items():
+        if name not in ("epoch", "val") and value is not None:
+            writer.add_scalar(name, value, record["epoch"])
     writer.flush()
 
 

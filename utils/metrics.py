@@ -1,7 +1,6 @@
 """Losses and accuracies: averaged over an epoch's steps, and counted per class in an evaluation."""
 
 import time
-from collections import Counter
 from fractions import Fraction
 
 import torch
@@ -31,11 +30,10 @@ class Stopwatch:
         self.start = self.latest = time.perf_counter()
 
     def data_arrived(self):
-        """Notes that a micro-batch is there."""
         self.data_seconds += time.perf_counter() - self.latest
 
     def trained(self, images: int):
-        """Notes that a micro-batch was trained; images: of the step, if this was its last, else 0."""
+        """images: of the step, if this micro-batch was its last, else 0."""
         self.latest = time.perf_counter()
         self.seconds = self.latest - self.start
         self.images += images
@@ -54,6 +52,10 @@ class MetricLogger:
 
     def __init__(self, device, classifiers: tuple[str, ...], accum_steps: int = 1):
         self.device, self.classifiers, self.accum_steps = device, classifiers, accum_steps
+        self.reset()
+
+    def reset(self):
+        """Begins an epoch."""
         self.names, self.sums, self.updates = (), None, 0
         self.source = None  # the file that the sums so far were read from
         self.clock = Stopwatch()
@@ -62,10 +64,6 @@ class MetricLogger:
     def steps(self) -> int:
         """Complete steps."""
         return self.updates // self.accum_steps
-
-    def without_values(self) -> "MetricLogger":
-        """One without values, for the next epoch."""
-        return MetricLogger(self.device, self.classifiers, self.accum_steps)
 
     def update(self, figures: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], labels):
         """Adds an update: figures by name, scalars such as losses, and the accuracies of each classifier's logits.
@@ -104,37 +102,27 @@ class MetricLogger:
 
     def state_dict(self) -> dict:
         """The sums of all processes, for a checkpoint within an epoch; all must call it."""
-        return {
-            "names": list(self.names),
-            "sums": gather_objects(self.sums.tolist() if self.steps else []),
-            "steps": self.steps,
-        }
+        return {"names": list(self.names), "sums": gather_objects(self.sums.tolist()), "steps": self.steps}
 
     def load_state_dict(self, state: dict, source):
         """Continues from a state_dict, also one of another number of processes: each then takes an equal part.
 
         source: the file that it was read from, for messages.
         """
-        self.source = source
-        sums = state["sums"]
-        if len(sums) == get_world_size():
-            own = sums[get_rank()]
-        else:
-            own = (torch.tensor(sums, dtype=torch.float64).sum(0) / len(sums)).tolist()
-        self.names, self.updates = tuple(state["names"]), state["steps"] * self.accum_steps
-        self.sums = torch.tensor(own, dtype=torch.float64, device=self.device) if self.steps else None
+        sums = torch.tensor(state["sums"], dtype=torch.float64)  # (processes, names)
+        own = sums[get_rank()] if len(sums) == get_world_size() else sums.mean(0)
+        self.names, self.sums, self.source = tuple(state["names"]), own.to(self.device), source
+        self.updates = state["steps"] * self.accum_steps
 
     @staticmethod
-    def check_state_dict(state):
-        """Raises an exception if a value from a file is no state_dict: names, finite sums per process, whole steps."""
+    def checked(state: dict) -> dict:
+        """The state_dict, which comes from a file; an exception if it is none: names, finite sums, whole steps."""
         sums = torch.tensor(state["sums"], dtype=torch.float64)
         named = all(isinstance(name, str) and name.isidentifier() for name in state["names"])
-        counted = type(state["steps"]) is int and 0 <= state["steps"] < 2**31
-        fits = (
-            len(sums) > 0 and sums.shape[1:] == (len(state["names"]),) and (state["steps"] > 0) == bool(state["names"])
-        )
-        if not (named and counted and fits and sums.isfinite().all()):
+        fits = sums.dim() == 2 and len(sums) > 0 and sums.shape[1] == len(state["names"]) > 0
+        if not (named and fits and sums.isfinite().all() and type(state["steps"]) is int and state["steps"] > 0):
             raise ValueError("not the averages of an epoch")
+        return state
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,10 +171,9 @@ class ShotAccuracy:
         top1, top5, images = flat[: -(self.side**2)].view(3, -1)
         confusion = flat[-(self.side**2) :].view(self.side, self.side)
         groups, count = shot_groups(self.train_counts), int(images.sum())
-        between = confusion
-        if self.side == len(self.train_counts):
-            of_group = F.one_hot(groups, len(GROUPS))
-            between = of_group.T @ confusion @ of_group
+        is_full = self.side == len(self.train_counts)
+        of_group = F.one_hot(groups, len(GROUPS))
+        between = of_group.T @ confusion @ of_group if is_full else confusion
         record = {
             "overall": int(top1.sum()) / count if count else None,
             "class_mean": mean_accuracy(top1, images),
@@ -199,7 +186,7 @@ class ShotAccuracy:
             "count": count,
             "confusion_groups": between.tolist(),
         }
-        if self.side == len(self.train_counts):
+        if is_full:
             record["confusion"] = confusion.tolist()
         return record
 
@@ -210,12 +197,8 @@ def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
     It is computed exactly and rounded once: if all classes have the same number of images, it is exactly the float
     sum(correct) / sum(images), and equal means never differ by a rounding error.
     """
-    sums = Counter()
-    for c, n in zip(correct.tolist(), images.tolist(), strict=True):
-        sums[n] += c
-    total = sum(Fraction(c, n) for n, c in sums.items() if n)
-    classes = int((images > 0).sum())
-    return float(total / classes) if classes else None
+    accuracies = [Fraction(c, n) for c, n in zip(correct.tolist(), images.tolist(), strict=True) if n]
+    return float(sum(accuracies) / len(accuracies)) if accuracies else None
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import torchvision
 import models
 from models import backbones
 from models.backbones import infer_arch
-from models.loading import read_checkpoint
-from models.state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module, strip_prefix
+from models.state_dicts import check_weights, find_mismatch, strip_module, strip_prefix
 
+from .checkpoint import read_weights
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
-from .errors import UserError, one_line, retry
+from .errors import UserError, one_line
 
 TORCHVISION = "torchvision"  # the value that means torchvision's default weights
 
@@ -82,16 +82,7 @@ def read_backbone(file, arch: str, image_size: int = 224) -> dict:
 
     Raises UserError, in one line, if the file cannot be read or its weights are not those of arch.
     """
-    try:
-        content = retry(read_checkpoint, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be opened ({one_line(error)}); correct --pretrained") from None
-    except ValueError as error:
-        raise UserError(f"{error} (--pretrained)") from None
-    state_dict = find_state_dict(content)
-    if state_dict is None or not all(map(is_dense, state_dict.values())):
-        names = ", ".join(map(str, content))[:100]
-        raise UserError(f"{file}: holds no state dict of tensors, but {names}; correct --pretrained")
+    state_dict = read_weights(file, "--pretrained")["state_dict"]
     with torch.device("meta"):
         backbone = models.build_backbone(arch, image_size)
     entries, prefix = backbone_entries(file, state_dict, list(backbone.state_dict()))

@@ -1,6 +1,5 @@
 """The folder of a run: locked against other runs, and what is written there besides the checkpoints."""
 
-import fcntl
 import zlib
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from .arguments import resolved, unused_arguments
 from .command_line import IDENTITY, STARTS_FROM
 from .distributed import is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
-from .files import lexists
+from .files import lexists, lock_folder
 from .results import plots
 from .results.records import read_args, read_runs, saved_checksums
 from .results.tables import table
@@ -55,40 +54,36 @@ class RunFolder:
                 self.lock.close()
 
     def _claim(self):
-        folder = self.path
+        """Locks the folder, and brings it in order."""
+        folder, args = self.path, self.args
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (folder / ".lock").open("w")
+            self.lock = lock_folder(folder)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
         except OSError as error:
             raise UserError(f"--output_dir {folder}: cannot be written ({one_line(error)})") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
-        except OSError as error:  # a file system without locks
-            print_main(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it")
-        checkpoint.remove_leftovers(folder)
         checkpoint.settle(folder)
-        present = checkpoint.present_in(folder)
-        if present and self.args.evaluate and lexists(folder / "results.json") and not self.args.overwrite:
-            raise UserError(
-                f"--output_dir {folder}: holds a training and its results.json; choose another folder for the "
-                "evaluation's, or replace it with --overwrite"
-            )
-        if present and not (self.args.evaluate or self.args.overwrite or self._continues()):
-            raise UserError(
-                f"--output_dir {folder}: holds {present[0].name}; continue with --resume auto, "
-                "start over with --overwrite, or choose another folder"
-            )
-        if not (present or self.args.evaluate or self.args.overwrite) and lexists(folder / "results.json"):
-            raise UserError(
-                f"--output_dir {folder}: holds the results.json of an earlier run, but no checkpoint; start over with "
-                "--overwrite, or choose another folder"
-            )
+        present, has_results = checkpoint.present_in(folder), lexists(folder / "results.json")
+        problem = None
+        if args.evaluate and present and has_results:
+            problem = "holds a training and its results.json; to replace them add --overwrite"
+        elif present and not args.evaluate and not self._continues():
+            problem = f"holds {present[0].name}; continue with --resume auto, start over with --overwrite"
+        elif has_results and not present and not args.evaluate:
+            problem = "holds the results.json of an earlier run, but no checkpoint; start over with --overwrite"
+        if problem and not args.overwrite:
+            raise UserError(f"--output_dir {folder}: {problem}, or choose another folder")
 
     def _continues(self) -> bool:
         """Whether --resume names a checkpoint in this folder."""
         return bool(self.args.resume) and Path(self.args.resume).parent.resolve() == self.path.resolve()
+
+    def _sources(self) -> dict[str, str]:
+        """The files that the weights come from: argument -> path; --resume has everything."""
+        unused = {name for _, names in unused_arguments(self.args) for name in names}
+        names = ["resume"] if self.args.resume else ["pretrained", *self.args.marked[STARTS_FROM]]
+        return {name: path for name in names if name not in unused and (path := getattr(self.args, name, None))}
 
     def start(self, state, data):
         """Prints the run's settings, and begins what it writes: args.json, log.txt so far, TensorBoard's files.
@@ -114,24 +109,20 @@ class RunFolder:
             self._write_args(state, data)
             log.truncate_log(self.path, kept)
             if self.args.tensorboard:
-                self.summary_writer = log.create_summary_writer(self.path, kept)
+                self.summary_writer = log.require_tensorboard()(str(self.path), purge_step=kept)
 
     def _warn_of_another_list(self, data):
         """Names a checkpoint that the run starts from, if the args.json next to it tells of another training list."""
-        for name in ("resume", *self.args.marked[STARTS_FROM]):
-            path = getattr(self.args, name)
-            checksum = path and saved_checksums(Path(path).parent).get("train")
-            if checksum and checksum != data.checksums["train"]:
+        for name, path in self._sources().items():
+            checksum = saved_checksums(Path(path).parent).get("train")
+            if name != "pretrained" and checksum not in (None, data.checksums["train"]):
                 print_main(f"warning: {path} was trained with another training list")
 
     def _compare_with_trained_on(self, state, data):
         """Notes the images that the weights were or will be trained on, and names the lists that have some of them."""
-        args = self.args
-        unused = {name for _, names in unused_arguments(args) for name in names}
-        flags = ["resume"] if args.resume else [n for n in ("pretrained", *args.marked[STARTS_FROM]) if n not in unused]
-        paths = [path for name in flags if (path := getattr(args, name, None))]
+        paths = list(self._sources().values())
         digests = [found for path in paths if (found := checkpoint.trained_on(path)) is not None]
-        if not args.evaluate and state.epoch < args.epochs:
+        if not self.args.evaluate and state.epoch < self.args.epochs:
             digests.append(data.train.dataset.digests())
         self.test_facts = {"test_checksum": data.checksums["test"]}
         if not digests:  # published weights do not tell

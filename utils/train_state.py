@@ -27,6 +27,7 @@ from .errors import Unavailable, UserError
 from .groups import percent
 from .memory import check_memory
 from .metrics import MetricLogger, Stopwatch
+from .signals import Stopped
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LATER_IMAGES = "SSD_LT_LATER_IMAGES"  # set by train.sh: the work of the later stages, in images of this one
@@ -123,6 +124,11 @@ def init_momentum(optimizer):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def is_accuracy(name: str) -> bool:
+    """Whether a figure of MetricLogger is an accuracy."""
+    return name.startswith(("top1_", "top5_"))
+
+
 class TrainState:
     """What a run needs to go on: epoch, steps and images in it, best class mean, gradient scaler, the epoch's metrics.
 
@@ -131,7 +137,7 @@ class TrainState:
     """
 
     def __init__(self, model, optimizer, device, args):
-        self.model, self.optimizer, self.args = model, optimizer, args
+        self.model, self.optimizer, self.device, self.args = model, optimizer, device, args
         self.epoch, self.step, self.images, self.best = args.start_epoch, 0, 0, 0.0  # images: of all ranks
         self.metrics = MetricLogger(device, model.classifiers, args.accum_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -141,11 +147,6 @@ class TrainState:
         self.loader = None  # of the current epoch
         self.not_finite = []  # one flag per micro-batch of the current step: is its loss not finite?
         self.stopping = False  # whether any rank was asked to stop, as of the latest step
-
-    @property
-    def device(self):
-        """The device of the model and the batches."""
-        return self.metrics.device
 
     def micro_batches(self, loader):
         """Yields (views, labels, first, last), on the device, for the micro-batches of the epoch's remaining steps.
@@ -200,7 +201,7 @@ class TrainState:
         """The text of a line: means of the epoch so far, accuracies in percent, speed, wait for data per step."""
         clock = self.metrics.clock
         means = [
-            f"{name} {100 * mean:.1f} %" if name.startswith(("top1_", "top5_")) else f"{name} {mean:.4g}"
+            f"{name} {100 * mean:.1f} %" if is_accuracy(name) else f"{name} {mean:.4g}"
             for name, mean in self.metrics.means().items()
         ]
         steps = clock.images / (self.loader.images_per_step * get_world_size())
@@ -261,17 +262,25 @@ class TrainState:
         """Saves every --save-every-steps steps; if a stop was asked for on any rank, saves and raises Stopped."""
         assert self.metrics.steps == self.step, "optimizer_step() before save_if_due()"
         if self.stopping:
-            checkpoint.save(self)
-            raise checkpoint.stopped(self)
+            self.stop()
         if self.args.save_every_steps and self.step % self.args.save_every_steps == 0:
             checkpoint.save(self)
 
     def stop_if_asked(self):
         """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
         if any(gather_objects(stop_requested())):
-            if self.step and not self.args.evaluate:
-                checkpoint.save(self)
-            raise checkpoint.stopped(self)
+            self.stop()
+
+    def stop(self):
+        """Saves what is not saved yet, and raises Stopped on all ranks."""
+        message = f"stopped on request at epoch {self.epoch + 1}, step {self.step}; continue with --resume auto"
+        if self.args.evaluate:
+            message = "stopped on request; evaluate again with the same command"
+        elif self.epoch == self.args.epochs:
+            message = "stopped on request before the test evaluation was done; continue with --resume auto"
+        elif self.step:
+            checkpoint.save(self)
+        raise Stopped(message, on_all_ranks=True)
 
     def end_epoch(self, folder, results: dict[str, dict]):
         """Logs the epoch and saves it, also as best if the last classifier has its best class mean.
@@ -285,23 +294,23 @@ class TrainState:
                 f"of {self.scaler.get_scale():g}; use --amp bf16 or lower --lr; the last checkpoint is intact",
                 on_all_ranks=True,
             )
-        means, clock = self.metrics.global_means(), self.metrics.clock
-        record = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], **means}
-        record["val"] = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
+        means, clock, lr = self.metrics.global_means(), self.metrics.clock, self.optimizer.param_groups[0]["lr"]
+        val = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
+        record = {"epoch": self.epoch, "lr": lr, **means, "val": val}
         record |= {"images_per_second": clock.images_per_second, "seconds": clock.seconds}
-        class_mean = results[self.model.classifiers[-1]]["class_mean"] if results else 0.0
+        class_mean = val[self.model.classifiers[-1]]["class_mean"] if val else 0.0
         is_best = class_mean > self.best
         self.best = max(class_mean, self.best)
-        self.epoch, self.step, self.images, self.metrics = self.epoch + 1, 0, 0, self.metrics.without_values()
+        self.epoch, self.step, self.images = self.epoch + 1, 0, 0
+        self.metrics.reset()
         with raise_on_all_ranks():
             if is_main_process():
                 folder.write_epoch(record)
-        losses = [f"{name} {mean:.4f}" for name, mean in means.items() if not name.startswith(("top1_", "top5_"))]
-        accuracies = [
+        parts = [f"{name} {mean:.4f}" for name, mean in means.items() if not is_accuracy(name)]
+        parts += [
             f"validation {name} class mean {percent(result['class_mean'])} %, overall {percent(result['overall'])} %"
-            for name, result in results.items()
+            for name, result in val.items()
         ]
-        summary = ", ".join(losses + accuracies)
-        print_main(f"epoch {self.epoch}/{self.args.epochs}: {summary}; {record['seconds']:.0f} s")
+        print_main(f"epoch {self.epoch}/{self.args.epochs}: {', '.join(parts)}; {record['seconds']:.0f} s")
         checkpoint.save(self, is_best)
         self.stop_if_asked()

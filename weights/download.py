@@ -21,7 +21,8 @@ from pathlib import Path
 from torchvision.datasets.utils import download_file_from_google_drive
 
 import models
-from models.loading import read_checkpoint, state_dict_of
+from models.loading import read_checkpoint
+from models.state_dicts import find_state_dict
 from utils.checkpoint import LAST
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError, one_line
@@ -53,7 +54,7 @@ def verify(name: str, file: Path, record: Path) -> str:
         if opened.read(1024).lstrip()[:1] == b"<":
             raise ValueError("an HTML page (about a quota or a login), not a checkpoint")
     try:
-        state_dict = state_dict_of(file, read_checkpoint(file))
+        state_dict = find_state_dict(file, read_checkpoint(file))
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{file}: ")) from None
     found = models.infer_stage_and_arch(state_dict)

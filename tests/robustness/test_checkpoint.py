@@ -75,7 +75,7 @@ def test_file_and_folder_are_flushed_before_and_after_the_name_changes(folder, m
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     under_test.write(folder, state(4))
-    assert done == ["file", PREVIOUS, "folder", LAST, "folder"]
+    assert done == ["file", PREVIOUS, "folder", "file", LAST, "folder"]
 
 
 # ---- faults in the writer
@@ -178,7 +178,7 @@ def test_a_kill_during_a_save_loses_nothing_and_its_leftovers_are_removed(folder
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert set(contents(folder)) - set(before), "the kill must leave a file for this test to mean anything"
     assert {name: contents(folder)[name] for name in before} == before
-    under_test.remove_leftovers(folder)
+    under_test.settle(folder)
     assert contents(folder) == before
     assert under_test.find_latest(folder) == folder / LAST
 
@@ -190,7 +190,7 @@ def test_only_temporary_files_are_removed(folder):
     before = set(contents(folder))
     for name in (f".{LAST}.abcd_123", f".{BEST}.abcd_123", ".args.json.abcd_123", ".log.txt.abcd_123"):
         (folder / name).touch()
-    under_test.remove_leftovers(folder)
+    under_test.settle(folder)
     assert set(contents(folder)) == before
 
 
