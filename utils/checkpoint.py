@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -342,7 +341,13 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
                 message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
                 raise UserError(message) from None
         state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
-        state.best = restore_best(loaded, data.val_balanced)
+        state.best = content.get("best_acc1", 0.0)  # of published checkpoints: over all images
+        if state.best and content.get("best_metric") != BEST_METRIC and not data.val_balanced:
+            state.best = 0.0
+            print_main(
+                f"{loaded.path}: its best accuracy is not a class mean, which now chooses {BEST}, and the validation "
+                "list is not balanced: the best starts over at 0"
+            )
         if content.get("averages"):
             state.metrics.load_state_dict(content["averages"], loaded.path)
         check_position(loaded, state, data.train)
@@ -370,30 +375,14 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     saved = loaded.run.get("world_size", world_size)
     if saved != world_size:
         print_main(f"warning: {world_size} processes, saved by {saved}: the result will not be bit-identical")
-    if state.images == state.step * per_step and (saved == world_size or not state.step):
+    if not state.step or (saved == world_size and state.images == state.step * per_step):
         return
     how = f"continues after its first {state.images} images"
     if train_loader.depends_on_ranks:
+        how = "starts over, since its batches are different now"
         state.step, state.images = 0, 0
         state.metrics.reset()
-        how = "starts over, since its batches are different now"
     print_main(f"warning: epoch {state.epoch + 1} {how}")
-
-
-def restore_best(loaded: LoadedCheckpoint, balanced: bool) -> float:
-    """The best class mean so far, as saved.
-
-    In checkpoints that do not say which accuracy it is, such as published ones, it is the one over all images: on a
-    balanced validation list this is the class mean; on an unbalanced one, the best starts over at 0.
-    """
-    best = loaded.content.get("best_acc1", 0.0)
-    if loaded.content.get("best_metric") == BEST_METRIC or balanced or not best:
-        return best
-    print_main(
-        f"{loaded.path}: its best accuracy is not a class mean, which now chooses {BEST}, and the validation list is "
-        "not balanced: the best starts over at 0"
-    )
-    return 0.0
 
 
 def restore_model(loaded: LoadedCheckpoint, model):
@@ -525,9 +514,8 @@ def settle(folder):
     new one's place.
     """
     folder = Path(folder)
-    for file in folder.glob(".*.????????"):  # as atomic_write names them
-        if is_run_file(file.name[1:-9]):
-            file.unlink()
+    for file in find_run_files(folder, ".{}.????????"):  # as atomic_write names them
+        file.unlink()
     if lexists(folder / ASIDE):
         if lexists(folder / LAST):
             shutil.rmtree(folder / ASIDE)
@@ -548,11 +536,6 @@ def settle_unless_in_use(folder: Path):
             settle(folder)
 
 
-def is_run_file(name: str) -> bool:
-    """Whether a file of this name in its folder is a run's."""
-    return any(fnmatch(name, pattern) for pattern in RUN_FILES)
-
-
-def find_run_files(folder) -> list[Path]:
-    """What a run has written in its folder."""
-    return [file for file in Path(folder).iterdir() if is_run_file(file.name)]
+def find_run_files(folder: Path, form: str = "{}") -> list[Path]:
+    """What a run has written in its folder, under names of this form."""
+    return [file for name in RUN_FILES for file in folder.glob(form.format(name))]

@@ -23,14 +23,14 @@ from .groups import GROUPS, shot_groups
 
 def run_summary(state, data) -> str:
     """The settings of a training or evaluation, one line each; state: its TrainState, data: its Data."""
-    args = state.args
+    args, parameters = state.args, list(state.model.parameters())
     groups = torch.bincount(shot_groups(data.train_counts), minlength=len(GROUPS)).tolist()
     shots = ", ".join(f"{count} {name}" for count, name in zip(groups, GROUPS, strict=True))
-    images = {"training": int(data.train_counts.sum()), "test": len(data.test.dataset)}
+    images = f"{int(data.train_counts.sum()):,} training, {len(data.test.dataset):,} test"
     if data.val is not None:
-        images["validation"] = len(data.val.dataset)
-    total = sum(parameter.numel() for parameter in state.model.parameters())
-    trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+        images += f", {len(data.val.dataset):,} validation"
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
     precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
     threads, processes = torch.get_num_threads(), get_world_size()
     device = f"CPU with {threads} thread{'s' * (threads > 1)}"
@@ -38,7 +38,7 @@ def run_summary(state, data) -> str:
         device = torch.cuda.get_device_name(state.device)
     rows = {
         f"stage {state.model.number}, {state.model.title}": "",
-        "data": f"{args.data}: {', '.join(f'{count:,} {name}' for name, count in images.items())} images",
+        "data": f"{args.data}: {images} images",
         "classes": f"{data.num_classes:,} ({shots}-shot)",
         "network": f"{args.arch} at {args.image_size} pixels, {trained:,} of {total:,} parameters train",
         "device": f"{device}, {precision}, {processes} process{'es' * (processes > 1)}",
@@ -46,17 +46,15 @@ def run_summary(state, data) -> str:
     if args.evaluate:
         rows["checkpoint"] = args.resume
     else:
-        per_step = data.train.images_per_step * processes
         epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
-        rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images"
-        if args.accum_steps > 1:
-            rows["training"] += f" in {args.accum_steps} micro-batches"
+        parts = f" in {args.accum_steps} micro-batches" if args.accum_steps > 1 else ""
+        per_step = data.train.images_per_step * processes
+        rows["training"] = f"{epochs}, {data.train.steps} steps of {per_step} images{parts}"
         steps = ", ".join(map(str, args.schedule)) or "none"
         decay = "cosine" if args.cos else f"times {args.schedule_factor:g} at epochs {steps}"
         warmup = f"warm-up of {args.warmup_epochs} epochs, " if args.warmup_epochs else ""
-        rows["learning rate"] = (
-            f"{args.lr:g}, {warmup}{decay}; momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
-        )
+        rest = f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}"
+        rows["learning rate"] = f"{args.lr:g}, {warmup}{decay}; {rest}"
         rows["output"] = args.output_dir
     width = max(len(name) for name, value in rows.items() if value)
     return "\n".join(f"  {name:{width}}  {value}" if value else name for name, value in rows.items())

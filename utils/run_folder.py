@@ -94,10 +94,9 @@ class RunFolder:
         with raise_on_all_ranks():
             if not is_main_process():
                 return
-            self._compare_with_trained_on(state, data)
+            self._compare_with_sources(state, data)
             if self.args.evaluate:
                 return
-            self._warn_of_another_list(data)
             kept = 0  # epochs of the earlier run
             if self._continues():
                 checkpoint.quarantine_unreadable(self.path, self.args.resume)
@@ -111,23 +110,26 @@ class RunFolder:
             if self.args.tensorboard:
                 self.summary_writer = log.require_tensorboard()(str(self.path), purge_step=kept)
 
-    def _warn_of_another_list(self, data):
-        """Names a checkpoint that the run starts from, if the args.json next to it tells of another training list."""
-        for name, path in self._sources().items():
-            checksum = saved_checksums(Path(path).parent).get("train")
-            if name != "pretrained" and checksum not in (None, data.checksums["train"]):
-                print_main(f"warning: {path} was trained with another training list")
+    def _compare_with_sources(self, state, data):
+        """Notes the images that the weights were or will be trained on, and names lists that may not be meant.
 
-    def _compare_with_trained_on(self, state, data):
-        """Notes the images that the weights were or will be trained on, and names the lists that have some of them."""
-        paths = list(self._sources().values())
-        digests = [found for path in paths if (found := checkpoint.trained_on(path)) is not None]
+        Those are lists that have some of these images, and another training list than a checkpoint's, as far as the
+        args.json next to it tells.
+        """
+        sources, digests = self._sources(), []
+        for name, path in sources.items():
+            if (found := checkpoint.trained_on(path)) is not None:
+                digests.append(found.flatten())
+            checksum = saved_checksums(Path(path).parent).get("train")
+            if not self.args.evaluate and name != "pretrained" and checksum not in (None, data.checksums["train"]):
+                print_main(f"warning: {path} was trained with another training list")
         if not self.args.evaluate and state.epoch < self.args.epochs:
             digests.append(data.train.dataset.digests())
         self.test_facts = {"test_checksum": data.checksums["test"]}
         if not digests:  # published weights do not tell
             return
-        state.trained_on = torch.cat([found.flatten() for found in digests]).unique()
+        state.trained_on = torch.cat(digests).unique()
+        came_from = f" ({next(iter(sources.values()))})" if sources else ""
         for loader in filter(None, (data.val, data.test)):
             seen = int(torch.isin(loader.dataset.digests(), state.trained_on).sum())
             if loader is data.test:
@@ -136,7 +138,7 @@ class RunFolder:
                 what = {"val": "validation"}.get(loader.name, loader.name)
                 print_main(
                     f"warning: {seen} of {len(loader.dataset)} {what} images were trained on, by this run or one that "
-                    f"it came from{f' ({paths[0]})' if paths else ''}: accuracies on them say nothing of new images"
+                    f"it came from{came_from}: accuracies on them say nothing of new images"
                 )
 
     def _write_args(self, state, data):
