@@ -1,10 +1,15 @@
 """The best checkpoint is the one with the best class mean, regardless of the accuracy over all images."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tests.helpers import BEST, PREVIOUS, checkpoint, log_of, results_of, run_stage, source, train
+from models import SLG
+from tests.helpers import BEST, PARSERS, checkpoint, log_of, results_of, source, stage_flags, train
+from utils import checkpoint as checkpoints
 from utils import metrics
+from utils.train_state import TrainState
 
 
 @pytest.fixture
@@ -56,27 +61,17 @@ def test_the_best_of_an_unbalanced_list_is_a_class_mean(plain_tree, unbalanced, 
     assert best == max(epoch["val"]["linear"]["class_mean"] for epoch in log_of(folder))
 
 
-def resumed(trained, data, folder, flags, **changes):
-    """A run from a checkpoint whose entries are changed, or removed if None; returns (its best, what it printed)."""
-    content = checkpoint(trained["i"], PREVIOUS) | changes
-    folder.mkdir()
-    torch.save({name: value for name, value in content.items() if value is not None}, folder / "old.tar")
-    outcome = run_stage("i", data, folder / "run", "--cos", "--resume", folder / "old.tar", *flags)
-    assert (outcome.status, outcome.err) == (0, "")
-    return float(checkpoint(folder / "run")["best_acc1"]), outcome.out
-
-
-def test_a_best_accuracy_of_unknown_kind_is_kept_on_a_balanced_list_and_reset_on_another(
-    trained, plain_tree, unbalanced, tmp_path
-):
-    high = torch.tensor(2.0, dtype=torch.float64)  # more than any epoch can reach
-    best, out = resumed(trained, plain_tree, tmp_path / "balanced", [], best_acc1=high, best_metric=None)
-    assert best == 2 and "starts over" not in out
-    for number, metric in enumerate((None, "overall")):
-        folder = tmp_path / f"{number}"
-        best, out = resumed(trained, plain_tree, folder, unbalanced, best_acc1=high, best_metric=metric)
-        (line,) = [line for line in out.splitlines() if "starts over" in line]
-        assert str(folder / "old.tar") in line
-        assert best == log_of(folder / "run")[-1]["val"]["linear"]["class_mean"] < 1
-    best, out = resumed(trained, plain_tree, tmp_path / "ours", unbalanced, best_acc1=high, best_metric="class_mean")
-    assert best == 2 and "starts over" not in out
+@pytest.mark.parametrize(
+    ("metric", "balanced", "best"), [(None, True, 2), (None, False, 0), ("overall", False, 0), ("class_mean", False, 2)]
+)
+def test_a_best_accuracy_of_unknown_kind_is_kept_on_a_balanced_list_alone(tmp_path, capsys, metric, balanced, best):
+    args = PARSERS["ii"]().parse_args(stage_flags("ii", tmp_path, tmp_path / "run", []))
+    model = SLG("resnet8", 3)
+    state = TrainState(model, torch.optim.SGD(model.classifier.parameters(), 0.1), torch.device("cpu"), args)
+    content = {"state_dict": model.state_dict(), "epoch": 1, "best_acc1": 2.0}
+    content |= {"best_metric": metric} if metric else {}
+    loaded = checkpoints.LoadedCheckpoint("old.tar", "--resume", content, {})
+    train_loader = SimpleNamespace(images_per_step=16, images_per_epoch=144)
+    checkpoints.restore(loaded, state, SimpleNamespace(train=train_loader, val_balanced=balanced))
+    assert (state.epoch, state.best) == (1, best)
+    assert ("old.tar: its best accuracy" in capsys.readouterr().out) == (best == 0)

@@ -16,8 +16,7 @@ from models.state_dicts import check_weights, find_state_dict
 from tests.helpers import LAST, ROOT, STAGES, checkpoint, same
 from tests.helpers_networks import BUILD, with_module
 
-CASES = [(stage, arch) for stage in STAGES for arch in ("resnet8", "resnet32", "resnet18")]
-CASES += [("ii", "resnext50_32x4d")]
+CASES = [("i", "resnet8"), ("ii", "resnet18"), ("ii", "resnext50_32x4d"), ("iii", "resnet32")]
 
 
 def write(content, path, **options):
@@ -232,11 +231,11 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux shows it")
 def test_a_refused_file_costs_no_memory(tmp_path):
-    """One has 1 GiB of zeros in an entry that the network lacks, one has 256 MiB when decompressed."""
+    """One has 1 GiB of zeros in an entry that the network lacks, one has 96 MiB when decompressed."""
     state_dict = state_of("ii", extra=torch.zeros(0))
     with torch.serialization.skip_data():  # a sparse file, which takes no room on the disk
         zeros = write({"state_dict": state_dict | {"module.extra": torch.empty(2**28)}}, tmp_path / "zeros")
-    texts = ["x" * 2**20 + str(number) for number in range(256)]
+    texts = ["x" * 2**20 + str(number) for number in range(96)]
     packed = write({"state_dict": state_of("ii"), "texts": texts}, tmp_path / "packed")
     rewritten(packed, compression=zipfile.ZIP_DEFLATED)
     assert zeros.stat().st_size > 2**30 and packed.stat().st_size < 2**21
@@ -245,7 +244,7 @@ def test_a_refused_file_costs_no_memory(tmp_path):
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     for line, reason in zip(lines, ("extra is unknown", "compressed"), strict=True):
         mib, text = line.split(maxsplit=1)
-        assert reason in text and int(mib) < 128
+        assert reason in text and int(mib) < 64
 
 
 # ---- tensors and values that no network has

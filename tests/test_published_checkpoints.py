@@ -79,16 +79,11 @@ def write(content, path, *, zipped=True):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_published_checkpoint_continues_here(stage, published, plain_tree, tmp_path):
-    file = write(published[stage], tmp_path / "theirs")
-    folder = train(stage, plain_tree, tmp_path / "out", "--cos", "--resume", file)
-    content = checkpoint(folder)
-    assert content["epoch"] == 2 and content["best_acc1"] >= 0.25
-    theirs, ours = published[stage]["optimizer"], content["optimizer"]
+def test_a_published_optimizer_numbers_the_parameters_as_ours_does(stage, published, trained):
+    theirs, ours = published[stage]["optimizer"], checkpoint(trained[stage])["optimizer"]
     assert theirs["param_groups"][0]["params"] == ours["param_groups"][0]["params"]
-    assert {k: v["momentum_buffer"].shape for k, v in theirs["state"].items()} == {
-        k: v["momentum_buffer"].shape for k, v in ours["state"].items()
-    }
+    shapes = [{k: v["momentum_buffer"].shape for k, v in one["state"].items()} for one in (theirs, ours)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,8 +159,7 @@ def test_every_format_of_a_checkpoint_is_read(best, zipped, published, tmp_path)
     assert same(dict(content["state_dict"]), dict(published["ii"]["state_dict"]))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("stage", "zipped"), [("i", True), ("ii", False), ("iii", True)])
 def test_a_run_continues_without_prefix_and_without_optimizer(stage, zipped, published, plain_tree, tmp_path):
     content = {
         "epoch": 1,

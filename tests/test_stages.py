@@ -2,7 +2,6 @@
 
 import gzip
 import inspect
-import socket
 import struct
 
 import numpy as np
@@ -19,6 +18,7 @@ from tests.helpers import (
     COUNTS,
     IMAGES,
     LAST,
+    PARSERS,
     PREVIOUS,
     SCRIPTS,
     STAGES,
@@ -39,6 +39,8 @@ from tests.helpers import (
     train_all,
     train_ranks,
 )
+from tests.helpers_processes import free_port
+from utils.arguments import settle_defaults
 from utils.train_state import prepare_model
 
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
@@ -63,9 +65,8 @@ def weights_of(folder):
 
 
 def test_the_reorganized_tree_gives_the_same_numbers(trained, reorganized_tree, tmp_path):
-    for run, folder in train_all(reorganized_tree, tmp_path, "--cos").items():
-        assert same(weights_of(folder), weights_of(trained[run]))
-        assert results_of(folder) == results_of(trained[run])
+    folder = train("i", reorganized_tree, tmp_path / "i", "--cos")
+    assert same(weights_of(folder), weights_of(trained["i"])) and results_of(folder) == results_of(trained["i"])
 
 
 def test_class_folders_are_used_if_there_are_no_lists(reorganized_tree, tmp_path):
@@ -77,16 +78,13 @@ def test_class_folders_are_used_if_there_are_no_lists(reorganized_tree, tmp_path
     assert result["train_counts"] == list(COUNTS["train"]) and result["count"] == TEST_IMAGES
 
 
-def test_a_list_given_by_flag_comes_first(plain_tree, tmp_path):
+def test_a_list_given_by_flag_comes_first_and_classes_may_be_more_than_in_the_lists(plain_tree, tmp_path):
     lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "half.txt").write_text("".join(lines[::2]))
-    (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--train-list", tmp_path / "half.txt"))
-    assert sum(result["train_counts"]) == -(-IMAGES // 2)
-
-
-def test_num_classes_may_be_larger_than_in_the_lists(plain_tree, tmp_path):
-    (result,) = results_of(train("i", plain_tree, tmp_path / "i", "--epochs", 1, "--num-classes", 8))
-    assert result["train_counts"] == [*COUNTS["train"], 0, 0] and result["per_class"][6:] == [None, None]
+    flags = ["--epochs", 1, "--train-list", tmp_path / "half.txt", "--num-classes", 8]
+    (result,) = results_of(train("i", plain_tree, tmp_path / "i", *flags))
+    assert sum(result["train_counts"]) == -(-IMAGES // 2) and result["train_counts"][6:] == [0, 0]
+    assert result["per_class"][6:] == [None, None]
 
 
 def write_idx(file, array):
@@ -113,17 +111,14 @@ def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
 
 
 def test_all_stages_train_on_large_jpegs(jpeg_tree, tmp_path):
-    small = ["--arch", "resnet18", "--image-size", 224, "-b", 4, "--epochs", 1]
-
-    def run(stage, data, out, *flags):
-        outcome = (run_shell if stage == "i" else run_stage)(stage, data, out, *flags)
+    small, folders = ["--arch", "resnet18", "--image-size", 224, "-b", 4, "--epochs", 1], {}
+    for stage in STAGES:
+        folders[stage] = tmp_path / stage
+        start = run_shell if stage == "i" else run_stage
+        outcome = start(stage, jpeg_tree, folders[stage], *small, *source(stage, folders))
         assert (outcome.status, outcome.err) == (0, "")
-
-    for name, folder in train_all(jpeg_tree, tmp_path, *small, run=run).items():
-        assert [(r["classifier"], r["count"]) for r in results_of(folder)] == [(c, 6) for c in CLASSIFIERS[name]]
-    again = tmp_path / "again"
-    outcome = run_stage("iii", jpeg_tree, again, *small, "--resume", tmp_path / "iii" / LAST, "--evaluate")
-    assert outcome.status == 0 and results_of(again) == results_of(tmp_path / "iii")
+        results = [(record["classifier"], record["count"]) for record in results_of(folders[stage])]
+        assert results == [(name, 6) for name in CLASSIFIERS[stage]]
 
 
 # ---- what a run leaves behind
@@ -286,21 +281,20 @@ def test_evaluate_without_output_dir_writes_nothing(trained, plain_tree, tmp_pat
 
 
 def test_con_weight_0_leaves_queue_and_key_encoder_unchanged(plain_tree, tmp_path):
-    folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0)
+    folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0, "--epochs", 1)
     state = weights_of(folder)
     assert all(record["contrastive"] == 0 for record in log_of(folder))
     assert state["queue_ptr"] == 0 and torch.all(state["label_queue"] == -1)
     assert state["encoder_k.bn1.num_batches_tracked"] == 0 < state["encoder_q.bn1.num_batches_tracked"]
-    train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, "--last_stage_ckpt", folder / LAST)
 
 
 def test_con_weight_scales_the_contrastive_loss(plain_tree, tmp_path):
-    for record in log_of(train("i", plain_tree, tmp_path / "i", "--con-weight", 0.5)):
+    for record in log_of(train("i", plain_tree, tmp_path / "i", "--con-weight", 0.5, "--epochs", 1)):
         assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["contrastive"], rel=1e-5)
 
 
 def test_kd_weight_0_trains_the_hard_classifier_alone(plain_tree, tmp_path):
-    folder = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0)
+    folder = train("iii", plain_tree, tmp_path / "iii", "--kd-weight", 0, "--epochs", 1)
     assert all(record["distillation"] == 0 for record in log_of(folder))
     assert [record["classifier"] for record in results_of(folder)] == ["hard"]
     assert {name for name in log_of(folder)[0] if name.startswith("top")} == {"top1_hard", "top5_hard"}
@@ -330,24 +324,17 @@ def test_freeze_bn_keeps_the_batchnorm_statistics(trained, plain_tree, tmp_path,
     assert same(strip_prefix(weights_of(folder), kept), strip_prefix(weights_of(trained[before]), taken))
 
 
-def test_the_learning_rate_falls_in_steps_without_cos(plain_tree, tmp_path):
-    folder = train("i", plain_tree, tmp_path / "i", "--schedule", 1, 2, "--epochs", 3, "--con-weight", 0)
-    assert [record["lr"] for record in log_of(folder)] == pytest.approx([0.1, 0.01, 0.001])
-    assert checkpoint(folder)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
-
-
-@EACH_STAGE
+@pytest.mark.parametrize("stage", ["i", "iii"])
 def test_bf16_channels_last_and_device_augmentation_change_the_loss_little(trained, plain_tree, tmp_path, stage):
     flags = [*source(stage, trained), "--epochs", 1, "--lr", 1e-3]  # at a large learning rate small differences grow
     reference = train(stage, plain_tree, tmp_path / "reference", *flags)
-    (expected,), states = log_of(reference), [weights_of(reference)]
-    for numerics in (["--amp", "bf16"], ["--channels-last"], ["--augment", "device"]):
+    (expected,), state = log_of(reference), weights_of(reference)
+    for numerics in (["--amp", "bf16"], ["--channels-last", "--augment", "device"]):
         folder = train(stage, plain_tree, tmp_path / numerics[-1], *flags, *numerics)
         (record,) = log_of(folder)
         assert record["loss"] == pytest.approx(expected["loss"], rel=0.02), numerics
-        states.append(weights_of(folder))
-        assert [value.dtype for value in states[-1].values()] == [value.dtype for value in states[0].values()]
-    assert not same(states[0], states[1]) and not same(states[0], states[3])  # bf16 and device changed something
+        assert [value.dtype for value in weights_of(folder).values()] == [value.dtype for value in state.values()]
+        assert not same(weights_of(folder), state)
 
 
 @EACH_STAGE
@@ -371,64 +358,47 @@ def test_the_defaults_of_the_models_are_the_published_ones():
         assert {name: parameters[name].default for name in defaults} == defaults
 
 
-def test_the_same_seed_gives_the_same_run(trained, plain_tree, tmp_path):
-    again = train("i", plain_tree, tmp_path / "again", "--cos")
-    assert same(checkpoint(again), checkpoint(trained["i"]))
-    assert log_of(again, timed=False) == log_of(trained["i"], timed=False)
-    other = train("i", plain_tree, tmp_path / "other", "--cos", "--seed", 4)
-    assert not same(checkpoint(other)["state_dict"], checkpoint(trained["i"])["state_dict"])
+def test_another_seed_gives_another_run(trained, plain_tree, tmp_path):
+    """The same seed gives the same: test_resume.test_auto_starts_from_scratch_if_there_is_no_checkpoint."""
+    other = train("i", plain_tree, tmp_path / "other", "--cos", "--seed", 4, "--epochs", 1)
+    assert not same(checkpoint(other)["state_dict"], checkpoint(trained["i"], PREVIOUS)["state_dict"])
 
 
-def test_a_seed_is_drawn_printed_and_kept(plain_tree, tmp_path):
-    seeds = []
-    for run in ("a", "b"):
-        outcome = call("i", without("--seed", stage_flags("i", plain_tree, tmp_path / run, ["--epochs", 1])))
-        seeds.append(args_of(tmp_path / run)["seed"])
-        assert f"seed {seeds[-1]}" in outcome.out
-        assert checkpoint(tmp_path / run)["run"]["seed"] == seeds[-1]
-    assert seeds[0] != seeds[1]
-    repeated = train("i", plain_tree, tmp_path / "c", "--epochs", 1, "--seed", seeds[0])
-    assert same(checkpoint(repeated)["state_dict"], checkpoint(tmp_path / "a")["state_dict"])
-
-
-def test_progress_is_printed_every_print_freq_steps(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path / "i", "--epochs", 1, "-p", 4)
+def test_a_seed_is_drawn_printed_and_kept_and_progress_shown_every_print_freq_steps(plain_tree, tmp_path):
+    flags = without("--seed", stage_flags("i", plain_tree, tmp_path / "i", ["--epochs", 1, "-p", 4]))
+    outcome, seed = call("i", flags), args_of(tmp_path / "i")["seed"]
+    assert f"seed {seed}, drawn" in outcome.out and checkpoint(tmp_path / "i")["run"]["seed"] == seed
     steps = [line.split()[2] for line in outcome.out.splitlines() if line.startswith("epoch 1/1 [")]
     assert steps == ["[4/9]", "[8/9]", "[9/9]"]
+    again = PARSERS["i"]().parse_args(flags)
+    settle_defaults(again)
+    assert again.seed != seed
 
 
 # ---- more than one process
 
 
-@EACH_STAGE
-def test_two_spawned_processes_and_torchrun_give_the_same_run(trained, plain_tree, tmp_path, stage):
-    young = ["--epochs", 1, "--lr", 1e-3]  # early in training, the loss depends little on the batches
-    flags = [*source(stage, trained), *young]
-    if stage == "ii":
-        flags = [*source("ii", {"i": train("i", plain_tree, tmp_path / "i", *young)}), *young]
-    alone = train(stage, plain_tree, tmp_path / "alone", *flags)
-    spawned = train(stage, plain_tree, tmp_path / "spawned", *flags, *TWO)
-    if stage == "i":
-        outcome = run_shell(stage, plain_tree, tmp_path / "torchrun", *flags, launcher=TORCHRUN)
-        assert outcome.status == 0, outcome.err
-    else:
-        train_ranks(stage, plain_tree, tmp_path / "torchrun", *flags)  # with torchrun's variables
+def test_two_spawned_processes_and_torchrun_give_the_same_run(plain_tree, tmp_path):
+    """That two processes compute what one does: test_world_sizes."""
+    spawned = train("i", plain_tree, tmp_path / "spawned", "--epochs", 1, *TWO)
+    outcome = run_shell("i", plain_tree, tmp_path / "torchrun", "--epochs", 1, launcher=TORCHRUN)
+    assert outcome.status == 0, outcome.err
     assert same(checkpoint(tmp_path / "torchrun"), checkpoint(spawned))
-    assert checkpoint(spawned)["run"]["world_size"] == 2
+    assert checkpoint(spawned)["state_dict"]["module.queue_ptr"].tolist() == [9 * 16 % 50]
     assert log_of(tmp_path / "torchrun", timed=False) == log_of(spawned, timed=False)
-    (record,), (expected,) = log_of(spawned), log_of(alone)
-    assert record["loss"] == pytest.approx(expected["loss"], rel=0.15)  # the same method, on other batches
-    assert [r["count"] for r in results_of(spawned)] == [TEST_IMAGES] * len(CLASSIFIERS[stage])
-    one = run_stage(stage, plain_tree, tmp_path / "one", "--resume", spawned / LAST, "--evaluate")
-    assert one.status == 0 and results_of(tmp_path / "one") == results_of(spawned)
-    if stage == "i":
-        assert checkpoint(spawned)["state_dict"]["module.queue_ptr"].tolist() == [9 * 16 % 50]
+
+
+@EACH_STAGE
+def test_one_process_evaluates_what_two_trained(trained, plain_tree, tmp_path, stage):
+    both = train_ranks(stage, plain_tree, tmp_path / "two", *source(stage, trained), "--epochs", 1)
+    assert checkpoint(both)["run"]["world_size"] == 2
+    assert [record["count"] for record in results_of(both)] == [TEST_IMAGES] * len(CLASSIFIERS[stage])
+    train(stage, plain_tree, tmp_path / "one", "--resume", both / LAST, "--evaluate")
+    assert results_of(tmp_path / "one") == results_of(both)
 
 
 def test_the_command_of_the_readme_trains(plain_tree, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = f"--cos --dist-url tcp://localhost:{port} --multiprocessing-distributed --world-size 1 --rank 0 --epochs 1"
+    url = f"tcp://localhost:{free_port()}"
+    flags = f"--cos --dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --epochs 1"
     folder = train("i", plain_tree, tmp_path / "i", *flags.split())
     assert len(log_of(folder)) == 1 and results_of(folder)[0]["count"] == TEST_IMAGES

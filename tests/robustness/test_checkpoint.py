@@ -13,10 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import LAST, TWO, assert_mistake, call, checkpoint, results_of, run_stage, same, stage_flags, train
-from tests.helpers_processes import Job
+from tests.helpers import (
+    LAST,
+    assert_mistake,
+    assert_mistake_of_all_ranks,
+    call,
+    checkpoint,
+    copied,
+    results_of,
+    run_ranks,
+    same,
+    stage_flags,
+    train,
+)
 from utils import checkpoint as under_test
 from utils.errors import UserError
+from utils.log import write_json
 
 PREVIOUS, BEST = under_test.PREVIOUS, under_test.BEST
 
@@ -198,11 +210,11 @@ def test_only_temporary_files_are_removed(folder):
 
 
 @pytest.mark.parametrize("spoilt", [(LAST,), (LAST, PREVIOUS)])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", b"\x80\x02c"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", b"\x80\x02c", "a pipe"])
 def test_the_newest_readable_checkpoint_is_found(folder, capsys, spoilt, content):
     for name in spoilt:
         (folder / name).unlink()  # it may share its file with another
-        (folder / name).write_bytes(content)
+        os.mkfifo(folder / name) if content == "a pipe" else (folder / name).write_bytes(content)
     assert under_test.find_latest(folder) == folder / (PREVIOUS, BEST)[len(spoilt) - 1]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(spoilt) and all(str(folder / name) in line for name, line in zip(spoilt, said, strict=True))
@@ -259,11 +271,8 @@ def test_a_run_whose_disk_fills_stops_and_can_continue(trained, plain_tree, tmp_
     assert same(checkpoint(run), checkpoint(trained["i"])) and results_of(run) == results_of(trained["i"])
 
 
-@pytest.mark.parametrize("name", ["log.txt", "results.json"])
-def test_logs_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, name):
-    run = tmp_path / "run"
-    shutil.copytree(trained["i"], run)
-    (run / name).unlink()
+def test_a_log_that_cannot_be_written_is_named_and_costs_no_checkpoint(trained, plain_tree, tmp_path):
+    run = copied(trained["i"], tmp_path / "run")
     shutil.copy(run / PREVIOUS, run / LAST)
     before = (run / LAST).read_bytes()
 
@@ -272,52 +281,30 @@ def test_logs_that_cannot_be_written_are_named(trained, plain_tree, tmp_path, na
 
         def write(self, text):
             if text.startswith("epoch 2/2 [1/"):
-                (run / name).unlink(missing_ok=True)
-                (run / name).mkdir()
+                (run / "log.txt").unlink()
+                (run / "log.txt").mkdir()
             return super().write(text)
 
     flags = ["--cos", "-p", 1, "--resume", "auto"]
     outcome = call("i", stage_flags("i", plain_tree, run, flags), out=InTheWay())
-    assert_mistake(outcome, f"{run / name}: cannot be written")
-    assert checkpoint(run)["epoch"] == 2 if name == "results.json" else (run / LAST).read_bytes() == before
+    assert_mistake(outcome, f"{run / 'log.txt'}: cannot be written")
+    assert (run / LAST).read_bytes() == before
 
 
-def test_temporary_files_of_a_killed_save_are_removed_at_the_next_start(trained, plain_tree, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained["i"], run)
-    for name in (f".{LAST}.abcd_123", f".{PREVIOUS}.abcd_123"):
-        (run / name).write_bytes(b"half")
-    before = set(os.listdir(trained["i"]))
-    train("i", plain_tree, run, "--cos", "--resume", "auto")
-    assert set(os.listdir(run)) == before
+def test_results_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(UserError, match=r"results.json: cannot be written"):
+        write_json(tmp_path / "results.json", [])
 
 
-def test_a_resumed_run_renames_a_damaged_last_checkpoint(trained, plain_tree, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained["i"], run)
-    (run / LAST).unlink()
-    (run / LAST).write_bytes(b"foreign")
-    outcome = run_stage("i", plain_tree, run, "--cos", "--resume", "auto")
-    assert outcome.status == 0 and outcome.err.startswith(f"skipped {run / LAST}")
-    assert (run / f"{LAST}.unreadable").read_bytes() == b"foreign"
-    assert same(checkpoint(run), checkpoint(trained["i"]))
-    assert checkpoint(run, PREVIOUS)["epoch"] == 1
-
-
-def test_more_epochs_continue_a_finished_run(trained, plain_tree, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained["i"], run)
-    train("i", plain_tree, run, "--cos", "--resume", "auto", "--epochs", 3)
-    assert checkpoint(run)["epoch"] == 3 and checkpoint(run, PREVIOUS)["epoch"] == 2
-    assert same(checkpoint(run, PREVIOUS)["state_dict"], checkpoint(trained["i"])["state_dict"])
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
 def test_two_processes_with_a_full_disk_end_in_one_line(plain_tree, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    with Job("i", plain_tree, tmp_path / "run", *TWO, "--save-every-steps", 2, limit=limit) as job:
-        assert_mistake(job.end(), f"{tmp_path / 'run' / LAST}: cannot be written (File too large)")
+    flags = ["--save-every-steps", 2]
+    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, setup=limit_file_size)
+    assert_mistake_of_all_ranks(outcomes, f"{tmp_path / 'run' / LAST}: cannot be written (File too large)")
 
 
 def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monkeypatch):
