@@ -128,11 +128,13 @@ def read(path, flag: str) -> dict:
     """
     content = read_weights(path, flag)
     try:
-        content |= {name: convert(content[name]) for name, convert in FIELDS.items() if name in content}
-        if content.get("step", 0) != (content.get("averages") or {"steps": 0})["steps"]:
+        fit = all(fits(content[name]) for name, fits in FIELDS.items() if name in content)
+        if not fit or content.get("step", 0) != (content.get("averages") or {"steps": 0})["steps"]:
             raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
         raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
+    content |= {name: int(content[name]) for name in ("epoch", "step", "images") if name in content}
+    content["best_acc1"] = float(content.get("best_acc1", 0.0))
     return content
 
 
@@ -159,49 +161,30 @@ def stage_names(stages) -> str:
     return " or ".join(models.STAGES[stage].number for stage in stages)
 
 
-def number(value) -> float:
-    """A finite number, also from a tensor or numpy scalar of one element, as published checkpoints hold it."""
-    if not math.isfinite(value):
-        raise ValueError
-    return float(value)
+def is_count(value) -> bool:
+    """Whether a value is a whole number, also as a tensor or numpy scalar of one element; a seed may have 63 bits."""
+    return bool(0 <= value <= 2**63 - 1 and int(value) == value)
 
 
-def whole_number(value) -> int:
-    """A whole number, likewise; a seed may have 63 bits."""
-    if not 0 <= value < 2**63 or int(value) != value:
-        raise ValueError
-    return int(value)
+def is_digests(value) -> bool:
+    """Whether a value is None or a tensor of ListFileDataset.digests."""
+    return value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.int64 and is_dense(value))
 
 
-def text(value) -> str:
-    """A text."""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
+def is_flag_value(value) -> bool:
+    """Whether a value is of a type that flags have, or a list of such values."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(one, bool | int | float | str | None) for one in values)
 
 
-def digests(value) -> torch.Tensor | None:
-    """A tensor of ListFileDataset.digests, or None."""
-    if value is not None and not (isinstance(value, torch.Tensor) and value.dtype == torch.int64 and is_dense(value)):
-        raise TypeError
-    return value
-
-
-def flags(values) -> dict:
-    """The values of flags by name: each one of the types that flags have, or a list of them."""
-    for value in values.values():
-        for one in value if isinstance(value, list) else [value]:
-            if not isinstance(one, bool | int | float | str | None):
-                raise TypeError
-    return values
-
-
-# The fields that a run continues from, and what brings each into the form that save gives it, or raises an exception.
-# Published checkpoints have of these only epoch and best_acc1.
+# What the fields that a run continues from must be; an exception says no, too. Published checkpoints have of these only
+# epoch and best_acc1, the latter as a number, a tensor or a numpy scalar.
 FIELDS = {
-    "epoch": whole_number, "step": whole_number, "images": whole_number, "best_acc1": number, "best_metric": text,
-    "trained_on": digests, "args": flags, "averages": lambda averages: averages and MetricLogger.checked(averages),
-    "run": lambda run: {name: whole_number(fact) for name, fact in run.items()},
+    "epoch": is_count, "step": is_count, "images": is_count, "best_acc1": math.isfinite,
+    "best_metric": lambda name: isinstance(name, str), "trained_on": is_digests,
+    "args": lambda flags: all(map(is_flag_value, flags.values())),
+    "run": lambda facts: all(map(is_count, facts.values())),
+    "averages": lambda averages: averages is None or MetricLogger.fits(averages),
 }  # fmt: skip
 
 
@@ -210,8 +193,9 @@ def trained_on(path) -> torch.Tensor | None:
 
     Raises Unavailable if the system cannot read it now.
     """
-    with suppress(UserError, TypeError):
-        return digests(read_weights(path, "").get("trained_on"))
+    with suppress(UserError):
+        digests = read_weights(path, "").get("trained_on")
+        return digests if is_digests(digests) else None
 
 
 def find_latest(folder) -> Path | None:
@@ -341,7 +325,7 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
                 message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
                 raise UserError(message) from None
         state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
-        state.best = content.get("best_acc1", 0.0)  # of published checkpoints: over all images
+        state.best = content["best_acc1"]  # of published checkpoints: over all images
         if state.best and content.get("best_metric") != BEST_METRIC and not data.val_balanced:
             state.best = 0.0
             print_main(

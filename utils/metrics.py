@@ -115,14 +115,12 @@ class MetricLogger:
         self.updates = state["steps"] * self.accum_steps
 
     @staticmethod
-    def checked(state: dict) -> dict:
-        """The state_dict, which comes from a file; an exception if it is none: names, finite sums, whole steps."""
+    def fits(state: dict) -> bool:
+        """Whether a value from a file is a state_dict: names, their finite sums per process, whole steps above 0."""
         sums = torch.tensor(state["sums"], dtype=torch.float64)
         named = all(isinstance(name, str) and name.isidentifier() for name in state["names"])
         fits = sums.dim() == 2 and len(sums) > 0 and sums.shape[1] == len(state["names"]) > 0
-        if not (named and fits and sums.isfinite().all() and type(state["steps"]) is int and state["steps"] > 0):
-            raise ValueError("not the averages of an epoch")
-        return state
+        return bool(named and fits and sums.isfinite().all() and type(state["steps"]) is int and state["steps"] > 0)
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
