@@ -542,21 +542,21 @@ SHELL = [
 )
 def test_hostile_input_through_the_shell_ends_in_one_line(trained, midway, plain_tree, tree, tmp_path, kind, case):
     data, flags = plain_tree, []
+    cases = {"list": LISTS | LISTS_OF_FILES, "image": IMAGES, "checkpoint": CHECKPOINTS}
+    content, reason = cases[kind][case] if kind in cases else (None, "--amp")
     if kind == "list":
-        (tmp_path / "input").write_bytes((LISTS | LISTS_OF_FILES)[case][0])
+        (tmp_path / "input").write_bytes(content)
         data, flags = tree, ["--train-list", tmp_path / "input"]
     elif kind == "image":
         data = tmp_path
-        (tmp_path / "image.png").write_bytes(IMAGES[case][0])
+        (tmp_path / "image.png").write_bytes(content)
         (tmp_path / "train.txt").symlink_to(plain_tree / "train.txt")
         (tmp_path / "test.txt").write_text("image.png 0\n")
         flags = ["--evaluate", "--resume", trained["i"] / LAST, "-j", 1]
     elif kind == "checkpoint":
-        CHECKPOINTS[case][0](midway, tmp_path / "input")
+        content(midway, tmp_path / "input")
         flags = ["--resume", tmp_path / "input"]
     else:
         flags = ["--amp", "fp8\nERROR: all is lost"]
-    cases = {"list": LISTS | LISTS_OF_FILES, "image": IMAGES, "checkpoint": CHECKPOINTS, "flags": {case: (None, "--amp")}}
-    reason = cases[kind][case]
-    assert_mistake(run_shell("i", data, tmp_path / "run", *flags), reason[1])
+    assert_mistake(run_shell("i", data, tmp_path / "run", *flags), reason)
     assert not Path("/tmp/harm").exists()
