@@ -31,6 +31,7 @@ from tests.helpers import (
     run_ranks,
     run_stage,
     same,
+    source,
     stage_flags,
     train,
 )
@@ -88,9 +89,7 @@ def test_an_image_that_cannot_be_read_at_first_changes_nothing(plain_tree, broke
 )
 def test_the_finished_steps_are_saved_and_continue_exactly(trained, plain_tree, tmp_path, broken, stage, file, after):
     """Validation has no step of its own: all of the epoch's are kept."""
-    run, before = tmp_path / "run", {"ii": ["--last_stage_ckpt", trained["i"] / LAST]}
-    before["iii"] = ["--teacher_ckpt", trained["ii"] / LAST]
-    flags = ["--cos", *before.get(stage, [])]
+    run, flags = tmp_path / "run", ["--cos", *source(stage, trained)]
     patch = broken(Image, "open", "EIO", file, after=after)
     outcome = run_stage(stage, plain_tree, run, *flags)
     assert_one_line(outcome, 75, f"{plain_tree}/train/class", file, "Input/output error", "--resume auto", ".txt, line")
