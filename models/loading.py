@@ -89,7 +89,7 @@ def transform_of(content: dict) -> EvalTransform:
     for values, least in zip(statistics, (0.0, MIN_STD), strict=True):
         numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list | tuple) else []
         if len(numbers) != 3 or len(values) != 3 or not all(least <= v < math.inf for v in numbers):
-            raise ValueError(f"its mean or std is not three numbers from {least:g}")
+            raise ValueError(f"its --mean or --std is not three numbers from {least:g}")
     return EvalTransform(size, *statistics)
 
 
