@@ -102,9 +102,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
 def check_trained(path, content: dict):
     """Raises UserError if a run without distillation left the soft classifier as it was initialized."""
     if not is_soft_trained(content):
-        raise UserError(
-            f"--classifier soft: that of {path} was not trained, as its run had --kd-weight 0; leave the flag out"
-        )
+        raise UserError(f"--classifier soft: {path} was trained with --kd-weight 0, without it; leave the flag out")
 
 
 def read_weights(path, flag: str) -> dict:
