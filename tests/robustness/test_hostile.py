@@ -178,17 +178,24 @@ def test_the_images_that_the_hostile_ones_are_made_from_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("case", IMAGES)
-def test_a_hostile_image_is_refused_in_one_line(trained, plain_tree, tmp_path, case):
-    """It is an image of the test list; the run names file and line."""
+def test_a_hostile_image_is_refused_in_one_line(tmp_path, case):
     content, reason = IMAGES[case]
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        load_rgb(tmp_path / "image.png")
+    assert str(tmp_path / "image.png") in str(caught.value) and str(caught.value).isprintable()
+    assert not Path("/tmp/harm").exists()
+
+
+def test_a_run_names_the_line_of_a_hostile_image(trained, plain_tree, tmp_path):
+    """It is an image of the test list."""
     root = tmp_path / "tree"
     root.mkdir()
-    (root / "image.png").write_bytes(content)
+    (root / "image.png").write_bytes(JPEG[: len(JPEG) // 2])
     (root / "train.txt").symlink_to(plain_tree / "train.txt")
     (root / "test.txt").write_text("\nimage.png 0\n")
     outcome = run_stage("i", root, tmp_path / "run", "--evaluate", "--resume", trained["i"] / LAST)
-    assert_mistake(outcome, root / "image.png", "test.txt, line 2", reason)
-    assert not Path("/tmp/harm").exists()
+    assert_mistake(outcome, root / "image.png", "test.txt, line 2", "truncated")
 
 
 # ---- checkpoints
