@@ -4,12 +4,11 @@ import argparse
 import difflib
 import math
 import os
-import select
 import shlex
 import sys
 from pathlib import Path
 
-from .errors import Unavailable, UserError, one_line, print_stack, retry
+from .errors import Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
 from .files import is_dir
 
 __version__ = "1.0.0"
@@ -218,25 +217,6 @@ def non_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
     return text
-
-
-def output_is_closed() -> bool:
-    """Whether the reader of the output, such as head, has closed it; what is still written then goes nowhere."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLERR)
-    if not poll.poll(0):
-        return False
-    drop_unwritable_output()
-    return True
-
-
-def drop_unwritable_output():
-    """Sends what a stream that cannot be written still holds nowhere: flushing it at the exit would fail again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def prepare_streams():

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -29,14 +30,15 @@ from tests.helpers import (
     TORCHRUN,
     TWO,
     Interruption,
+    assert_mistake_of_all_ranks,
     assert_one_line,
     assert_same_results,
     assert_same_run,
     call,
     checkpoint,
-    log_of,
     on_ranks,
     results_of,
+    run_ranks,
     run_shell,
     run_stage,
     stage_flags,
@@ -45,19 +47,14 @@ from tests.helpers import (
 )
 from tests.helpers_processes import Job, alive, free_port, listening, wait_until
 from utils import checkpoint as checkpoints
+from utils import metrics
 from utils.arguments import training_parser
-from utils.distributed import DistInfo, defer_stop, get_dist_info, num_cores, raise_on_all_ranks
+from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
-from utils.launch.rendezvous import (
-    check_equal_starts,
-    master_address,
-    note_unused_flags,
-    select_device,
-)
-from utils.signals import Stopped
+from utils.launch.rendezvous import check_equal_starts, master_address, note_unused_flags, select_device
 from utils.train_state import TrainState
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
@@ -112,9 +109,10 @@ def test_a_signal_to_one_of_two_processes_stops_both(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, number):
-    with Job("i", plain_tree, tmp_path / "run", *node(0, f"tcp://127.0.0.1:{free_port()}")) as job:
-        wait_until(lambda: listening([job.pid]), "the key-value store to listen")
+def test_a_process_says_that_it_waits_for_others_and_a_signal_ends_it(plain_tree, tmp_path, number):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    with Job("i", plain_tree, tmp_path / "run", *node(0, url)) as job:
+        job.wait_for(f"rank 0 waits at {url} for the 2 processes .*--rank 0 to 1")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run").exists()
 
@@ -143,6 +141,7 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
     assert checkpoint(tmp_path / "run")["step"] > 0
 
 
+@pytest.mark.full
 def test_the_last_words_of_torchrun_name_the_mistake(tmp_path):
     outcome = run_shell("i", tmp_path / "missing", tmp_path / "run", launcher=TORCHRUN)
     assert outcome.status == 1  # torchrun's own
@@ -170,12 +169,17 @@ def test_a_process_that_is_stuck_in_a_system_call_obeys_a_signal(plain_tree, tmp
     assert_one_line(outcome, 75, "no progress for 1 s", "the last checkpoint is intact", "--resume auto")
 
 
-def test_a_run_stopped_in_the_test_evaluation_resumes(trained, plain_tree, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "step", "words"), [("val", (0, 9), "epoch 1"), ("test", (2, 0), "before the test evaluation was done")]
+)
+def test_a_run_stopped_in_an_evaluation_trains_no_step_again(trained, plain_tree, tmp_path, line, step, words):
     run = tmp_path / "run"
-    outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("test"))
-    assert_one_line(outcome, 75, "before the test evaluation was done", "--resume auto")
-    assert not (run / "results.json").exists()
-    assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
+    outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption(line))
+    assert_one_line(outcome, 75, words, "--resume auto")
+    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == step and not (run / "results.json").exists()
+    again = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
+    assert again.status == 0 and "epoch 1/2 [" not in again.out
+    assert_same_run(run, trained["i"])
 
 
 def test_a_stopped_evaluation_writes_nothing(trained, plain_tree, tmp_path):
@@ -201,28 +205,16 @@ def test_a_stop_during_a_save_waits_for_its_end(trained, plain_tree, tmp_path, m
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_a_run_stopped_in_validation_trains_no_step_again(trained, plain_tree, tmp_path):
-    run = tmp_path / "run"
-    call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("val"))
-    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
-    outcome = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
-    assert "epoch 1/2 [" not in outcome.out and "epoch 1/2: " in outcome.out
-    assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
-
-
-def stop_all_ranks(seconds, args, device):
-    """A main_worker: every rank stops, rank 0 after some seconds, as if it were saving."""
-    defer_stop()
-    torch.distributed.barrier()
-    if get_dist_info().rank == 0:
-        time.sleep(seconds)
-    raise Stopped("saved by rank 0", on_all_ranks=True)
-
-
-def test_a_rank_that_saves_for_longer_than_the_grace_is_not_killed(capfd, monkeypatch):
+@pytest.mark.parametrize(("status", "left"), [(75, False), (1, True), (0, False)])
+def test_a_rank_that_still_saves_is_waited_for_unless_another_has_failed(monkeypatch, status, left):
     monkeypatch.setattr(spawn, "GRACE", 0.1)
-    assert launch(functools.partial(stop_all_ranks, 1), *SMALL_RUN) == 75
-    assert re.fullmatch(r"\S+: saved by rank 0\n", capfd.readouterr().err)
+    context = multiprocessing.get_context("fork")
+    with block_signals():  # so that a stop, which is passed on, does not end it
+        slow, first = context.Process(target=time.sleep, args=(1,)), context.Process(target=os._exit, args=(status,))
+        for process in (slow, first):
+            process.start()
+    assert spawn.watch([slow, first]) == ({slow} if left else set())
+    assert (slow.exitcode, first.exitcode) == (-signal.SIGKILL if left else 0, status)
 
 
 # ---- killed
@@ -385,7 +377,8 @@ def test_one_gpu_for_several_processes_is_refused():
         select_device(SimpleNamespace(gpu=0, device="auto"), DistInfo(1, 2, 1, 2, "torchrun", "env://"))
 
 
-RANKS = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}
+PODS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}  # of PyTorchJob
+RANKS = PODS | {"TORCHELASTIC_RUN_ID": "x"}
 TASKS = {
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "20005",
@@ -401,6 +394,12 @@ TASKS = {
         ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (1, 3, 0, 1, "node", "tcp://a:1")),
         (RANKS, [], (1, 4, 1, 4, "torchrun", "env://")),
         (RANKS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, [], (1, 4, 0, 2, "torchrun", "env://")),
+        (PODS, ["--dist-url", "env://"], (1, 4, 0, 1, "torchrun", "env://")),  # each pod is a node
+        (
+            PODS | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            ["--dist-url", "env://"],
+            (1, 4, 1, 2, "torchrun", "env://"),
+        ),
         (TASKS, [], (3, 4, 1, 2, "srun", "tcp://gpu07:20005")),
         (TASKS | {"SLURM_JOB_NODELIST": "login,gpu[1-2]"}, [], (3, 4, 1, 2, "srun", "tcp://login:20005")),
         (TASKS | {"SLURM_STEP_NODELIST": "gpu12"}, [], (3, 4, 1, 2, "srun", "tcp://gpu12:20005")),
@@ -464,6 +463,7 @@ def node(rank, url, *more) -> list:
         (node(0, "tcp://127.0.0.1:FREE"), ["the 2 processes did not meet within --dist-timeout 5 s"]),
         (node(1, "tcp://127.0.0.1:FREE"), ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
         (node(1, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # nobody's address
+        (node(1, "tcp://127.0.0.1:MUTE"), ["node 0 is not reached within --dist-timeout 1 s", "no answer"]),
         (node(0, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "cannot listen there"]),
         (node(0, "tcp://127.0.0.1:MUTE"), ["cannot listen there (Address already in use)"]),
         (node(1, "tcp://no.such.host.invalid:2345"), ["no.such.host.invalid is not known"]),
@@ -486,12 +486,6 @@ def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_po
 def test_an_address_of_another_form_is_refused(url):
     with pytest.raises(UserError, match=f"--dist-url {url}: must be tcp://HOST:PORT"):
         resolve(url)
-
-
-def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, mute_port):
-    flags = node(1, f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1)
-    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
 
 
 def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path, monkeypatch):
@@ -567,11 +561,8 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     ],
 )
 def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tree, tmp_path, flags, words):
-    url = f"tcp://127.0.0.1:{free_port()}"
-    jobs = [Job("i", plain_tree, tmp_path / f"{n}", *node(n, url), *flags) for n in range(2)]
-    with jobs[0] as first, jobs[1] as second:
-        assert_one_line(first.end(), 2, *words)
-        assert second.end()[::2] == (2, "")  # the first has said it
+    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, nodes=2)
+    assert_mistake_of_all_ranks(outcomes, *words)
 
 
 # ---- started differently
@@ -679,21 +670,30 @@ def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatc
     assert re.fullmatch(r"\S+: --nproc 2: cannot be started \(Too many open files\)\n", capfd.readouterr().err)
 
 
-def test_a_message_that_torchrun_cannot_be_told_is_still_printed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+@pytest.mark.parametrize("name", ["error.json", "missing/error.json"])
+def test_torchrun_is_told_the_message_which_is_printed_in_any_case(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / name))
     assert launch(lambda args, device: None, SMALL_RUN[0], [str(tmp_path / "none")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    message = capsys.readouterr().err.partition(": ")[2]
+    assert "no such folder" in message
+    if name == "error.json":
+        assert json.loads((tmp_path / name).read_text())["message"]["message"] == message.strip()
 
 
 def test_every_process_finds_images_in_folders_per_split(run_of_two_processes, reorganized_tree, tmp_path):
     assert_same_run(train_ranks("i", reorganized_tree, tmp_path / "run", "--cos"), run_of_two_processes)
 
 
+def stop_rank_1_in_a_validation():
+    if os.environ["RANK"] == "1":
+        metrics.heartbeat = lambda: signal.raise_signal(signal.SIGTERM)  # after each of its batches
+
+
 def test_two_processes_that_are_stopped_in_a_validation_resume(run_of_two_processes, plain_tree, tmp_path):
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", *TWO, gate=10) as job:  # nine steps, then the validation's first batch
-        job.wait_for(r"val \[1/")
-        assert_stopped(job.send(signal.SIGTERM, job.ranks()[1]).end())
+    first, second = run_ranks("i", plain_tree, run, "--cos", setup=stop_rank_1_in_a_validation)
+    assert_stopped(first)
+    assert second.status == 75
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
     assert_same_run(train_ranks("i", plain_tree, run, "--cos", "--resume", "auto"), run_of_two_processes)
 
