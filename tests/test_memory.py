@@ -155,9 +155,12 @@ def test_the_message_names_needed_and_available_memory_and_what_helps(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "stage, options", [("i", {}), ("ii", {}), ("iii", {"accum_steps": 3}), ("i", {"dtype": torch.bfloat16})]
-)
-@pytest.mark.parametrize("limit", [300 * MIB, 33 * GIB])
+    "stage, options, limit",
+    [
+        ("i", {}, 300 * MIB), ("ii", {}, 33 * GIB), ("iii", {"accum_steps": 3}, 300 * MIB),
+        ("i", {"dtype": torch.bfloat16}, 33 * GIB),
+    ],
+)  # fmt: skip
 def test_the_advised_batch_size_is_about_the_largest_that_fits_with_room(stage, options, limit, monkeypatch):
     model, accum_steps = build(stage), options.get("accum_steps", 1)
     _, advised, _ = refuse(monkeypatch, model, 10**6, limit, **options)
