@@ -6,7 +6,6 @@ No test depends on the speed of a process: if a test must find one at a certain 
 import contextlib
 import errno
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from datasets.build import locate_splits
 from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
+    PARSERS,
     ROOT,
     TORCHRUN,
     TWO,
@@ -46,15 +46,15 @@ from tests.helpers import (
     train_ranks,
 )
 from tests.helpers_processes import Job, alive, free_port, listening, wait_until
+from utils import arguments, metrics
 from utils import checkpoint as checkpoints
-from utils import metrics
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
-from utils.launch.rendezvous import check_equal_starts, master_address, note_unused_flags, select_device
+from utils.launch.rendezvous import check_equal_starts, master_address, select_device
 from utils.train_state import TrainState
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
@@ -572,43 +572,36 @@ def refusal(check, *args) -> str:
     return str(caught.value)
 
 
-def start_of_two_ranks(rank, starts):
-    """What the check says of (stage, flags, processes per node) of each rank, on this rank."""
-    stage, flags, local_world_size = starts[rank]
-    args = importlib.import_module(f"ssd_stage_{stage}").get_parser().parse_args([*flags, str(ROOT)])
-    args.program = f"ssd_stage_{stage}.py"  # here it is pytest
-    return refusal(check_equal_starts, args, DistInfo(rank, 2, 0, local_world_size))
+STARTS = {  # (stage, flags, processes per node) of each rank -> the message
+    (("i", "-b 8", 1), ("i", "-b 6", 1)): "--batch-size: 8 on rank 0 and 6 on rank 1",
+    (("ii", "--seed 1", 1), ("ii", "", 1)): "--seed: 1 on rank 0 and None on rank 1",
+    (("i", "", 2), ("i", "-b 6", 1)): "processes per node: 2 on rank 0 and 1 on rank 1",
+    (("i", "", 1), ("iii", "", 1)): "script: ssd_stage_i.py on rank 0 and ssd_stage_iii.py on rank 1",
+}
 
 
-@pytest.mark.parametrize(
-    ("starts", "message"),
-    [
-        ((("i", ["-b", "8"], 1), ("i", ["-b", "6"], 1)), "--batch-size: 8 on rank 0 and 6 on rank 1"),
-        ((("ii", ["--seed", "1"], 1), ("ii", [], 1)), "--seed: 1 on rank 0 and None on rank 1"),
-        ((("i", [], 2), ("i", ["-b", "6"], 1)), "processes per node: 2 on rank 0 and 1 on rank 1"),
-        ((("i", [], 1), ("iii", [], 1)), "script: ssd_stage_i.py on rank 0 and ssd_stage_iii.py on rank 1"),
-    ],
-)
-def test_two_nodes_that_were_started_differently_end_in_one_line_on_both(starts, message):
-    found = on_ranks(2, start_of_two_ranks, starts)
-    assert found[0] == found[1] and found[0].startswith(message)
+def refusals_of_a_rank(rank, tree, folder):
+    """What this rank says of each of STARTS, and of a list that differs."""
+    messages = []
+    for start in STARTS:
+        stage, flags, local_world_size = start[rank]
+        args = PARSERS[stage]().parse_args([*flags.split(), str(ROOT)])
+        args.program = f"ssd_stage_{stage}.py"  # here it is pytest
+        messages.append(refusal(check_equal_starts, args, DistInfo(rank, 2, 0, local_world_size)))
+    args = PARSERS["i"]().parse_args(["--train-list", str(folder / f"{rank}.txt"), str(tree)])
+    return [*messages, refusal(locate_splits, args, DistInfo(rank, 2, 0, 1))]
 
 
-def lists_of_two_ranks(rank, tree, folder):
-    parser = importlib.import_module("ssd_stage_i").get_parser()
-    args = parser.parse_args(["--train-list", str(folder / f"{rank}.txt"), str(tree)])
-    return refusal(locate_splits, args, DistInfo(rank, 2, 0, 1))
-
-
-def test_two_nodes_with_different_lists_end_in_one_line_on_both(plain_tree, tmp_path):
+def test_two_nodes_that_were_started_differently_or_read_other_lists_end_in_one_line_on_both(plain_tree, tmp_path):
     lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "0.txt").write_text("".join(lines))
     (tmp_path / "1.txt").write_text("".join(lines[:-1]))
-    for rank, message in enumerate(on_ranks(2, lists_of_two_ranks, plain_tree, tmp_path)):
-        assert message.startswith(f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1")
+    for rank, found in enumerate(on_ranks(2, refusals_of_a_rank, plain_tree, tmp_path)):
+        expected = [*STARTS.values(), f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1"]
+        assert [message[: len(text)] for message, text in zip(found, expected, strict=True)] == expected
 
 
-def check_of_two_ranks(rank, loss, gradient):
+def check_of_a_rank(rank, loss, gradient):
     """What a step's check says; the values are those of rank 1."""
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([0.0, gradient if rank else 0.0])
@@ -623,38 +616,35 @@ def check_of_two_ranks(rank, loss, gradient):
     return refusal(state.check_finite, state.optimizer)
 
 
-@pytest.mark.parametrize(("loss", "gradient"), [(torch.nan, 0.0), (0.0, torch.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_stops_all(loss, gradient):
-    first, second = on_ranks(2, check_of_two_ranks, loss, gradient)
-    assert first == second and ("gradients" in first) == (gradient != 0)
-    assert gradient or "images of rank 1" in first
-
-
-def failed_save(rank):
-    """Rank 0 cannot write; the others only find out."""
+def failures_of_a_rank(rank):
+    """What this rank says of a loss and of a gradient that are not finite, and of a save that fails on rank 0 alone."""
+    checks = [check_of_a_rank(rank, loss, gradient) for loss, gradient in ((torch.nan, 0.0), (0.0, torch.inf))]
     with mock.patch.object(checkpoints, "checkpoint_of"), mock.patch.object(checkpoints.torch, "save") as write:
         write.side_effect = OSError(errno.ENOSPC, "No space left on device")
         model, optimizer = torch.nn.Linear(1, 1), SimpleNamespace(state={})
         args = SimpleNamespace(output_dir=tempfile.gettempdir())
         state = SimpleNamespace(step=0, args=args, model=model, optimizer=optimizer)
-        return refusal(checkpoints.save, state)
+        return [*checks, refusal(checkpoints.save, state)]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_all_ranks():
-    first, second = on_ranks(2, failed_save)
-    assert first == second and "cannot be written (No space left on device)" in first
+def test_what_is_not_finite_or_cannot_be_written_on_one_rank_ends_all():
+    first, second = on_ranks(2, failures_of_a_rank)
+    loss, gradient, save = first
+    assert first == second and "the loss is not finite" in loss and "images of rank 1" in loss
+    assert "gradients are not finite" in gradient and "cannot be written (No space left on device)" in save
 
 
 def test_nodes_with_different_numbers_of_processes_are_several_nodes():
     assert DistInfo(0, 12, 0, 8).nodes == 2 and DistInfo(8, 12, 0, 4).nodes == 3
 
 
-def test_flags_that_start_no_process_under_torchrun_are_named(capsys):
+def test_flags_that_start_no_process_under_torchrun_are_named(capsys, monkeypatch):
     parser, argv = SMALL_RUN
-    note_unused_flags(parser.parse_args(argv), DistInfo(0, 4, 0, 4, "torchrun", "env://"))
-    assert capsys.readouterr().out.startswith("--multiprocessing-distributed, --nproc: not used; torchrun started")
-    note_unused_flags(parser.parse_args(argv), DistInfo(0, 2, 0, 2, "spawn", None))
-    assert capsys.readouterr().out == ""
+    for launcher, said in (("torchrun", True), ("spawn", False)):
+        monkeypatch.setattr(arguments, "get_dist_info", lambda: DistInfo(0, 4, 0, 4, launcher))  # noqa: B023
+        arguments.settle_defaults(parser.parse_args(argv))
+        note = "--multiprocessing-distributed and --nproc: not used, since torchrun started"
+        assert (note in capsys.readouterr().out) == said
 
 
 def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatch):

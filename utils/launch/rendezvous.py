@@ -114,7 +114,6 @@ def select_device(args, info: DistInfo) -> torch.device:
 def process_group(args, info: DistInfo):
     """Makes this process part of the run, and yields its device. After an exception the group is left as it is."""
     set_dist_info(info)
-    note_unused_flags(args, info)
     device = select_device(args, info)
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
@@ -125,14 +124,6 @@ def process_group(args, info: DistInfo):
     yield device
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def note_unused_flags(args, info: DistInfo):
-    """Prints which of the given flags have no effect, since torchrun or srun has started the processes."""
-    names = ("multiprocessing_distributed", "nproc", "world_size", "rank")
-    given = ", ".join(with_hyphens(f"--{name}") for name in names if name in args.given)
-    if given and info.launcher in ("torchrun", "srun") and info.rank == 0:
-        print(f"{given}: not used; {info.launcher} started this as one of {info.world_size} processes", flush=True)
 
 
 def check_equal_starts(args, info: DistInfo):
