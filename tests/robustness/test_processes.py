@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -462,7 +463,6 @@ def node(rank, url, *more) -> list:
         (node(0, "tcp://127.0.0.1:FREE"), ["the 2 processes did not meet within --dist-timeout 5 s"]),
         (node(1, "tcp://127.0.0.1:FREE"), ["node 0 is not reached within --dist-timeout 1 s", "Connection refused"]),
         (node(1, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "node 0 is not reached"]),  # nobody's address
-        (node(1, "tcp://127.0.0.1:MUTE"), ["node 0 is not reached within --dist-timeout 1 s", "no answer"]),
         (node(0, "tcp://192.0.2.77:2345"), ["tcp://192.0.2.77:2345", "cannot listen there"]),
         (node(0, "tcp://127.0.0.1:MUTE"), ["cannot listen there (Address already in use)"]),
         (node(1, "tcp://no.such.host.invalid:2345"), ["no.such.host.invalid is not known"]),
@@ -477,6 +477,15 @@ def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_po
     seconds = 5 if "did not meet" in words[0] else 1  # in which its own store must answer
     assert_one_line(run_stage("i", plain_tree, tmp_path / "run", *flags, "--dist-timeout", seconds), 2, *words)
     assert capfd.readouterr().err == ""  # nor does torch.distributed's C++ print anything
+
+
+def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        flags = node(1, f"tcp://127.0.0.1:{mute.getsockname()[1]}", "--dist-timeout", 1)
+        outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
+    assert_one_line(outcome, 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
+    # The thread that was given up ends now, and prints.
+    wait_until(lambda: not any("(call)" in thread.name for thread in threading.enumerate()), "the thread to end")
 
 
 @pytest.mark.parametrize(

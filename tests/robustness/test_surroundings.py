@@ -53,7 +53,8 @@ def test_a_task_of_another_step_is_refused_at_a_shared_port_and_a_rank_joins_onc
     url = f"tcp://127.0.0.1:{free_port()}"
 
     def join(step, task):
-        for name, value in (TASK | {"SLURM_STEP_ID": f"{step}", "SLURM_PROCID": f"{task}"}).items():
+        own = {"SLURM_STEP_ID": f"{step}", "SLURM_PROCID": f"{task}", "SLURM_LOCALID": f"{task}"}
+        for name, value in (TASK | own).items():
             monkeypatch.setenv(name, value)
         return rendezvous.join_store(args, rendezvous.srun_info(url))
 
