@@ -324,15 +324,17 @@ def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path, fl
 
 
 @pytest.mark.parametrize(
-    "flags, world, words",
+    ("flags", "world", "nodes", "words"),
     [
-        (["-b", 3], 2, ["--batch-size 3", "2 processes", "--batch-size 4"]),
-        (["-b", 16, "--accum-steps", 5], 2, ["--accum-steps 5", "2 processes", "--batch-size 20"]),
-        (["-b", 16, "--accum-steps", 4, "--moco-k", 15], 2, ["--moco-k 15", "16 keys"]),
-        (["-b", 156, "--moco-k", 200], 4, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
+        (["-b", 3], 2, 1, ["--batch-size 3", "2 processes", "--batch-size 4"]),
+        (["-b", 16, "--accum-steps", 5], 2, 1, ["--accum-steps 5", "2 processes", "--batch-size 20"]),
+        (["-b", 156, "--moco-k", 200], 4, 1, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
+        (["-b", 80, "--moco-k", 200], 2, 2, ["--batch-size 80 on each of 2 nodes", "154 images", "no full step"]),
+        (["-b", 26, "--moco-k", 50], 2, 2, ["--moco-k 50", "52 keys", "--batch-size"]),
     ],
 )
 def test_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(
-    plain_tree, tmp_path, flags, world, words
+    plain_tree, tmp_path, flags, world, nodes, words
 ):
-    assert_mistake_of_all_ranks(run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world), *words)
+    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world, nodes=nodes)
+    assert_mistake_of_all_ranks(outcomes, *words)

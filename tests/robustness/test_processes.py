@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from tests.helpers import (
     TORCHRUN,
     TWO,
     Interruption,
-    assert_mistake_of_all_ranks,
     assert_one_line,
     assert_same_results,
     assert_same_run,
@@ -48,7 +46,6 @@ from tests.helpers import (
 )
 from tests.helpers_processes import Job, alive, free_port, listening, wait_until
 from utils import arguments, metrics
-from utils import checkpoint as checkpoints
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
@@ -56,7 +53,6 @@ from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
 from utils.launch.rendezvous import check_equal_starts, master_address, select_device
-from utils.train_state import TrainState
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -558,18 +554,6 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     assert_same_results(again, run_of_two_processes)
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["-b", 80, "--moco-k", 200], ["--batch-size 80 on each of 2 nodes", "154 images", "no full step"]),
-        (["-b", 26, "--moco-k", 50], ["--moco-k 50", "52 keys", "--batch-size"]),
-    ],
-)
-def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tree, tmp_path, flags, words):
-    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, nodes=2)
-    assert_mistake_of_all_ranks(outcomes, *words)
-
-
 # ---- started differently
 
 
@@ -608,39 +592,6 @@ def test_two_nodes_that_were_started_differently_or_read_other_lists_end_in_one_
     for rank, found in enumerate(on_ranks(2, refusals_of_a_rank, plain_tree, tmp_path)):
         expected = [*STARTS.values(), f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1"]
         assert [message[: len(text)] for message, text in zip(found, expected, strict=True)] == expected
-
-
-def check_of_a_rank(rank, loss, gradient):
-    """What a step's check says; the values are those of rank 1."""
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([0.0, gradient if rank else 0.0])
-    args = SimpleNamespace(start_epoch=0, accum_steps=1, amp="none")
-    state = TrainState(
-        SimpleNamespace(classifiers=("linear",)), torch.optim.SGD([weight], 0.1), torch.device("cpu"), args
-    )
-    state.loader = SimpleNamespace(locate=lambda: f"images of rank {rank}")
-    loss = torch.tensor(loss if rank else 0.0)
-    state.not_finite.append(~loss.isfinite())
-    state.metrics.update({"loss": loss}, (), None)
-    return refusal(state.check_finite, state.optimizer)
-
-
-def failures_of_a_rank(rank):
-    """What this rank says of a loss and of a gradient that are not finite, and of a save that fails on rank 0 alone."""
-    checks = [check_of_a_rank(rank, loss, gradient) for loss, gradient in ((torch.nan, 0.0), (0.0, torch.inf))]
-    with mock.patch.object(checkpoints, "checkpoint_of"), mock.patch.object(checkpoints.torch, "save") as write:
-        write.side_effect = OSError(errno.ENOSPC, "No space left on device")
-        model, optimizer = torch.nn.Linear(1, 1), SimpleNamespace(state={})
-        args = SimpleNamespace(output_dir=tempfile.gettempdir())
-        state = SimpleNamespace(step=0, args=args, model=model, optimizer=optimizer)
-        return [*checks, refusal(checkpoints.save, state)]
-
-
-def test_what_is_not_finite_or_cannot_be_written_on_one_rank_ends_all():
-    first, second = on_ranks(2, failures_of_a_rank)
-    loss, gradient, save = first
-    assert first == second and "the loss is not finite" in loss and "images of rank 1" in loss
-    assert "gradients are not finite" in gradient and "cannot be written (No space left on device)" in save
 
 
 def test_nodes_with_different_numbers_of_processes_are_several_nodes():
