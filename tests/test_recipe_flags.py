@@ -69,22 +69,6 @@ def test_the_warmup_of_a_resumed_run_is_held_against_its_own_epochs(plain_tree, 
     assert_mistake(call("i", given), "--warmup-epochs 1", "below --epochs 1")  # not the default of 135
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--epochs 2 --warmup-epochs 2", ["--warmup-epochs 2", "below --epochs 2"]),
-        ("--warmup-epochs -1", ["--warmup-epochs"]),
-        ("--schedule-factor 0", ["--schedule-factor", "above 0"]),
-        ("--schedule-factor 2", ["--schedule-factor", "at most 1"]),
-        ("--jitter 1.5", ["--jitter", "at most 1"]),
-        ("--jitter nan", ["--jitter"]),
-        ("--eval-freq 0", ["--eval-freq"]),
-    ],
-)
-def test_wrong_values_are_one_line(tmp_path, flags, words):
-    assert_mistake(call("i", [*flags.split(), tmp_path]), *words)
-
-
 # ---- --eval-freq
 
 

@@ -40,6 +40,10 @@ VALUES = {  # stage and flag -> values that it does not take
     "i --wd": "-1 1e300",
     "i --momentum": "nan",
     "i --schedule": "-1",
+    "i --schedule-factor": "0 2",
+    "i --warmup-epochs": "-1",
+    "i --eval-freq": "0",
+    "i --jitter": "1.5 nan",
     "i --moco-k": "0 -5",
     "i --moco-dim": f"0 {10**12}",
     "i --moco-m": "1.5 nan",
@@ -76,6 +80,7 @@ def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(plain_tree, na
     ("flags", "words"),
     [
         (["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
+        (["--warmup-epochs", 2], ["--warmup-epochs 2", "below --epochs 2"]),
         (["--gpu", 0], ["--gpu 0", "--device cpu"]),
         (["--output_dir", ""], ["--output_dir"]),
         (["--train-list", ""], ["--train-list"]),
