@@ -70,7 +70,6 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         match = re.search(words, text)
         if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
             break
-    drop_unwritable_output()
     if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
         return status, ""
     if message is not format_stack:
@@ -90,6 +89,5 @@ def tell_torchrun(message: str):
 
 def exit_now(status: int):
     """Ends the process without the interpreter's cleanup, which would abort on a broken process group."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    drop_unwritable_output()  # flushes the others
     os._exit(status)
