@@ -57,26 +57,21 @@ def run(parser, argv, tables, measure=None) -> int:
 # ---- time
 
 
-def seconds(function, device="cpu", clock=time.perf_counter) -> float:
-    """Time of one call, until the device has done the work that the call started."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    function()
-    wait()
-    return clock() - start
-
-
 def medians(functions: dict, repeats: int, device="cpu", clock=time.perf_counter) -> dict[str, float]:
     """Median seconds of the calls of each function, by name; they take turns, so that other load affects all equally.
 
-    A first turn, to warm up, is left out. A first call of many seconds is reported on stderr: cuDNN's search for fast
-    algorithms and --compile can take longer than all that is timed.
+    A call lasts until the device has done its work. A first turn, to warm up, is left out; a first call of many seconds
+    is reported on stderr: cuDNN's search for fast algorithms and --compile can take longer than all that is timed.
     """
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     taken = {name: [] for name in functions}
     for turn in range(1 + repeats):
         for name, function in functions.items():
-            duration = seconds(function, device, clock)
+            wait()
+            start = clock()
+            function()
+            wait()
+            duration = clock() - start
             if turn > 0:
                 taken[name].append(duration)
             elif duration > LONG:

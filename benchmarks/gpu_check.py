@@ -38,7 +38,6 @@ PARTS = (
     "drift (compiled)",
 )  # fmt: skip
 GRACE = 5  # seconds between the request to end and the kill
-LEAST = 5  # seconds that a part needs at least
 TINY = "--arch resnet8 --size 32 --batch 8 --classes 5 --queue 16"
 FLAGS = {  # part -> its flags, and those of its quick form
     "steps": ("--no-memory", f"--no-memory {TINY} --repeats 1"),
@@ -53,7 +52,7 @@ FLAGS = {  # part -> its flags, and those of its quick form
 
 
 class Part(NamedTuple):
-    """A command with a time limit in seconds; tables: its output is Markdown."""
+    """limit: in seconds; tables: whether its output is Markdown."""
 
     name: str
     limit: float
@@ -117,13 +116,6 @@ def parts(args, work: Path) -> list[Part]:
         *(benchmark(f"steps ({name})", 240, "step", f"{flags['steps']} --stages i", [name]) for name in COMPILED),
         drift("drift (compiled)", f"{flags['drift']} --arch resnet8", COMPILED),  # which compiles faster
     ]
-
-
-def write_images(root: Path, quick: bool):
-    """Class folders below train/, val/ and test/: as many images as CIFAR100-LT has (imbalance 100), or a few."""
-    train = [6, 4, 2, 2] if quick else long_tail_counts(500, 100, 100)
-    for split, counts in (("train", train), ("val", [2] * len(train)), ("test", [10] * len(train))):
-        make_images(root / split, counts, (32, 32))
 
 
 # ---- running them
@@ -209,12 +201,14 @@ def check(args, argv) -> int:
         work = Path(folder)
         variables = part_environment(args, work)
         if not args.data:
-            write_images(work / "images", args.quick)
+            train = [6, 4, 2, 2] if args.quick else long_tail_counts(500, 100, 100)  # as CIFAR100-LT, imbalance 100
+            for split, counts in (("train", train), ("val", [2] * len(train)), ("test", [10] * len(train))):
+                make_images(work / "images" / split, counts, (32, 32))
         todo = [part for part in parts(args, work) if not args.only or part.name in args.only]
         file.write_text(report(args, argv, results, len(todo)))  # can it be written?
         for number, part in enumerate(todo):
             left = end - time.monotonic()
-            if left < LEAST:
+            if left <= 0:
                 results.append(Result(part, "**left out**: no time was left", 0, "", ""))
             else:
                 print(f"{part.name} ...", end=" ", flush=True)

@@ -34,14 +34,9 @@ STAGES = {"I": ("query", "key"), "II and III": ("query",)}
 SCALING_WORKERS = (0, 1, 2, 4, 8, 16, 32)
 
 
-class SeveralCrops:
-    """Returns a list of the transforms' results, as MoCo's TwoCropsTransform does."""
-
-    def __init__(self, transforms):
-        self.transforms = transforms
-
-    def __call__(self, image):
-        return [transform(image) for transform in self.transforms]
+def several_crops(transforms, image) -> list:
+    """The transforms' results, as of MoCo's TwoCropsTransform."""
+    return [transform(image) for transform in transforms]
 
 
 def baseline_view(name, size) -> T.Compose:
@@ -79,7 +74,7 @@ def loaders(folder: Path, names, workers: int, args) -> dict:
         dataset = Split("train", str(folder.parent), images).dataset(Views(names, args.size, 0, augment))
         return Loader("train", dataset, BatchSampler(ShuffledSampler(images.labels, 0), args.batch), workers, device)
 
-    plain = ImageFolder(folder, SeveralCrops([baseline_view(name, args.size) for name in names]))
+    plain = ImageFolder(folder, functools.partial(several_crops, [baseline_view(name, args.size) for name in names]))
     baseline = DataLoader(
         plain, args.batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",

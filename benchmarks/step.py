@@ -21,7 +21,7 @@ import ssd_stage_ii
 import ssd_stage_iii
 from benchmarks import baseline, common
 from datasets.loaders import to_device
-from models import ARCHS, SDL, SLG, SSFL, build_backbone
+from models import ARCHS, STAGES, build_backbone
 from models.preprocess import normalize
 from utils.command_line import whole_number
 from utils.errors import UserError
@@ -62,12 +62,8 @@ def script_args(stage, version, args):
 
 def network(stage, options) -> torch.nn.Module:
     """A stage's network on the CPU; options: of script_args."""
-    if stage == "i":
-        moco = options.moco_dim, options.moco_k, options.moco_m, options.moco_t
-        return SSFL(options.arch, options.num_classes, *moco, bn_splits=options.bn_splits)
-    if stage == "ii":
-        return SLG(options.arch, options.num_classes, bn_splits=options.bn_splits)
-    return SDL(options.arch, options.num_classes, options.kd_t, bn_splits=options.bn_splits)
+    moco = {"queue_size": options.moco_k} if stage == "i" else {}
+    return STAGES[stage](options.arch, options.num_classes, bn_splits=options.bn_splits, **moco)
 
 
 class RepeatedBatch:

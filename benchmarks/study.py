@@ -1,7 +1,7 @@
 """The study of docs/study.md: the method and its baselines on CIFAR100-LT, cell by cell.
 
     python -m benchmarks.study main --source CIFAR100                 trains what is missing of a plan, see PLANS
-    python -m benchmarks.study main ablations --dry-run               shows what that would be, with expected hours
+    python -m benchmarks.study main ablations --dry-run               shows what that would be
     python -m benchmarks.study --write docs/study.md --plot docs/study/per_class.png     tables and plot of what is done
 
 A cell is one training: a stage, a recipe, a seed. It trains in WORK/<group>/<cell>/seed_<n>, where it goes on if it was
@@ -36,14 +36,12 @@ from .common import Table, publish
 
 RECORDS = Path("docs/study")
 KEPT = ("args.json", "log.txt")  # besides results.json, which is copied without its large matrix
-SECONDS = {"i": 17.0, "ce": 12.0, "ii": 6.0, "iii": 17.0}  # per epoch of 10,847 images, on 2 cores of a Xeon with AMX
 LISTS = {  # flags of `python -m datasets.prepare long-tail`
     "choice": "--imbalance 100 --held-out 20 --max-per-class 480",
     "imbalance_100": "--imbalance 100",
     "imbalance_50": "--imbalance 50",
     "imbalance_10": "--imbalance 10",
 }
-SIZES = {"imbalance_50": 1.16, "imbalance_10": 1.8}  # training images, as a multiple of those of imbalance 100
 RECIPES = {"imbalance_50": "configs/cifar100_lt_50", "imbalance_10": "configs/cifar100_lt_10"}
 RECIPE = "configs/cifar100_lt"  # of the others
 
@@ -172,12 +170,6 @@ class Job(NamedTuple):
             words += ["--test-list", str(data / "val.txt")]
         words += [*shlex.split(self.cell.flags), "--seed", str(self.seed), "--output_dir", str(work / self.path)]
         return [*words, "--resume", "auto", "--print-freq", "1000000", *flags, str(data)]
-
-    def expected_seconds(self) -> float:
-        """The expected time, from that of SECONDS."""
-        alone = {"--con-weight 0", "--kd-weight 0"}  # no key encoder, no teacher
-        per_epoch = SECONDS["ce" if self.cell.flags in alone else self.cell.stage] * SIZES.get(self.plan.lists, 1)
-        return per_epoch * (5 if self.cell.stage == "ii" else self.plan.epochs) + 30
 
 
 def list_jobs(names: list[str], seeds: list[int] | None) -> list[Job]:
@@ -340,12 +332,8 @@ def study(args):
         raise UserError(f"{unknown[0][:40]}: no such plan; choose one of {', '.join(PLANS)}")
     needed = missing_jobs(list_jobs(args.plans, args.seeds), args.work)
     for job in needed:
-        again = " (again, for its checkpoint)" if job.done else ""
-        print(f"{job.path}: about {job.expected_seconds() / 60:.0f} min{again}")
-    hours = sum(job.expected_seconds() for job in needed) / 3600
-    if needed:
-        print(f"{len(needed)} cells to train, about {hours:.1f} h on 2 cores of a Xeon with AMX", flush=True)
-    else:
+        print(job.path, "again, for its checkpoint" if job.done else "", flush=True)
+    if not needed:
         print(f"all cells of {', '.join(args.plans)} are done: their results are in {RECORDS}")
     if needed and not args.dry_run:
         prepare_lists({job.plan.lists for job in needed}, args.source, args.work)

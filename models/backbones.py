@@ -92,6 +92,7 @@ def infer_arch(state_dict: dict, image_size: int = 224) -> str | None:
     return next((arch for arch in ARCHS if backbone_shapes(arch, image_size) == shapes), None)
 
 
+@functools.cache
 def check_backbone(arch: str, image_size: int):
     """Raises ValueError, in one line, if a backbone does not take images of this size; nothing is allocated."""
     with torch.device("meta"):

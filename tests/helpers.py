@@ -152,26 +152,29 @@ def _run_rank(stage, argv, environment, files, setup):
     sys.exit(SCRIPTS[stage].main(argv))
 
 
-def run_ranks(stage: str, data, out, *flags, world=2, setup=dict) -> list[Outcome]:
-    """A small run as `world` ranks on one node, told by torchrun's variables; the outcome of each.
+def run_ranks(stage: str, data, out, *flags, world=2, nodes=1, setup=dict) -> list[Outcome]:
+    """A small run as `world` ranks on one node, or as many, told by torchrun's variables; the outcome of each.
 
     setup() runs in each before the run, to replace a part of it; a function of a module, so that it can be pickled.
 
     The ranks are forked from a process that has imported everything, which is far cheaper than to start them anew.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store, local = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), world // nodes
     shared = {
         "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local),
     }  # fmt: skip
     argv = stage_flags(stage, data, out, flags)
     with tempfile.TemporaryDirectory() as folder:
+        own = [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank % local}"} for rank in range(world)]
         files = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in range(world)]
-        ranks = []
-        for rank in range(world):
-            own = os.environ | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-            arguments = stage, argv, own, files[rank], setup
-            ranks.append(forkserver().Process(target=_run_rank, args=arguments))
+        ranks = [
+            forkserver().Process(
+                target=_run_rank,
+                args=(stage, argv, os.environ | shared | own[rank], files[rank], setup),
+            )
+            for rank in range(world)
+        ]
         join(ranks)
         return [
             Outcome(process.exitcode, *(Path(file).read_text() for file in own))
@@ -287,15 +290,15 @@ def assert_same_results(folder, reference):
 
 
 class Interruption(io.StringIO):
-    """A stdout that raises SIGTERM when a certain line is printed."""
+    """A stdout that raises a signal when a certain line is printed."""
 
-    def __init__(self, line):
+    def __init__(self, line, number=signal.SIGTERM):
         super().__init__()
-        self.line = line
+        self.line, self.number = line, number
 
     def write(self, text):
         if text.startswith(self.line):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self.number)
         return super().write(text)
 
 

@@ -1,6 +1,7 @@
 """Runs in separate processes: starts and watches them, sends them signals, finds the processes they leave behind."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -74,15 +75,10 @@ class Job:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.files = [self.out.with_name(f"{self.out.name}.{name}") for name in ("stdout", "stderr")]
         script = ROOT / f"ssd_stage_{stage}.py"
+        environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # of torchrun; 30 s otherwise
         if gate:
             script = ROOT / "tests" / "gated_stage_i.py"
-            env = {
-                "GATE": str(gate),
-                "GATE_FILE": str(gate_file or f"{out}.gate"),
-                "PYTHONPATH": str(ROOT),
-                **(env or {}),
-            }
-        environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # of torchrun; 30 s otherwise
+            environment |= {"GATE": str(gate), "GATE_FILE": str(gate_file or f"{out}.gate"), "PYTHONPATH": str(ROOT)}
         command = [*launcher, script, *stage_flags(stage, data, out, ("-p", 1, *flags))]
         with open(self.files[0], "w") as stdout, open(self.files[1], "w") as stderr:
             self.process = subprocess.Popen(
@@ -117,13 +113,10 @@ class Job:
 
     def wait_for(self, pattern):
         """Returns once a line of stdout begins with the pattern."""
+        there = functools.partial(re.search, f"^{pattern}", flags=re.M)
+        wait_until(lambda: there(self.stdout) or self.process.poll() is not None, repr(pattern))
         self.note()
-        wait_until(
-            lambda: re.search(f"^{pattern}", self.stdout, re.M) or self.process.poll() is not None,
-            f"{pattern!r} in {self.stdout[-500:]}",
-        )
-        self.note()
-        assert re.search(f"^{pattern}", self.stdout, re.M), (self.stdout[-500:], self.stderr)
+        assert there(self.stdout), (self.stdout[-500:], self.stderr)
         return self
 
     def ranks(self) -> list[int]:

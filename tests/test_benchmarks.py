@@ -149,9 +149,8 @@ def test_baseline_step_equals_the_scripts_step(stage):
 
 @pytest.mark.parametrize("stage", ["i", "ii", "iii"])
 def test_variants_by_parts_split_batchnorm(stage):
-    splits = {module.splits for module in step.Ours(stage, "bn_splits_4", arguments()).model.modules()
-              if isinstance(module, SplitBatchNorm)}  # fmt: skip
-    assert splits == {step.SPLITS}
+    modules = step.Ours(stage, "bn_splits_4", arguments()).model.modules()
+    assert {module.splits for module in modules if isinstance(module, SplitBatchNorm)} == {step.SPLITS}
 
 
 def test_tf32_is_on_for_its_own_steps_alone(monkeypatch):

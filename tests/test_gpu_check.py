@@ -54,7 +54,7 @@ def test_a_part_that_hangs_is_killed_with_its_processes_and_the_others_run(monke
 def test_parts_that_the_time_does_not_suffice_for_are_named_and_are_no_success(monkeypatch, tmp_path):
     runs = python(f"open({str(tmp_path / 'ran')!r}, 'w')")
     parts = [Part("first", 60, runs), Part("second", 60, runs)]
-    status, report = check(monkeypatch, tmp_path / "report.md", *parts, flags=["--minutes", "0.001"])
+    status, report = check(monkeypatch, tmp_path / "report.md", *parts, flags=["--minutes", "1e-9"])
     assert status == 1 and not (tmp_path / "ran").exists()
     assert report.count("**left out**: no time was left") == 2 + 2  # in the list and in its section
 

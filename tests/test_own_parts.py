@@ -163,6 +163,11 @@ class Patches(nn.Module):
         return ((sequence + self.learned + self.fixed)[:, self.order] * self.mask).relu().mean(dim=1)
 
 
+def forget_backbones():
+    for function in (models.backbones.backbone_shapes, models.backbones.check_backbone):
+        function.cache_clear()
+
+
 def use_patches(patch=setattr):
     """Puts Patches into the place of resnet8, wherever a backbone is built."""
     original = models.build_backbone
@@ -172,14 +177,14 @@ def use_patches(patch=setattr):
 
     for module in (models, models.backbones, models.ssd):
         patch(module, "build_backbone", build_backbone)
-    models.backbones.backbone_shapes.cache_clear()
+    forget_backbones()
 
 
 @pytest.fixture
 def patches(monkeypatch):
     use_patches(monkeypatch.setattr)
     yield
-    models.backbones.backbone_shapes.cache_clear()
+    forget_backbones()
 
 
 def test_a_backbone_that_depends_on_the_image_size_trains_hands_on_and_loads(patches, plain_tree, tmp_path):

@@ -2,6 +2,7 @@
 
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torchvision
 import models
 import ssd_stage_i
 from models.state_dicts import strip_module, strip_prefix
-from tests.helpers import LAST, QUEUE, STAGES, assert_mistake, call, checkpoint, copied, run_stage
+from tests.helpers import LAST, QUEUE, STAGES, assert_mistake, call, checkpoint, copied, refusal, run_stage, same
 from utils import pretrained
+from utils.errors import UserError
 from utils.pretrained import read_backbone
 
 # These train nothing, so that the checkpoint contains the weights that the run started from.
@@ -20,12 +22,8 @@ START = ["--epochs", 1, "--lr", 0, "--wd", 0, "--moco-m", 1]
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """Puts torch's cache into a folder of the test, and makes downloads fail; returns the folder of the files."""
-
-    def fail(url, *args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    """Puts torch's cache into a folder of the test, and lets nothing be downloaded; returns the folder of the files."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
@@ -35,14 +33,16 @@ def torchvision_state(arch="resnet18", seed=7):
     return torchvision.models.get_model(arch, weights=None).state_dict()
 
 
-def assert_starts_from(folder, state_dict):
-    """Checks that both encoders of a checkpoint have these parameters; the statistics changed in the epoch."""
-    content = strip_module(checkpoint(folder)["state_dict"])
-    names = [n for n in state_dict if "running" not in n and "num_batches" not in n and not n.startswith("fc.")]
-    assert len(names) > 10
-    for encoder in ("encoder_q", "encoder_k"):
-        for name in names:
-            assert torch.equal(content[f"{encoder}.{name}"], state_dict[name]), name
+def assert_backbone(found, state_dict):
+    """Checks that these are the entries of a torchvision state dict, without its classifier."""
+    assert same(dict(found), {name: value for name, value in state_dict.items() if not name.startswith("fc.")})
+
+
+def assert_refused(file, *words, arch="resnet18"):
+    """Checks that a file's backbone is refused in a message with the words."""
+    with pytest.raises(UserError) as caught:
+        read_backbone(file, arch, 32)
+    assert all(str(word) in str(caught.value) for word in (file, "--pretrained", *words)), caught.value
 
 
 def resnet18(data, out, *pretrained):
@@ -82,10 +82,13 @@ def test_the_backbone_starts_from_torchvisions_weights_in_a_file(plain_tree, tmp
     outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
     assert (outcome.status, outcome.err) == (0, "")
     assert f"the backbone starts from {tmp_path / 'weights.pth'}" in outcome.out
-    assert_starts_from(tmp_path / "run", state_dict)
+    content = strip_module(checkpoint(tmp_path / "run")["state_dict"])  # whose statistics changed in the epoch
+    names = [n for n in state_dict if "running" not in n and "num_batches" not in n and not n.startswith("fc.")]
+    for encoder in ("encoder_q", "encoder_k"):
+        assert all(torch.equal(content[f"{encoder}.{name}"], state_dict[name]) for name in names)
 
 
-def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_network, monkeypatch):
+def test_torchvisions_weights_are_downloaded_once(no_network, monkeypatch):
     state_dict, asked = torchvision_state(), []
 
     def download(url, file, hash_prefix, progress):
@@ -94,20 +97,17 @@ def test_torchvisions_weights_are_downloaded_once(plain_tree, tmp_path, no_netwo
         torch.save(state_dict, file)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for run in ("one", "two"):
-        outcome = resnet18(plain_tree, tmp_path / run)
-        assert (outcome.status, outcome.err) == (0, "")
-        assert_starts_from(tmp_path / run, state_dict)
+    for _ in range(2):
+        assert_backbone(pretrained.load_backbone("torchvision", "resnet18", 32), state_dict)
     assert asked == [torchvision.models.get_model_weights("resnet18").DEFAULT.url]
     assert [file.name for file in no_network.iterdir()] == [Path(asked[0]).name]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_backbone_starts_from_a_checkpoint_of_any_stage(trained, plain_tree, tmp_path, stage):
-    outcome = run_stage("i", plain_tree, tmp_path, *START, "--pretrained", trained[stage] / LAST)
-    assert (outcome.status, outcome.err) == (0, "")
+def test_the_backbone_is_read_from_a_checkpoint_of_any_stage(trained, stage):
     content = strip_module(checkpoint(trained[stage])["state_dict"])
-    assert_starts_from(tmp_path, strip_prefix(content, models.STAGES[stage].backbone))
+    expected = strip_prefix(content, models.STAGES[stage].backbone)
+    assert_backbone(read_backbone(trained[stage] / LAST, "resnet8", 32), expected)
 
 
 def test_statistics_are_taken_and_old_files_have_no_counters(tmp_path):
@@ -145,9 +145,7 @@ FOREIGN = {
 def test_files_of_other_programs_are_read(tmp_path, form):
     own, other = torchvision_state(), torchvision_state(seed=8)
     torch.save(FOREIGN[form](own, other), tmp_path / "foreign.pth")
-    found = read_backbone(tmp_path / "foreign.pth", "resnet18")
-    expected = {name: value for name, value in own.items() if not name.startswith("fc.")}
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert_backbone(read_backbone(tmp_path / "foreign.pth", "resnet18"), own)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +156,9 @@ def test_files_of_other_programs_are_read(tmp_path, form):
         (lambda own: {"resnet.embedder.weight": own["conv1.weight"]}, ["does not fit", "resnet.embedder.weight"]),
     ],
 )
-def test_a_prefix_that_is_not_clear_is_named(plain_tree, tmp_path, content, words):
+def test_a_prefix_that_is_not_clear_is_named(tmp_path, content, words):
     torch.save(content(torchvision_state()), tmp_path / "weights.pth")
-    outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
-    assert_mistake(outcome, tmp_path / "weights.pth", "--pretrained", *words)
+    assert_refused(tmp_path / "weights.pth", *words)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -191,22 +188,22 @@ def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
 # ---- mistakes
 
 
-def test_a_failed_download_ends_in_one_line(plain_tree, tmp_path, no_network):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (urllib.error.URLError("Name or service not known"), "Name or service not known"),
+        (RuntimeError('invalid hash value (expected "f37072fd", got "00")'), "invalid hash value"),
+    ],
+)
+def test_a_failed_download_ends_in_one_line(plain_tree, tmp_path, no_network, monkeypatch, error, reason):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=error))
     outcome = resnet18(plain_tree, tmp_path / "run")
-    assert_mistake(outcome, "--pretrained", "resnet18-", "Name or service not known", no_network)
+    assert_mistake(outcome, "--pretrained", "resnet18-", reason, no_network)
 
 
-def test_a_download_with_a_wrong_checksum_ends_in_one_line(plain_tree, tmp_path, no_network, monkeypatch):
-    def download(*args, **kwargs):
-        raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    outcome = resnet18(plain_tree, tmp_path / "run")
-    assert_mistake(outcome, "--pretrained", "invalid hash value")
-
-
-def test_networks_without_torchvision_weights_are_refused(plain_tree, tmp_path, no_network):
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained"), "--pretrained", "resnet8")
+def test_networks_without_torchvision_weights_are_refused(no_network):
+    with pytest.raises(UserError, match=r"--pretrained: .* resnet8"):
+        pretrained.load_backbone("torchvision", "resnet8", 32)
 
 
 @pytest.mark.parametrize(
@@ -219,30 +216,23 @@ def test_networks_without_torchvision_weights_are_refused(plain_tree, tmp_path, 
         ({"conv1.weight": 3}, ["no state_dict"]),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused(plain_tree, tmp_path, change, words):
+def test_a_state_dict_that_does_not_fit_is_refused(tmp_path, change, words):
     state_dict = {name: value for name, value in (torchvision_state() | change).items() if value is not None}
     torch.save(state_dict, tmp_path / "weights.pth")
-    outcome = resnet18(plain_tree, tmp_path / "run", tmp_path / "weights.pth")
-    assert_mistake(outcome, tmp_path / "weights.pth", "--pretrained", *words)
+    assert_refused(tmp_path / "weights.pth", *words)
 
 
-def test_weights_of_another_backbone_are_refused(trained, plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--arch", "resnet20", "--pretrained", trained["ii"] / LAST)
-    assert_mistake(outcome, trained["ii"] / LAST, "resnet8, not resnet20", "--arch")
-
-
-def test_files_that_are_not_weights_are_refused(plain_tree, tmp_path):
+def test_files_that_are_not_weights_and_weights_of_another_backbone_are_refused(trained, tmp_path):
+    assert_refused(trained["ii"] / LAST, "resnet8, not resnet20", "--arch", arch="resnet20")
     (tmp_path / "text").write_text("not weights")
     torch.save([1, 2], tmp_path / "list")
     for name, reason in (("none", "cannot be opened"), ("text", "damaged"), ("list", "not a checkpoint")):
-        outcome = run_stage("i", plain_tree, tmp_path / "run", "--pretrained", tmp_path / name)
-        assert_mistake(outcome, tmp_path / name, reason, "--pretrained")
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--pretrained="), "--pretrained", "empty")
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.tar"))
+        assert_refused(tmp_path / name, reason)
 
 
-def test_stage_ii_does_not_have_the_flag(plain_tree, tmp_path):
-    assert_mistake(run_stage("ii", plain_tree, tmp_path, "--pretrained"), "--pretrained")
+def test_stage_ii_does_not_have_the_flag_and_it_takes_no_empty_name(plain_tree):
+    assert "--pretrained" in refusal("ii", plain_tree, "none", "--pretrained")
+    assert "empty" in refusal("i", plain_tree, "none", "--pretrained=")
 
 
 def test_torchvision_has_weights_for_each_of_its_archs():

@@ -26,27 +26,26 @@ def parse(tmp_path, text, *words):
     return parse_words("i", f"@{tmp_path}/recipe.txt", *words, tmp_path)
 
 
-def test_a_recipe_has_words_as_in_a_shell_with_comments(tmp_path):
-    args = parse(tmp_path, "# a comment\n--lr 0.3   # another\n\n--output_dir 'a folder'\n--cos --wd=1e-3\n")
-    assert (args.lr, args.output_dir, args.cos, args.weight_decay) == (0.3, "a folder", True, 1e-3)
-
-
-def test_hyphens_and_underscores_are_equal_in_recipes_too(tmp_path):
-    args = parse(tmp_path, "--batch_size 8 --image_size 32\n--output-dir out")
-    assert (args.batch_size, args.image_size, args.output_dir) == (8, 32, "out")
-
-
-def test_later_flags_win(tmp_path):
-    args = parse(tmp_path, "--lr 0.3 --cos --channels-last", "--lr", "0.5", "--no-cos")
-    assert (args.lr, args.cos, args.channels_last) == (0.5, False, True)
-    assert {"lr", "cos", "channels_last"} <= set(args.given)
-
-
-@pytest.mark.parametrize("last", ["--schedule 3 5", "--pretrained"])
-def test_the_last_flag_of_a_recipe_does_not_take_the_folder(tmp_path, last):
-    args = parse(tmp_path, f"--lr 0.3\n{last}")
-    assert args.data == str(tmp_path)
-    assert (args.schedule, args.pretrained) in (([3, 5], None), ([120, 160], "torchvision"))
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("# a comment\n--lr 0.3   # another\n\n--output_dir 'a folder'\n--cos --wd=1e-3\n", "",
+         {"lr": 0.3, "output_dir": "a folder", "cos": True, "weight_decay": 1e-3}),
+        ("--batch_size 8\n--output-dir out", "", {"batch_size": 8, "output_dir": "out"}),
+        ("--lr 0.3 --cos --channels-last", "--lr 0.5 --no-cos", {"lr": 0.5, "cos": False, "channels_last": True}),
+        ("--lr 0.3\n--schedule 3 5", "", {"lr": 0.3, "schedule": [3, 5]}),  # its last flag does not take the folder
+        ("--lr 0.3\n--pretrained", "", {"lr": 0.3, "pretrained": "torchvision"}),
+        ("--pretrained", "--no-pretrained", {"pretrained": None}),
+        ("@deep/inner.txt --momentum 0.5", "", {"lr": 0.7, "weight_decay": 0.01, "momentum": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_recipe_stands_for_its_words_and_later_flags_win(tmp_path, text, words, expected):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "inner.txt").write_text("--lr 0.7\n@../base.txt")  # relative to its folder
+    (tmp_path / "base.txt").write_text("--wd 0.01")
+    args = parse(tmp_path, text, *words.split())
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.data == str(tmp_path) and args.given == sorted(["data", *expected])
 
 
 def test_a_recipe_may_hold_the_folder(tmp_path):
@@ -54,14 +53,6 @@ def test_a_recipe_may_hold_the_folder(tmp_path):
     (tmp_path / "recipe.txt").write_text(f"--epochs 3 --channels-last {tmp_path}")
     args = parse_words("i", f"@{tmp_path / 'recipe.txt'}", "--cos")
     assert (args.data, args.epochs, args.following) == (str(tmp_path), 3, ["--cos"])
-
-
-def test_a_recipe_names_others_relative_to_its_folder(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "inner.txt").write_text("--lr 0.7\n@../base.txt")
-    (tmp_path / "base.txt").write_text("--wd 0.01")
-    args = parse(tmp_path, "@deep/inner.txt --momentum 0.5")
-    assert (args.lr, args.weight_decay, args.momentum) == (0.7, 0.01, 0.5)
 
 
 def test_home_and_variables_are_expanded_as_in_a_shell(tmp_path, monkeypatch):
@@ -118,10 +109,6 @@ def test_a_recipe_of_another_stage_is_refused(tmp_path, monkeypatch):
     parse_words("ii", f"@{ROOT}/configs/cifar100_lt/stage_iii_tuned.txt", tmp_path)
 
 
-def test_no_pretrained_turns_a_recipe_s_pretrained_off(tmp_path):
-    assert parse(tmp_path, "--pretrained", "--no-pretrained").pretrained is None
-
-
 def test_the_next_command_names_the_recipe_of_the_next_stage(plain_tree, tmp_path):
     """Flags of the recipe are not repeated, those that were given next to it are."""
     for name in ("stage_i", "stage_ii"):
@@ -135,10 +122,12 @@ def test_the_next_command_names_the_recipe_of_the_next_stage(plain_tree, tmp_pat
 # ---- the recipes in configs/
 
 
-def test_every_data_set_has_its_recipes():
+def test_every_data_set_has_its_recipes_of_one_backbone_size_and_statistics(tmp_path):
     assert {folder.name for folder in CONFIGS} == SETS
     for folder in CONFIGS:
         assert {file.stem for file in folder.glob("*.txt")} - {"common"} == set(NAMES), folder
+        stages = [parse_words(stage, f"@{folder}/{name}.txt", tmp_path) for name, stage in NAMES.items()]
+        assert len({(args.arch, args.image_size, *args.mean, *args.std, args.jitter) for args in stages}) == 1, folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,12 +136,7 @@ def test_every_recipe_parses_and_gives_model_and_views(config, name, tmp_path):
     stage = NAMES[name]
     args = parse_words(stage, f"@{config}/{name}.txt", tmp_path)
     with torch.device("meta"):
-        if stage == "i":
-            model = models.SSFL(args.arch, 7, args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
-        elif stage == "ii":
-            model = models.SLG(args.arch, 7, args.freeze_bn)
-        else:
-            model = models.SDL(args.arch, 7, args.kd_t, args.freeze_bn)
+        model = models.STAGES[stage](args.arch, 7, **({"queue_size": args.moco_k} if stage == "i" else {}))
     assert model.state_dict()
     names = ("query", "key") if stage == "i" else ("query",)
     views = Views(names, args.image_size, 0, args.augment, args.jitter)
@@ -169,15 +153,6 @@ def test_the_recipes_of_imagenet_lt_are_the_defaults(tmp_path):
         args = parse_words(stage, f"@{ROOT}/configs/imagenet_lt/{name}.txt", tmp_path)
         differing = {key for key in vars(default) if vars(default)[key] != vars(args)[key]}
         assert differing <= {"given", "recipes", "following"}
-
-
-def test_the_stages_of_a_recipe_share_backbone_size_and_statistics(tmp_path):
-    for config in CONFIGS:
-        shared = set()
-        for name, stage in NAMES.items():
-            args = parse_words(stage, f"@{config}/{name}.txt", tmp_path)
-            shared.add((args.arch, args.image_size, *args.mean, *args.std, args.jitter))
-        assert len(shared) == 1, config
 
 
 def test_pretrained_starts_the_student_of_stage_iii(plain_tree, trained, tmp_path):

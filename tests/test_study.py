@@ -1,15 +1,18 @@
 """benchmarks/study.py trains the cells that are missing, keeps what is done, and averages over seeds."""
 
+import contextlib
 import json
 import shutil
 import statistics
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import study
 from benchmarks.study import Cell, Plan
-from tests.helpers import ROOT, STAGES, assert_mistake, class_image
+from tests.helpers import ROOT, SCRIPTS, STAGES, assert_mistake, class_image
 
 CELLS = (
     Cell("i", "i"),
@@ -43,12 +46,24 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trains the cells in this process, which need not start one for each."""
+
+    def run(command, stdout, **options):
+        script = {f"ssd_stage_{stage}.py": script for stage, script in SCRIPTS.items()}[command[1]]
+        with contextlib.redirect_stdout(stdout):
+            return SimpleNamespace(returncode=script.main(command[2:]))
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+
+
 def files(folder) -> dict:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_missing_cells_are_trained_and_done_ones_are_kept(project, monkeypatch, capsys):
-    assert study.main(["main", "--source", "balanced", "--seeds", "0", "--jobs", "2"]) == 0
+def test_missing_cells_are_trained_and_done_ones_are_kept(project, in_this_process, monkeypatch, capsys):
+    assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
     group = project / "docs" / "study" / "imbalance_100" / "1_epochs"
     names = {f"{cell}/seed_0/{name}" for cell in ("i", "ii") for name in ("results.json", "log.txt", "args.json")}
     assert set(files(group)) == names
@@ -65,8 +80,8 @@ def test_missing_cells_are_trained_and_done_ones_are_kept(project, monkeypatch, 
     shutil.rmtree(project / "runs")  # cells whose checkpoint is gone are trained again, but their records stay
     assert study.main(["more", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0].split("/")[2] for line in lines[:-1]] == ["i", "ii", "iii", "iii_no_kd"]
-    assert ["again" in line for line in lines[:-1]] == [True, True, False, False]
+    assert [line.split("/")[2] for line in lines] == ["i", "ii", "iii", "iii_no_kd"]
+    assert ["again" in line for line in lines] == [True, True, False, False]
     assert not (project / "runs").exists()
     assert study.main(["more", "--source", "balanced"]) == 0
     assert {name: now for name, now in files(group).items() if name in done} == done
@@ -78,6 +93,21 @@ def test_plans_are_trained_seed_by_seed(project):
     assert [name for seed, name in names if seed == 1] == ["i", "ii"] and names[-2:] == [(1, "i"), (1, "ii")]
     assert {name for seed, name in names[:-2]} == {cell.name for cell in CELLS}
     assert {job.seed for job in study.list_jobs(["main", "more"], [5])} == {5}
+
+
+def test_several_cells_are_trained_at_the_same_time_each_after_its_source(project, monkeypatch):
+    ended, both = [], threading.Barrier(2, timeout=60)
+
+    def train(job, *_):
+        if job.cell.name == "i":
+            both.wait()  # of the two seeds
+        assert not job.source or job.source.path in ended
+        ended.append(job.path)
+        return 0.0
+
+    monkeypatch.setattr(study, "train", train)
+    study.train_all(study.list_jobs(["main"], None), SimpleNamespace(jobs=2, work=project, flags=[]))
+    assert len(ended) == 4
 
 
 def test_the_tables_average_over_the_seeds(project, capsys):

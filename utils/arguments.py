@@ -35,7 +35,7 @@ from .command_line import (
     whole_number,
     with_hyphens,
 )
-from .distributed import gather_objects, get_world_size, num_cores, print_main
+from .distributed import gather_objects, get_dist_info, get_world_size, num_cores, print_main
 from .errors import UserError
 from .files import is_dir, lexists
 
@@ -309,7 +309,7 @@ def settle_defaults(args):
         args.workers = num_cores()
         print_main(f"{args.workers} data loading workers, one per core (--workers)")
     args.eval_batch_size = args.eval_batch_size or max(1, args.batch_size // args.accum_steps)
-    for reason, names in () if args.evaluate else unused_arguments(args):
+    for reason, names in unused_arguments(args):
         if unused := [name for name in names if name in args.given]:
             flags = " and ".join(with_hyphens(f"--{name}") for name in unused)
             print_main(f"{flags}: not used, since {reason}")
@@ -317,6 +317,12 @@ def settle_defaults(args):
 
 def unused_arguments(args):
     """Yields (reason, names of the arguments that it leaves without effect)."""
+    info = get_dist_info()
+    if info.launcher in ("torchrun", "srun"):
+        reason = f"{info.launcher} started this as one of {info.world_size} processes"
+        yield reason, ("multiprocessing_distributed", "nproc", "world_size", "rank")
+    if args.evaluate:
+        return
     if args.cos:
         yield "--cos is on", ("schedule", "schedule_factor")
     if args.resume:

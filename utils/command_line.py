@@ -4,12 +4,11 @@ import argparse
 import difflib
 import math
 import os
-import select
 import shlex
 import sys
 from pathlib import Path
 
-from .errors import Unavailable, UserError, one_line, print_stack, retry
+from .errors import Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
 from .files import is_dir
 
 __version__ = "1.0.0"
@@ -90,15 +89,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def check_value(self, action: argparse.Action, value):
         """Raises UserError if the command line could not give a flag this value, which comes from a file."""
-        namespace, words = argparse.Namespace(), split_words(action, value)
-        is_flag = any(word.startswith("-") for word in words[1:])  # such as --help, which would end the run
+        namespace, words = argparse.Namespace(), option_words(action, value)
+        name, *values = shlex.split(words)
+        is_flag = any(word.startswith("-") for word in values)  # such as --help, which would end the run
         try:
             if not is_flag:
-                argparse.ArgumentParser.parse_known_args(self, [".", *words], namespace)
+                argparse.ArgumentParser.parse_known_args(self, [".", name, *values], namespace)
         except argparse.ArgumentError as error:
-            self.error(f"{option_words(action, value)}: {error.message}")
+            self.error(f"{words}: {error.message}")
         if is_flag or getattr(namespace, action.dest) != value:
-            self.error(f"{option_words(action, value)}: is of another type")
+            self.error(f"{words}: is of another type")
 
     def error(self, message):
         """Raises UserError instead of printing the usage."""
@@ -163,46 +163,36 @@ def facts_of(action: argparse.Action) -> set[str]:
 
 
 def with_hyphens(flag: str) -> str:
-    """The spelling of a flag by which it is compared: `-` and `_` are equivalent in its name."""
+    """The spelling of a flag by which it is compared."""
     return flag.replace("_", "-")
 
 
 def option_name(action: argparse.Action) -> str:
-    """The flag's long name."""
+    """A flag's long name."""
     return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
 
 
-def split_words(action: argparse.Action, value) -> list[str]:
-    """The words of a command line that give a flag its value."""
+def option_words(action: argparse.Action, value) -> str:
+    """The words of a command line that give a flag its value, as a shell takes them."""
     name = option_name(action)
     if isinstance(value, bool):
-        return [name if value else name.replace("--", "--no-", 1)]
-    return [name, *map(str, value if isinstance(value, list | tuple) else [value])]
-
-
-def option_words(action: argparse.Action, value) -> str:
-    """The same as a shell takes them."""
-    return shlex.join(split_words(action, value))
+        return name if value else name.replace("--", "--no-", 1)
+    return shlex.join([name, *map(str, value if isinstance(value, list | tuple) else [value])])
 
 
 def number(least: float = 0.0, most: float = 1e6, above: float | None = None, kind: type = float):
     """An argparse type: numbers of a kind, int or float, from least (or greater than `above`) to most."""
+    bounds = f"at least {least:.12g}" if above is None else f"above {above:g}"
+    expected = f"must be a {'whole ' if kind is int else ''}number, {bounds} and at most {most:.12g}"
 
     def parse(text: str):
+        digits = text.removeprefix("-").isdecimal()  # int also takes underscores, blanks and a plus
         try:
-            value = kind(text)
-            if math.isnan(value) or (kind is int and (len(text) > 20 or not text.removeprefix("-").isdecimal())):
-                raise ValueError  # int also takes underscores, blanks and a plus
-        except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]}: must be a {whole}number from {least:g} to {most:g}"
-            ) from None
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
-        if not least <= value <= most:
-            bound = f"least {least}" if value < least else f"most {most}"
-            raise argparse.ArgumentTypeError(f"{text}: must be at {bound}")
+            value = kind(text) if kind is float or digits else math.nan
+        except ValueError:  # not a number, or of thousands of digits
+            value = math.nan
+        if not least <= value <= most or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{text[:40]}: {expected}")
         return value
 
     return parse
@@ -218,25 +208,6 @@ def non_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("'': is empty; name a file or folder")
     return text
-
-
-def output_is_closed() -> bool:
-    """Whether the reader of the output, such as head, has closed it; what is still written then goes nowhere."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLERR)
-    if not poll.poll(0):
-        return False
-    drop_unwritable_output()
-    return True
-
-
-def drop_unwritable_output():
-    """Sends what a stream that cannot be written still holds nowhere: flushing it at the exit would fail again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def prepare_streams():

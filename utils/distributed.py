@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .command_line import drop_unwritable_output
-from .errors import PASSING, Unavailable, UserError, one_line
+from .errors import PASSING, Unavailable, UserError, drop_unwritable_output, one_line
 
 # What asks a run to stop: a scheduler, Ctrl-C, a closed terminal; the last three unless they are ignored, as by nohup.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) + tuple(
@@ -52,7 +51,6 @@ def set_dist_info(info: DistInfo):
 
 
 def get_dist_info() -> DistInfo:
-    """What the launcher said about this process."""
     return _info
 
 
@@ -84,21 +82,20 @@ def print_main(text: str):
 
 
 class Progress:
-    """A bar on a terminal, otherwise a line every `every` steps; nothing on ranks other than 0.
+    """A bar of at most 80 columns on a terminal, otherwise a line every `every` steps; rank 0 alone shows it.
 
-    The bar fits into 80 columns. It closes with the block, or with close_progress().
+    The bar closes with the block, or with close_progress().
     """
 
-    open_bar = None  # the one on the screen
+    bar = None  # the one on the screen
 
     def __init__(self, title: str, total: int, every: int, initial: int = 0):
         self.title, self.total, self.every, self.done = title, total, every, initial
-        self.bar = None
         if is_main_process() and sys.stderr.isatty():
             columns = min(80, shutil.get_terminal_size().columns)
             form = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix}"
-            self.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
-            Progress.open_bar = self.bar
+            bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
+            Progress.bar = bar
 
     def step(self, short=lambda: "", long=lambda: ""):
         """Counts a step; short() for the bar or long() for the line is called every `every` steps, and after the last.
@@ -119,16 +116,14 @@ class Progress:
         return self
 
     def __exit__(self, *exception):
-        if self.bar is not None:
-            self.bar.close()
-            Progress.open_bar = None
+        close_progress()
 
 
 def close_progress():
     """Removes the bar from the screen, before a message."""
-    if Progress.open_bar is not None:
-        Progress.open_bar.close()
-        Progress.open_bar = None
+    if Progress.bar is not None:
+        Progress.bar.close()
+        Progress.bar = None
 
 
 def duration(seconds: float) -> str:
@@ -150,7 +145,6 @@ stop_state = StopState()
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
     return stop_state.requested
 
 
@@ -218,11 +212,8 @@ def gather_objects(value) -> list:
 def find_difference(own: dict):
     """(name, rank, value on rank 0, value there) of the first entry that a rank does not share with rank 0, or None."""
     first, *others = gather_objects(own)
-    for rank, other in enumerate(others, 1):
-        for name in first:
-            if other[name] != first[name]:
-                return name, rank, first[name], other[name]
-    return None
+    differences = ((n, rank, first[n], other[n]) for rank, other in enumerate(others, 1) for n in first)
+    return next((found for found in differences if found[2] != found[3]), None)
 
 
 def num_cores() -> int:
@@ -257,7 +248,5 @@ def raise_on_all_ranks():
     except OSError as error:
         kind = Unavailable if error.errno in PASSING else UserError
         failure = kind, f"{error.filename or 'reading or writing'}: {one_line(error)}"
-    first = next(filter(None, gather_objects(failure)), None)
-    if first is not None:
-        kind, message = first
+    for kind, message in filter(None, gather_objects(failure)):
         raise kind(message, on_all_ranks=True) from None

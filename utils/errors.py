@@ -98,6 +98,15 @@ def optional_package(flag: str, names: str):
         raise UserError(f"{flag}: {names} cannot be imported ({one_line(error)}); pip install {names}") from None
 
 
+def drop_unwritable_output():
+    """Sends what a stream that cannot be written still holds nowhere: flushing it at the exit would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_stack(error: BaseException):
     """Prints the stack of an error on stderr if the environment has TRACEBACK=1."""
     if os.environ.get("TRACEBACK") == "1":

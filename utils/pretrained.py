@@ -39,14 +39,13 @@ def load_backbone(pretrained: str | None, arch: str, image_size: int) -> dict | 
     """
     if pretrained is None:
         return None
-    file = pretrained
     with raise_on_all_ranks():
-        if pretrained == TORCHVISION:
-            file = download(arch, wanted=get_dist_info().local_rank == 0)
+        wanted = get_dist_info().local_rank == 0
+        file = download(arch, wanted) if pretrained == TORCHVISION else pretrained
     with raise_on_all_ranks():
         state_dict = read_backbone(file, arch, image_size)
-        print_main(f"the backbone starts from {file}")
-        return state_dict
+    print_main(f"the backbone starts from {file}")
+    return state_dict
 
 
 def download(arch: str, wanted: bool = True) -> str:
@@ -55,10 +54,7 @@ def download(arch: str, wanted: bool = True) -> str:
     Raises UserError if there are none for arch, or if the download fails.
     """
     if arch not in backbones.TORCHVISION:
-        raise UserError(
-            f"--pretrained: torchvision has no weights for {arch}; name a file (--pretrained PATH), or choose another "
-            "--arch"
-        )
+        raise UserError(f"--pretrained: torchvision has no weights for {arch}; add a file's PATH, or change --arch")
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")  # where torchvision's get_model looks too
     file = os.path.join(folder, os.path.basename(url))
@@ -70,10 +66,7 @@ def download(arch: str, wanted: bool = True) -> str:
             torch.hub.download_url_to_file(url, file, checksum and checksum[1], progress=is_main_process())
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; another checksum
             reason = one_line(getattr(error, "reason", None) or error)
-            raise UserError(
-                f"--pretrained: {url} cannot be downloaded ({reason}); put it at {file}, or name a file "
-                "(--pretrained PATH)"
-            ) from None
+            raise UserError(f"--pretrained: {url} cannot be downloaded ({reason}); put it at {file}") from None
     return file
 
 

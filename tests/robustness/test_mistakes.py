@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.helpers import (
     COUNTS,
@@ -18,6 +17,7 @@ from tests.helpers import (
     assert_mistake_of_all_ranks,
     call,
     checkpoint,
+    copied,
     limited_memory,
     log_of,
     refusal,
@@ -40,6 +40,10 @@ VALUES = {  # stage and flag -> values that it does not take
     "i --wd": "-1 1e300",
     "i --momentum": "nan",
     "i --schedule": "-1",
+    "i --schedule-factor": "0 2",
+    "i --warmup-epochs": "-1",
+    "i --eval-freq": "0",
+    "i --jitter": "1.5 nan",
     "i --moco-k": "0 -5",
     "i --moco-dim": f"0 {10**12}",
     "i --moco-m": "1.5 nan",
@@ -76,6 +80,7 @@ def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(plain_tree, na
     ("flags", "words"),
     [
         (["--start-epoch", 2], ["--start-epoch 2", "--epochs 2"]),
+        (["--warmup-epochs", 2], ["--warmup-epochs 2", "below --epochs 2"]),
         (["--gpu", 0], ["--gpu 0", "--device cpu"]),
         (["--output_dir", ""], ["--output_dir"]),
         (["--train-list", ""], ["--train-list"]),
@@ -123,17 +128,11 @@ def test_flags_that_do_not_fit_the_run_are_refused_in_one_line(plain_tree, tmp_p
     assert not list(tmp_path.glob("**/*.tar"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_a_device_that_does_not_exist_is_refused(plain_tree):
-    assert "--device cuda" in refusal("i", plain_tree, "none", "--device", "cuda")
-
-
-def test_more_workers_than_a_machine_can_use_are_refused(plain_tree, monkeypatch):
+def test_more_than_the_machine_has_and_no_data_folder_are_refused(plain_tree, monkeypatch):
     monkeypatch.setattr("utils.arguments.num_cores", lambda: 2)
     assert "--workers 33: at most 32" in refusal("i", plain_tree, "none", "-j", 33)
-
-
-def test_a_command_without_a_data_folder_is_refused():
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cuda" in refusal("i", plain_tree, "none", "--device", "cuda")
     assert_mistake(call("i", []), "DIR")
 
 
@@ -145,20 +144,12 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate_and_the_batch(plain_t
 # ---- data
 
 
-def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
-    assert_mistake(run_stage("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none", "DIR")
-
-
-def test_a_file_in_place_of_the_data_folder_is_named(plain_tree, tmp_path):
-    assert_mistake(
-        run_stage("i", plain_tree / "train.txt", tmp_path / "run"), plain_tree / "train.txt", "a file", "DIR"
-    )
-
-
-@pytest.mark.parametrize("flag", ["--train-list", "--val-list", "--test-list"])
-def test_a_list_that_does_not_exist_is_named(plain_tree, tmp_path, flag):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", flag, tmp_path / "none.txt")
-    assert_mistake(outcome, tmp_path / "none.txt", flag)
+def test_a_data_folder_or_list_that_does_not_exist_is_named(plain_tree, tmp_path):
+    for folder, words in ((tmp_path / "none", []), (plain_tree / "train.txt", ["a file"])):
+        assert_mistake(run_stage("i", folder, tmp_path / "run"), folder, "DIR", *words)
+    for flag in ("--train-list", "--val-list", "--test-list"):
+        outcome = run_stage("i", plain_tree, tmp_path / "run", flag, tmp_path / "none.txt")
+        assert_mistake(outcome, tmp_path / "none.txt", flag)
 
 
 @pytest.fixture
@@ -167,57 +158,33 @@ def tree(tmp_path):
     return write_tree(tmp_path / "tree", COUNTS | {"train": (20, 4, 4, 4, 4, 4)})
 
 
-SPLITS = ("train", "val", "test")
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_wrong_line_list_or_image_is_named(tree, tmp_path, split):
+    file, flag = tree / f"{split}.txt", f"--{split}-list"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
 
+    def assert_named(text, *words):
+        file.write_text(text)
+        assert_mistake(run_stage("i", tree, tmp_path / "run"), *words)
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_missing_list_of_the_data_folder_is_named(tree, tmp_path, split):
-    (tree / f"{split}.txt").unlink()
-    assert_mistake(
-        run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", "no such list, beside", f"--{split}-list"
-    )
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("line", ["train/class0/train_0.png", "train/class0/train_0.png zero", "/etc/passwd 0"])
-def test_a_malformed_line_is_named(tree, tmp_path, split, line):
-    spoil_list(tree / f"{split}.txt", line)
-    assert_mistake(run_stage("i", tree, tmp_path / "run"), f"{tree / split}.txt, line 3:")
-
-
-def spoil_list(file, line, number=3):
-    lines = file.read_text().splitlines()
-    lines[number - 1] = line
-    file.write_text("\n".join(lines))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_an_empty_list_is_named(tree, tmp_path, split):
-    (tree / f"{split}.txt").write_text("\n")
-    assert_mistake(run_stage("i", tree, tmp_path / "run"), tree / f"{split}.txt", "empty")
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_a_label_that_training_does_not_have_is_named(tree, tmp_path, split):
-    spoil_list(tree / f"{split}.txt", "train/class0/train_0.png 6")
-    outcome = run_stage("i", tree, tmp_path / "run")
-    assert_mistake(outcome, f"{tree / split}.txt, line 3:", "label 6", "--num-classes 7")
+    for line in ("train/class0/train_0.png", "train/class0/train_0.png zero", "/etc/passwd 0"):
+        assert_named("".join([*lines[:2], f"{line}\n", *lines[3:]]), f"{file}, line 3:")
+    if split != "train":
+        line = "train/class0/train_0.png 6\n"
+        assert_named("".join([*lines[:2], line, *lines[3:]]), f"{file}, line 3:", "label 6", "--num-classes 7")
+    assert_named("\n", file, "empty")
+    for line in lines[:2]:
+        (tree / line.split()[0]).unlink()
+    remedy = f"python -m datasets.verify {tree} {flag} {file} --report FILE"
+    assert_named(whole, f"{split}.txt: 2 of {len(lines)} files", tree, lines[0].split()[0], remedy)
+    file.unlink()
+    assert_mistake(run_stage("i", tree, tmp_path / "run"), file, "no such list, beside", flag)
 
 
 def test_a_label_beyond_num_classes_is_named(tree, tmp_path):
     outcome = run_stage("i", tree, tmp_path / "run", "--num-classes", 3)
     assert_mistake(outcome, f"{tree}/train.txt, line 37:", "--num-classes 6")
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_missing_images_are_named(tree, tmp_path, split):
-    lines = (tree / f"{split}.txt").read_text().splitlines()[:2]
-    for line in lines:
-        (tree / line.split()[0]).unlink()
-    count = {"train": 40, "val": 24, "test": 30}[split]
-    outcome = run_stage("i", tree, tmp_path / "run")
-    remedy = f"python -m datasets.verify {tree} --{split}-list {tree}/{split}.txt --report FILE"
-    assert_mistake(outcome, f"{split}.txt: 2 of {count} files", tree, lines[0].split()[0], remedy)
 
 
 def spoil_image(tree, split, content=None):
@@ -227,49 +194,34 @@ def spoil_image(tree, split, content=None):
     return file
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_truncated_image_is_named_with_its_list_line(tree, tmp_path, split, workers):
-    file = spoil_image(tree, split)
+@pytest.mark.parametrize(
+    ("split", "workers", "content"),
+    [("train", 2, None), ("train", 0, b""), ("val", 0, None), ("val", 2, b"no image at all"), ("test", 2, None)],
+)
+def test_a_file_that_cannot_be_decoded_is_named_with_its_list_line(tree, tmp_path, split, workers, content):
+    file = spoil_image(tree, split, content)
     outcome = run_stage("i", tree, tmp_path / "run", "-j", workers, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, f"{split}.txt, line 1")
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all"])
-def test_a_file_that_is_not_an_image_is_named_with_its_list_line(tree, tmp_path, content):
-    file = spoil_image(tree, "test", content)
-    assert_mistake(run_stage("i", tree, tmp_path / "run", "--epochs", 1), file, "test.txt, line 1")
-
-
 # ---- checkpoints
 
-FLAGS = {"--resume": ("i", "i"), "--last_stage_ckpt": ("ii", "i"), "--teacher_ckpt": ("iii", "ii")}  # run, made by
-every_flag = pytest.mark.parametrize("flag", FLAGS)
 
-
-def start_from(flag, file, data, out, *flags):
-    return run_stage(FLAGS[flag][0], data, out, flag, file, *flags)
-
-
-@every_flag
-def test_a_checkpoint_that_does_not_exist_is_named(plain_tree, tmp_path, flag):
-    assert_mistake(start_from(flag, tmp_path / "none.tar", plain_tree, tmp_path / "run"), tmp_path / "none.tar", flag)
-    words = (tmp_path, "a folder; name a file in it, such as last_checkpoint.pth.tar", flag)
-    assert_mistake(start_from(flag, tmp_path, plain_tree, tmp_path / "run"), *words)
-
-
-@every_flag
-def test_a_checkpoint_of_another_arch_is_refused(trained, plain_tree, tmp_path, flag):
-    file = trained[FLAGS[flag][1]] / LAST
-    outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--arch", "resnet20")
-    assert_mistake(outcome, file, "resnet8", "resnet20", "--arch", flag)
-
-
-@every_flag
-def test_a_checkpoint_of_another_number_of_classes_is_refused(trained, plain_tree, tmp_path, flag):
-    file = trained[FLAGS[flag][1]] / LAST
-    outcome = start_from(flag, file, plain_tree, tmp_path / "run", "--num-classes", 9)
-    assert_mistake(outcome, file, "6 classes", "9", "--num-classes", flag)
+@pytest.mark.parametrize(
+    ("stage", "flag", "given"),
+    [("i", "--resume", "i"), ("ii", "--last_stage_ckpt", "i"), ("iii", "--teacher_ckpt", "ii")],
+)
+def test_a_checkpoint_that_is_not_there_or_of_another_network_is_named(
+    trained, plain_tree, tmp_path, stage, flag, given
+):
+    file = trained[given] / LAST
+    for path, more, words in (
+        (tmp_path / "none.tar", [], []),
+        (tmp_path, [], ["a folder; name a file in it, such as last_checkpoint.pth.tar"]),
+        (file, ["--arch", "resnet20"], ["resnet8", "resnet20", "--arch"]),
+        (file, ["--num-classes", 9], ["6 classes", "9", "--num-classes"]),
+    ):
+        assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", flag, path, *more), path, flag, *words)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +255,7 @@ def test_a_queue_of_another_size_is_refused(trained, plain_tree, tmp_path, flags
 @pytest.fixture
 def finished(trained, tmp_path):
     """A copy of a finished run of stage i."""
-    return Path(shutil.copytree(trained["i"], tmp_path / "finished"))
+    return copied(trained["i"], tmp_path / "finished")
 
 
 @pytest.mark.parametrize("name", [LAST, "previous_checkpoint.pth.tar", "best_checkpoint.pth.tar"])
@@ -369,33 +321,25 @@ def test_a_second_run_in_the_same_folder_is_refused(plain_tree, tmp_path):
 # ---- through the shell, where stderr may contain nothing else
 
 
-@pytest.mark.full
-def test_shell_a_data_folder_that_does_not_exist_ends_in_one_line(tmp_path):
-    assert_mistake(run_shell("i", tmp_path / "none", tmp_path / "run"), tmp_path / "none")
-
-
-def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path):
+@pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
+def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path, flags):
     file = spoil_image(tree, "train")
-    outcome = run_shell("i", tree, tmp_path / "run", "-j", 2, "--epochs", 1, "-b", 8)
+    outcome = run_shell("i", tree, tmp_path / "run", *flags, "-j", 2, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, "train.txt, line 1")
 
 
-def test_shell_a_truncated_image_in_one_of_two_processes_ends_in_one_line(tree, tmp_path):
-    file = spoil_image(tree, "val")
-    outcome = run_shell("i", tree, tmp_path / "run", *TWO, "-j", 2, "--epochs", 1)
-    assert_mistake(outcome, file, "val.txt, line 1")
-
-
 @pytest.mark.parametrize(
-    "flags, world, words",
+    ("flags", "world", "nodes", "words"),
     [
-        (["-b", 3], 2, ["--batch-size 3", "2 processes", "--batch-size 4"]),
-        (["-b", 16, "--accum-steps", 5], 2, ["--accum-steps 5", "2 processes", "--batch-size 20"]),
-        (["-b", 16, "--accum-steps", 4, "--moco-k", 15], 2, ["--moco-k 15", "16 keys"]),
-        (["-b", 156, "--moco-k", 200], 4, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
+        (["-b", 3], 2, 1, ["--batch-size 3", "2 processes", "--batch-size 4"]),
+        (["-b", 16, "--accum-steps", 5], 2, 1, ["--accum-steps 5", "2 processes", "--batch-size 20"]),
+        (["-b", 156, "--moco-k", 200], 4, 1, ["--batch-size 156", "154 images", "no full step"]),  # 4 x 39, padded
+        (["-b", 80, "--moco-k", 200], 2, 2, ["--batch-size 80 on each of 2 nodes", "154 images", "no full step"]),
+        (["-b", 26, "--moco-k", 50], 2, 2, ["--moco-k 50", "52 keys", "--batch-size"]),
     ],
 )
 def test_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(
-    plain_tree, tmp_path, flags, world, words
+    plain_tree, tmp_path, flags, world, nodes, words
 ):
-    assert_mistake_of_all_ranks(run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world), *words)
+    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world, nodes=nodes)
+    assert_mistake_of_all_ranks(outcomes, *words)

@@ -6,7 +6,7 @@ No test depends on the speed of a process: if a test must find one at a certain 
 import contextlib
 import errno
 import functools
-import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -14,9 +14,9 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from datasets.build import locate_splits
 from datasets.loaders import report_killed_workers
 from tests.helpers import (
     LAST,
+    PARSERS,
     ROOT,
     TORCHRUN,
     TWO,
@@ -34,9 +35,9 @@ from tests.helpers import (
     assert_same_run,
     call,
     checkpoint,
-    log_of,
     on_ranks,
     results_of,
+    run_ranks,
     run_shell,
     run_stage,
     stage_flags,
@@ -44,21 +45,14 @@ from tests.helpers import (
     train_ranks,
 )
 from tests.helpers_processes import Job, alive, free_port, listening, wait_until
-from utils import checkpoint as checkpoints
+from utils import arguments, metrics
 from utils.arguments import training_parser
-from utils.distributed import DistInfo, defer_stop, get_dist_info, num_cores, raise_on_all_ranks
+from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks
 from utils.errors import UserError
 from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
-from utils.launch.rendezvous import (
-    check_equal_starts,
-    master_address,
-    note_unused_flags,
-    select_device,
-)
-from utils.signals import Stopped
-from utils.train_state import TrainState
+from utils.launch.rendezvous import check_equal_starts, master_address, select_device
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -112,9 +106,10 @@ def test_a_signal_to_one_of_two_processes_stops_both(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_signal_ends_a_process_that_waits_for_others(plain_tree, tmp_path, number):
-    with Job("i", plain_tree, tmp_path / "run", *node(0, f"tcp://127.0.0.1:{free_port()}")) as job:
-        wait_until(lambda: listening([job.pid]), "the key-value store to listen")
+def test_a_process_says_that_it_waits_for_others_and_a_signal_ends_it(plain_tree, tmp_path, number):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    with Job("i", plain_tree, tmp_path / "run", *node(0, url)) as job:
+        job.wait_for(f"rank 0 waits at {url} for the 2 processes .*--rank 0 to 1")
         assert_one_line(job.send(number).end(), 75, "before the first step", "same command")
     assert not (tmp_path / "run").exists()
 
@@ -143,6 +138,7 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
     assert checkpoint(tmp_path / "run")["step"] > 0
 
 
+@pytest.mark.full
 def test_the_last_words_of_torchrun_name_the_mistake(tmp_path):
     outcome = run_shell("i", tmp_path / "missing", tmp_path / "run", launcher=TORCHRUN)
     assert outcome.status == 1  # torchrun's own
@@ -170,12 +166,17 @@ def test_a_process_that_is_stuck_in_a_system_call_obeys_a_signal(plain_tree, tmp
     assert_one_line(outcome, 75, "no progress for 1 s", "the last checkpoint is intact", "--resume auto")
 
 
-def test_a_run_stopped_in_the_test_evaluation_resumes(trained, plain_tree, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "step", "words"), [("val", (0, 9), "epoch 1"), ("test", (2, 0), "before the test evaluation was done")]
+)
+def test_a_run_stopped_in_an_evaluation_trains_no_step_again(trained, plain_tree, tmp_path, line, step, words):
     run = tmp_path / "run"
-    outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("test"))
-    assert_one_line(outcome, 75, "before the test evaluation was done", "--resume auto")
-    assert not (run / "results.json").exists()
-    assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
+    outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption(line))
+    assert_one_line(outcome, 75, words, "--resume auto")
+    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == step and not (run / "results.json").exists()
+    again = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
+    assert again.status == 0 and "epoch 1/2 [" not in again.out
+    assert_same_run(run, trained["i"])
 
 
 def test_a_stopped_evaluation_writes_nothing(trained, plain_tree, tmp_path):
@@ -201,28 +202,16 @@ def test_a_stop_during_a_save_waits_for_its_end(trained, plain_tree, tmp_path, m
     assert_same_run(train("i", plain_tree, run, "--cos", "--resume", "auto"), trained["i"])
 
 
-def test_a_run_stopped_in_validation_trains_no_step_again(trained, plain_tree, tmp_path):
-    run = tmp_path / "run"
-    call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=Interruption("val"))
-    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
-    outcome = run_stage("i", plain_tree, run, "--cos", "-p", 1, "--resume", "auto")
-    assert "epoch 1/2 [" not in outcome.out and "epoch 1/2: " in outcome.out
-    assert log_of(run, timed=False) == log_of(trained["i"], timed=False)
-
-
-def stop_all_ranks(seconds, args, device):
-    """A main_worker: every rank stops, rank 0 after some seconds, as if it were saving."""
-    defer_stop()
-    torch.distributed.barrier()
-    if get_dist_info().rank == 0:
-        time.sleep(seconds)
-    raise Stopped("saved by rank 0", on_all_ranks=True)
-
-
-def test_a_rank_that_saves_for_longer_than_the_grace_is_not_killed(capfd, monkeypatch):
+@pytest.mark.parametrize(("status", "left"), [(75, False), (1, True), (0, False)])
+def test_a_rank_that_still_saves_is_waited_for_unless_another_has_failed(monkeypatch, status, left):
     monkeypatch.setattr(spawn, "GRACE", 0.1)
-    assert launch(functools.partial(stop_all_ranks, 1), *SMALL_RUN) == 75
-    assert re.fullmatch(r"\S+: saved by rank 0\n", capfd.readouterr().err)
+    context = multiprocessing.get_context("fork")
+    with block_signals():  # so that a stop, which is passed on, does not end it
+        slow, first = context.Process(target=time.sleep, args=(1,)), context.Process(target=os._exit, args=(status,))
+        for process in (slow, first):
+            process.start()
+    assert spawn.watch([slow, first]) == ({slow} if left else set())
+    assert (slow.exitcode, first.exitcode) == (-signal.SIGKILL if left else 0, status)
 
 
 # ---- killed
@@ -359,8 +348,7 @@ def test_an_incomplete_report_is_ignored():
 
 def test_launch_calls_main_worker_itself(capfd):
     """A traceback has no other frame between the two."""
-    parser, _ = SMALL_RUN
-    assert launch(lambda args, device: 1 / 0, parser, ["--device", "cpu", str(ROOT)]) == 1
+    assert launch(lambda args, device: 1 / 0, SMALL_RUN[0], ["--device", "cpu", str(ROOT)]) == 1
     assert re.search(r"in launch\n.*main_worker\(args, device\)\n.*\n? *File .*, in <lambda>", capfd.readouterr().err)
 
 
@@ -381,11 +369,12 @@ def test_the_tasks_of_srun_share_the_cores_of_the_node(monkeypatch):
 
 
 def test_one_gpu_for_several_processes_is_refused():
-    with pytest.raises(UserError, match=r"--gpu 0: .* all 2 processes"):
-        select_device(SimpleNamespace(gpu=0, device="auto"), DistInfo(1, 2, 1, 2, "torchrun", "env://"))
+    args, info = SimpleNamespace(gpu=0, device="auto"), DistInfo(1, 2, 1, 2, "torchrun", "env://")
+    assert "--gpu 0: would put all 2 processes" in refusal(select_device, args, info)
 
 
-RANKS = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}
+PODS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "2345", "RANK": "1", "WORLD_SIZE": "4"}  # of PyTorchJob
+RANKS = PODS | {"TORCHELASTIC_RUN_ID": "x"}
 TASKS = {
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "20005",
@@ -401,6 +390,12 @@ TASKS = {
         ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"], (1, 3, 0, 1, "node", "tcp://a:1")),
         (RANKS, [], (1, 4, 1, 4, "torchrun", "env://")),
         (RANKS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, [], (1, 4, 0, 2, "torchrun", "env://")),
+        (PODS, ["--dist-url", "env://"], (1, 4, 0, 1, "torchrun", "env://")),  # each pod is a node
+        (
+            PODS | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            ["--dist-url", "env://"],
+            (1, 4, 1, 2, "torchrun", "env://"),
+        ),
         (TASKS, [], (3, 4, 1, 2, "srun", "tcp://gpu07:20005")),
         (TASKS | {"SLURM_JOB_NODELIST": "login,gpu[1-2]"}, [], (3, 4, 1, 2, "srun", "tcp://login:20005")),
         (TASKS | {"SLURM_STEP_NODELIST": "gpu12"}, [], (3, 4, 1, 2, "srun", "tcp://gpu12:20005")),
@@ -480,6 +475,15 @@ def test_processes_that_do_not_meet_say_why(plain_tree, tmp_path, capfd, mute_po
     assert capfd.readouterr().err == ""  # nor does torch.distributed's C++ print anything
 
 
+def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        flags = node(1, f"tcp://127.0.0.1:{mute.getsockname()[1]}", "--dist-timeout", 1)
+        outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
+    assert_one_line(outcome, 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
+    # The thread that was given up ends now, and prints.
+    wait_until(lambda: not any("(call)" in thread.name for thread in threading.enumerate()), "the thread to end")
+
+
 @pytest.mark.parametrize(
     "url", ["localhost", "tcp://localhost", "tcp://localhost:high", "tcp://a:65536", "http://a:1", "file:///etc/passwd"]
 )
@@ -488,23 +492,14 @@ def test_an_address_of_another_form_is_refused(url):
         resolve(url)
 
 
-def test_a_listener_that_never_answers_is_given_up_after_the_timeout(plain_tree, tmp_path, mute_port):
-    flags = node(1, f"tcp://127.0.0.1:{mute_port}", "--dist-timeout", 1)
-    with Job("i", plain_tree, tmp_path / "run", *flags) as job:
-        assert_one_line(job.end(), 2, "node 0 is not reached within --dist-timeout 1 s", "no answer")
-
-
 def test_a_name_that_is_loopback_only_on_node_0_is_refused(plain_tree, tmp_path, monkeypatch):
-    """Debian's /etc/hosts maps the machine's own name to 127.0.1.1. The run must not listen everywhere instead."""
+    """Debian's /etc/hosts maps the machine's own name to 127.0.1.1: gloo would listen where no other node can connect.
+
+    torchrun takes that name for MASTER_ADDR.
+    """
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(None, None, None, None, ("127.0.1.1", 0))])
-    flags = node(0, "tcp://node0:2345")
-    assert_one_line(
-        run_stage("i", plain_tree, tmp_path / "run", *flags), 2, "127.0.1.1 on this node", "--dist-interface"
-    )
-
-
-def test_a_master_addr_that_is_loopback_only_on_its_own_node_is_refused(monkeypatch):
-    """torchrun takes the machine's own name. gloo would listen where no other node can connect."""
+    outcome = run_stage("i", plain_tree, tmp_path / "run", *node(0, "tcp://node0:2345"))
+    assert_one_line(outcome, 2, "127.0.1.1 on this node", "--dist-interface")
     monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
     assert master_address("localhost") == "127.0.1.1"
     with pytest.raises(UserError, match=r"MASTER_ADDR node0: is 127\.0\.1\.1.*--local-addr"):
@@ -559,21 +554,6 @@ def test_two_nodes_train_as_one(run_of_two_processes, plain_tree, tmp_path, laun
     assert_same_results(again, run_of_two_processes)
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["-b", 80, "--moco-k", 200], ["--batch-size 80 on each of 2 nodes", "154 images", "no full step"]),
-        (["-b", 26, "--moco-k", 50], ["--moco-k 50", "52 keys", "--batch-size"]),
-    ],
-)
-def test_two_nodes_whose_step_data_or_queue_cannot_take_end_in_one_line(plain_tree, tmp_path, flags, words):
-    url = f"tcp://127.0.0.1:{free_port()}"
-    jobs = [Job("i", plain_tree, tmp_path / f"{n}", *node(n, url), *flags) for n in range(2)]
-    with jobs[0] as first, jobs[1] as second:
-        assert_one_line(first.end(), 2, *words)
-        assert second.end()[::2] == (2, "")  # the first has said it
-
-
 # ---- started differently
 
 
@@ -585,89 +565,46 @@ def refusal(check, *args) -> str:
     return str(caught.value)
 
 
-def start_of_two_ranks(rank, starts):
-    """What the check says of (stage, flags, processes per node) of each rank, on this rank."""
-    stage, flags, local_world_size = starts[rank]
-    args = importlib.import_module(f"ssd_stage_{stage}").get_parser().parse_args([*flags, str(ROOT)])
-    args.program = f"ssd_stage_{stage}.py"  # here it is pytest
-    return refusal(check_equal_starts, args, DistInfo(rank, 2, 0, local_world_size))
+STARTS = {  # (stage, flags, processes per node) of each rank -> the message
+    (("i", "-b 8", 1), ("i", "-b 6", 1)): "--batch-size: 8 on rank 0 and 6 on rank 1",
+    (("ii", "--seed 1", 1), ("ii", "", 1)): "--seed: 1 on rank 0 and None on rank 1",
+    (("i", "", 2), ("i", "-b 6", 1)): "processes per node: 2 on rank 0 and 1 on rank 1",
+    (("i", "", 1), ("iii", "", 1)): "script: ssd_stage_i.py on rank 0 and ssd_stage_iii.py on rank 1",
+}
 
 
-@pytest.mark.parametrize(
-    ("starts", "message"),
-    [
-        ((("i", ["-b", "8"], 1), ("i", ["-b", "6"], 1)), "--batch-size: 8 on rank 0 and 6 on rank 1"),
-        ((("ii", ["--seed", "1"], 1), ("ii", [], 1)), "--seed: 1 on rank 0 and None on rank 1"),
-        ((("i", [], 2), ("i", ["-b", "6"], 1)), "processes per node: 2 on rank 0 and 1 on rank 1"),
-        ((("i", [], 1), ("iii", [], 1)), "script: ssd_stage_i.py on rank 0 and ssd_stage_iii.py on rank 1"),
-    ],
-)
-def test_two_nodes_that_were_started_differently_end_in_one_line_on_both(starts, message):
-    found = on_ranks(2, start_of_two_ranks, starts)
-    assert found[0] == found[1] and found[0].startswith(message)
+def refusals_of_a_rank(rank, tree, folder):
+    """What this rank says of each of STARTS, and of a list that differs."""
+    messages = []
+    for start in STARTS:
+        stage, flags, local_world_size = start[rank]
+        args = PARSERS[stage]().parse_args([*flags.split(), str(ROOT)])
+        args.program = f"ssd_stage_{stage}.py"  # here it is pytest
+        messages.append(refusal(check_equal_starts, args, DistInfo(rank, 2, 0, local_world_size)))
+    args = PARSERS["i"]().parse_args(["--train-list", str(folder / f"{rank}.txt"), str(tree)])
+    return [*messages, refusal(locate_splits, args, DistInfo(rank, 2, 0, 1))]
 
 
-def lists_of_two_ranks(rank, tree, folder):
-    parser = importlib.import_module("ssd_stage_i").get_parser()
-    args = parser.parse_args(["--train-list", str(folder / f"{rank}.txt"), str(tree)])
-    return refusal(locate_splits, args, DistInfo(rank, 2, 0, 1))
-
-
-def test_two_nodes_with_different_lists_end_in_one_line_on_both(plain_tree, tmp_path):
+def test_two_nodes_that_were_started_differently_or_read_other_lists_end_in_one_line_on_both(plain_tree, tmp_path):
     lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "0.txt").write_text("".join(lines))
     (tmp_path / "1.txt").write_text("".join(lines[:-1]))
-    for rank, message in enumerate(on_ranks(2, lists_of_two_ranks, plain_tree, tmp_path)):
-        assert message.startswith(f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1")
-
-
-def check_of_two_ranks(rank, loss, gradient):
-    """What a step's check says; the values are those of rank 1."""
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([0.0, gradient if rank else 0.0])
-    args = SimpleNamespace(start_epoch=0, accum_steps=1, amp="none")
-    state = TrainState(
-        SimpleNamespace(classifiers=("linear",)), torch.optim.SGD([weight], 0.1), torch.device("cpu"), args
-    )
-    state.loader = SimpleNamespace(locate=lambda: f"images of rank {rank}")
-    loss = torch.tensor(loss if rank else 0.0)
-    state.not_finite.append(~loss.isfinite())
-    state.metrics.update({"loss": loss}, (), None)
-    return refusal(state.check_finite, state.optimizer)
-
-
-@pytest.mark.parametrize(("loss", "gradient"), [(torch.nan, 0.0), (0.0, torch.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_stops_all(loss, gradient):
-    first, second = on_ranks(2, check_of_two_ranks, loss, gradient)
-    assert first == second and ("gradients" in first) == (gradient != 0)
-    assert gradient or "images of rank 1" in first
-
-
-def failed_save(rank):
-    """Rank 0 cannot write; the others only find out."""
-    with mock.patch.object(checkpoints, "checkpoint_of"), mock.patch.object(checkpoints.torch, "save") as write:
-        write.side_effect = OSError(errno.ENOSPC, "No space left on device")
-        model, optimizer = torch.nn.Linear(1, 1), SimpleNamespace(state={})
-        args = SimpleNamespace(output_dir=tempfile.gettempdir())
-        state = SimpleNamespace(step=0, args=args, model=model, optimizer=optimizer)
-        return refusal(checkpoints.save, state)
-
-
-def test_a_checkpoint_that_cannot_be_written_ends_all_ranks():
-    first, second = on_ranks(2, failed_save)
-    assert first == second and "cannot be written (No space left on device)" in first
+    for rank, found in enumerate(on_ranks(2, refusals_of_a_rank, plain_tree, tmp_path)):
+        expected = [*STARTS.values(), f"{tmp_path}/{rank}.txt: differs between rank 0 and rank 1"]
+        assert [message[: len(text)] for message, text in zip(found, expected, strict=True)] == expected
 
 
 def test_nodes_with_different_numbers_of_processes_are_several_nodes():
     assert DistInfo(0, 12, 0, 8).nodes == 2 and DistInfo(8, 12, 0, 4).nodes == 3
 
 
-def test_flags_that_start_no_process_under_torchrun_are_named(capsys):
+def test_flags_that_start_no_process_under_torchrun_are_named(capsys, monkeypatch):
     parser, argv = SMALL_RUN
-    note_unused_flags(parser.parse_args(argv), DistInfo(0, 4, 0, 4, "torchrun", "env://"))
-    assert capsys.readouterr().out.startswith("--multiprocessing-distributed, --nproc: not used; torchrun started")
-    note_unused_flags(parser.parse_args(argv), DistInfo(0, 2, 0, 2, "spawn", None))
-    assert capsys.readouterr().out == ""
+    for launcher, said in (("torchrun", True), ("spawn", False)):
+        monkeypatch.setattr(arguments, "get_dist_info", lambda: DistInfo(0, 4, 0, 4, launcher))  # noqa: B023
+        arguments.settle_defaults(parser.parse_args(argv))
+        note = "--multiprocessing-distributed and --nproc: not used, since torchrun started"
+        assert (note in capsys.readouterr().out) == said
 
 
 def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatch):
@@ -679,21 +616,30 @@ def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatc
     assert re.fullmatch(r"\S+: --nproc 2: cannot be started \(Too many open files\)\n", capfd.readouterr().err)
 
 
-def test_a_message_that_torchrun_cannot_be_told_is_still_printed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+@pytest.mark.parametrize("name", ["error.json", "missing/error.json"])
+def test_torchrun_is_told_the_message_which_is_printed_in_any_case(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / name))
     assert launch(lambda args, device: None, SMALL_RUN[0], [str(tmp_path / "none")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    message = capsys.readouterr().err.partition(": ")[2]
+    assert "no such folder" in message
+    if name == "error.json":
+        assert json.loads((tmp_path / name).read_text())["message"]["message"] == message.strip()
 
 
 def test_every_process_finds_images_in_folders_per_split(run_of_two_processes, reorganized_tree, tmp_path):
     assert_same_run(train_ranks("i", reorganized_tree, tmp_path / "run", "--cos"), run_of_two_processes)
 
 
+def stop_rank_1_in_a_validation():
+    if os.environ["RANK"] == "1":
+        metrics.heartbeat = lambda: signal.raise_signal(signal.SIGTERM)  # after each of its batches
+
+
 def test_two_processes_that_are_stopped_in_a_validation_resume(run_of_two_processes, plain_tree, tmp_path):
     run = tmp_path / "run"
-    with Job("i", plain_tree, run, "--cos", *TWO, gate=10) as job:  # nine steps, then the validation's first batch
-        job.wait_for(r"val \[1/")
-        assert_stopped(job.send(signal.SIGTERM, job.ranks()[1]).end())
+    first, second = run_ranks("i", plain_tree, run, "--cos", setup=stop_rank_1_in_a_validation)
+    assert_stopped(first)
+    assert second.status == 75
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (0, 9)
     assert_same_run(train_ranks("i", plain_tree, run, "--cos", "--resume", "auto"), run_of_two_processes)
 

@@ -12,8 +12,9 @@ from multiprocessing import active_children
 
 import torch.distributed as dist
 
-from ..command_line import drop_unwritable_output, prepare_streams
+from ..command_line import prepare_streams
 from ..distributed import close_progress
+from ..errors import drop_unwritable_output
 from ..signals import handle_stop_signals
 from .failures import describe_failure, exit_now, tell_torchrun
 from .rendezvous import detect_launcher, process_group

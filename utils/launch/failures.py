@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import sys
 import time
 from pathlib import Path
@@ -11,22 +12,31 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR, drop_unwritable_output, output_is_closed
+from ..command_line import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from ..distributed import get_dist_info
-from ..errors import PASSING, Unavailable, UserError, format_stack, print_stack, words_and_place
+from ..errors import PASSING, Unavailable, UserError, drop_unwritable_output, format_stack, print_stack, words_and_place
 from ..signals import Stopped
-
-LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
 
 
 def is_broken_output(error) -> bool:
-    """Whether the reader of the output has closed it, and not the other end of another pipe."""
-    return isinstance(error, BrokenPipeError) and output_is_closed()
+    """Whether the reader of the output, such as head, has closed it, and not the other end of another pipe."""
+    if isinstance(error, BrokenPipeError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return bool(poll.poll(0))
+    return False
 
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
 FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j/--workers"
 SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower -j/--workers"
+WORKER_DIED = "a data loading worker died ({text:.200}); if for lack of memory, give it more, or lower -j/--workers"
+NO_ANSWER = (
+    "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "
+    "process itself is stuck or down; continue with --resume auto"
+)
+LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
+LOST_IN_GLOO = "gloo.*(Connection (closed by peer|reset by peer|timed out)|Broken pipe|unreachable|No route to host)"
 # (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
@@ -41,23 +51,11 @@ CAUSES = (
     (OSError, rf"\[Errno ({'|'.join(map(str, PASSING))})\]", os.EX_TEMPFAIL, words_and_place),
     (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives
-    (
-        RuntimeError, r"^DataLoader worker \(pid.*Killed", 1,
-        "a data loading worker died ({text:.200}); if for lack of memory, give the run more or fewer --workers",
-    ),
-    (RuntimeError, r"^DataLoader worker \(pid", 1, "a data loading worker died ({text:.200})"),
-    (
-        RuntimeError, r"Timed out waiting (?P<ms>\d+)ms for (?:recv|send) operation", 1,  # gloo's words
-        "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "
-        "process itself is stuck or down; continue with --resume auto",
-    ),
+    (RuntimeError, r"^DataLoader worker \(pid", 1, WORKER_DIED),
+    (RuntimeError, r"Timed out waiting (?P<ms>\d+)ms for (?:recv|send) operation", 1, NO_ANSWER),  # gloo's words
     (dist.DistBackendError, "", 1, LOST_CONTACT + " ({text:.300})"),  # NCCL's; it may be the cause itself
     (dist.DistError, "", 1, LOST_CONTACT),
-    (
-        RuntimeError,
-        "gloo.*(Connection (closed by peer|reset by peer|timed out)|Broken pipe|unreachable|No route to host)",
-        1, LOST_CONTACT,
-    ),
+    (RuntimeError, LOST_IN_GLOO, 1, LOST_CONTACT),
     (BaseException, "", 1, format_stack),
 )  # fmt: skip
 
@@ -72,7 +70,6 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         match = re.search(words, text)
         if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
             break
-    drop_unwritable_output()
     if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
         return status, ""
     if message is not format_stack:
@@ -92,6 +89,5 @@ def tell_torchrun(message: str):
 
 def exit_now(status: int):
     """Ends the process without the interpreter's cleanup, which would abort on a broken process group."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    drop_unwritable_output()  # flushes the others
     os._exit(status)

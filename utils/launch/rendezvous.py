@@ -114,7 +114,6 @@ def select_device(args, info: DistInfo) -> torch.device:
 def process_group(args, info: DistInfo):
     """Makes this process part of the run, and yields its device. After an exception the group is left as it is."""
     set_dist_info(info)
-    note_unused_flags(args, info)
     device = select_device(args, info)
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
@@ -125,14 +124,6 @@ def process_group(args, info: DistInfo):
     yield device
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def note_unused_flags(args, info: DistInfo):
-    """Prints which of the given flags have no effect, since torchrun or srun has started the processes."""
-    names = ("multiprocessing_distributed", "nproc", "world_size", "rank")
-    given = ", ".join(with_hyphens(f"--{name}") for name in names if name in args.given)
-    if given and info.launcher in ("torchrun", "srun") and info.rank == 0:
-        print(f"{given}: not used; {info.launcher} started this as one of {info.world_size} processes", flush=True)
 
 
 def check_equal_starts(args, info: DistInfo):
@@ -155,33 +146,27 @@ def init_process_group(args, info: DistInfo, device):
         args.dist_backend = "gloo"
         if info.rank == 0:
             print("gloo instead of nccl: there is no GPU in use (--dist-backend)", flush=True)
-    if args.dist_interface:
-        network.interface_address(args.dist_interface)
-        interface = args.dist_interface
+    interface = args.dist_interface
+    if interface:
+        network.interface_address(interface)  # is it there?
     elif info.nodes == 1:
         interface = "lo0" if sys.platform == "darwin" else "lo"
-    elif info.launcher == "torchrun":
-        interface = network.interface_towards(master_address(os.environ["MASTER_ADDR"]))
     else:
-        interface = network.interface_towards(network.resolve(info.url)[0])
+        torchrun = info.launcher == "torchrun"
+        host = master_address(os.environ["MASTER_ADDR"]) if torchrun else network.resolve(info.url)[0]
+        interface = network.interface_towards(host)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface and not os.environ.get(variable):
             os.environ[variable] = interface
     network.check_interfaces(f"{args.dist_backend.upper()}_SOCKET_IFNAME")
     timeout, meeting = timedelta(seconds=args.dist_timeout), {"init_method": "env://"}
-    if info.launcher != "torchrun":
-        is_master = info.rank == 0 and info.launcher != "spawn"  # in that case the parent is
-        store = open_store(args, info, is_master)
-        meeting = {"store": store, "rank": info.rank, "world_size": info.world_size}
-        if store.add(f"rank {info.rank}", 1) > 1:
-            raise UserError(
-                f"--dist-url {info.url}: rank {info.rank} of a run has joined there already; give each run a port of "
-                "its own, and start all of its ranks again if one has died"
-            )
+    store = None if info.launcher == "torchrun" else join_store(args, info)
     try:
         with network.hide_native_messages():
             if info.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                meeting = {"store": session_store(info, timeout), "rank": info.rank, "world_size": info.world_size}
+                store = session_store(info, timeout)
+            if store is not None:
+                meeting = {"store": store, "rank": info.rank, "world_size": info.world_size}
             dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
     except RuntimeError as error:
         if "Unable to find address for" in str(error):  # gloo's
@@ -200,14 +185,17 @@ def master_address(name: str) -> str:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError):
         return name  # IPv6, or unknown: torch says so
-    refuse_loopback(name, address, f"MASTER_ADDR {name}", "give torchrun --local-addr ADDRESS, or --dist-interface")
+    refuse_loopback(name, address, f"MASTER_ADDR {name}")
     return address
 
 
-def refuse_loopback(name: str, address: str, flag: str, remedy: str):
+def refuse_loopback(name: str, address: str, flag: str):
     """Raises UserError if a node's own name is loopback on it, as in Debian's /etc/hosts: gloo would listen there."""
     if address.startswith("127.") and not name.startswith(("localhost", "127.")):
-        raise UserError(f"{flag}: is {address} on this node, which no other node reaches; {remedy}")
+        raise UserError(
+            f"{flag}: is {address} on this node, which no other node reaches; give node 0's address (--dist-url, "
+            "torchrun --local-addr), or --dist-interface"
+        )
 
 
 def session_store(info: DistInfo, timeout: timedelta):
@@ -248,8 +236,7 @@ def open_store(args, info: DistInfo, is_master: bool):
     elif is_master and args.dist_interface:
         host = network.interface_address(args.dist_interface)
     elif is_master:
-        name, remedy = info.url.removeprefix("tcp://"), "give node 0's address, or --dist-interface"
-        refuse_loopback(name, host, f"--dist-url {info.url}", remedy)
+        refuse_loopback(info.url.removeprefix("tcp://"), host, f"--dist-url {info.url}")
     timeout, own = timedelta(seconds=args.dist_timeout), "a run without srun"
     if info.launcher == "srun":
         own = f"step {os.environ.get('SLURM_STEP_ID', '0')} of SLURM's job {os.environ['SLURM_JOB_ID']}"
@@ -277,6 +264,17 @@ def open_store(args, info: DistInfo, is_master: bool):
         ) from None
     if run != own:
         raise UserError(f"--dist-url {info.url}: {run} meets there, and this is {own}; give each run a port of its own")
+    return store
+
+
+def join_store(args, info: DistInfo):
+    """The store that open_store gives to a rank. Raises UserError if that rank has joined there already."""
+    store = open_store(args, info, is_master=info.rank == 0 and info.launcher != "spawn")  # else the parent holds it
+    if store.add(f"rank {info.rank}", 1) > 1:
+        raise UserError(
+            f"--dist-url {info.url}: rank {info.rank} of a run has joined there already; give each run a port of its "
+            "own, and start all of its ranks again if one has died"
+        )
     return store
 
 

@@ -18,8 +18,8 @@ from .rendezvous import open_store, process_group, say_if_waiting
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
-KINDS = {0: "success", USER_ERROR: "mistake", os.EX_TEMPFAIL: "stop"}  # of outcomes by status; others are failures
-ORDER = ("mistake", "failure", "stop", "lost contact", "success")  # from the most informative
+FAILURE, LOST = 1, 3  # of ORDER: other statuses, and those that only follow another process's failure
+ORDER = {USER_ERROR: 0, os.EX_TEMPFAIL: 2, 0: 4}  # of outcomes by status, from the most informative
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
@@ -47,7 +47,6 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
         report = read_report(pipes[local_rank][0])
         if report or process not in killed:
             outcomes.append(report or (1, describe_death(info.rank + local_rank, process.exitcode)))
-
     return most_informative(outcomes)
 
 
@@ -56,8 +55,7 @@ def most_informative(outcomes) -> tuple[int, str]:
 
     def order(outcome):
         status, message = outcome
-        kind = KINDS.get(status, "failure")
-        return ORDER.index("lost contact" if message.startswith(LOST_CONTACT) else kind), not message
+        return LOST if message.startswith(LOST_CONTACT) else ORDER.get(status, FAILURE), not message
 
     return min(outcomes, key=order)
 
@@ -88,7 +86,6 @@ def read_report(channel) -> tuple[int, str] | None:
     os.set_blocking(channel.fileno(), False)  # there may be half a report
     with contextlib.suppress(Exception):
         return channel.recv()
-    return None
 
 
 def describe_death(rank: int, code: int) -> str:
