@@ -425,7 +425,8 @@ def save(state, is_best: bool = False):
         if is_main_process():
             check_finite(state)
             write(state.args.output_dir, checkpoint_of(state, averages), is_best)
-            settle(state.args.output_dir)
+            if state.args.overwrite:  # the run that was set aside goes
+                settle(state.args.output_dir)
     heartbeat()
 
 
