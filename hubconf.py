@@ -42,7 +42,10 @@ def ssd_lt(checkpoint):
 
 
 def ssd_lt_cifar100_resnet32(name="stage_iii"):
-    """ResNet-32 trained on CIFAR100-LT, imbalance 100; name: stage_iii returns (hard, soft), stage_iii_tuned logits."""
+    """ResNet-32 trained on CIFAR100-LT, imbalance 100; weights/README.md has the accuracies.
+
+    name: stage_iii, which returns (hard, soft), stage_iii_tuned or stage_ii, which return logits.
+    """
     file = ROOT / "weights" / "cifar100_lt" / f"{name}.pth.tar"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not released in this version; weights/README.md says which checkpoints are")

@@ -272,7 +272,7 @@ def tables() -> list[Table]:
             for row in mean_rows(read_groups([cell for plan in plans for cell in plan.cells], RECORDS / group))
         ]
         if rows:
-            title = f"{plans[0].title.capitalize()}: top-1 of the groups and top-5, in percent"
+            title = f"{plans[0].title[0].upper() + plans[0].title[1:]}: top-1 of the groups and top-5, in percent"
             headers = ("cell, classifier", "seeds", *COLUMNS.values())
             found.append(Table(str(group).replace("/", "_").removesuffix("_epochs"), title, headers, rows))
     return found

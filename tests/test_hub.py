@@ -1,5 +1,6 @@
 """hubconf.py: torch.hub loads networks from a clone, and leaves the names models, datasets and utils to the user."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,17 @@ def test_a_url_is_downloaded_once_and_distinguished_from_others_of_the_same_name
 def test_the_released_names_are_those_of_both_checkpoints(clone):
     assert type(load(clone, "ssd_lt_cifar100_resnet32")).__name__ == "SDL"
     assert type(load(clone, "ssd_lt_cifar100_resnet32", "stage_iii_tuned")).__name__ == "SLG"
+
+
+@pytest.mark.parametrize(("name", "stage"), [("stage_ii", "ii"), ("stage_iii", "iii"), ("stage_iii_tuned", "ii")])
+def test_a_released_checkpoint_is_the_one_of_its_readme(name, stage):
+    file = ROOT / "weights" / "cifar100_lt" / f"{name}.pth.tar"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in (ROOT / "weights" / "README.md").read_text()
+    network = load(ROOT, "ssd_lt_cifar100_resnet32", name)
+    assert type(network).__name__ == models.STAGES[stage].__name__ and network.transform.size == 32
+    assert len(network.classes) == 100 and network.classes[0] == "apple"
+    logits = network.classify(torch.zeros(1, 3, 32, 32))
+    assert logits.shape == (1, 100) and logits.isfinite().all()
 
 
 def test_a_checkpoint_that_is_not_released_is_named_in_one_line(clone):

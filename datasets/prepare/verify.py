@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from models.preprocess import to_rgb
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError, one_line, retry
+from utils.errors import UserError, retry
 from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import load_rgb
-from utils.results.plots import new_axes, require_matplotlib
+from utils.results.plots import new_axes, require_matplotlib, save_figure
 
 from ..lists import ImageList
 from ..splits import SPLITS, Split, as_listed, by_split, explain_missing, find_splits, split_named, unlisted_note
@@ -258,10 +258,7 @@ def plot(file: Path, splits: dict[str, Split]):
     for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="gray", linewidth=0.8, linestyle=":")
     axes.legend()
-    try:
-        figure.savefig(file)
-    except ValueError as error:  # an ending that is no format
-        raise UserError(f"--plot {file}: {one_line(error)}") from None
+    save_figure(figure, file, "--plot")
 
 
 def given_lists(args) -> dict[str, str | None]:

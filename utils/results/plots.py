@@ -35,6 +35,14 @@ def write_plots(run: Run, folder: Path):
         raise UserError(f"--plots {folder}: cannot be written ({one_line(error)})") from None
 
 
+def save_figure(figure, file, flag: str):
+    """Writes a figure to the file of a flag. Raises UserError naming the flag for an ending that is no format."""
+    try:
+        figure.savefig(file)
+    except ValueError as error:
+        raise UserError(f"{flag} {file}: {one_line(error)}") from None
+
+
 def draw(run: Run):
     """Yields (name, caption, figure) of a run's plots; those of its epochs only if log.txt has numbers for them."""
     losses, accuracies = read_curves(run.folder)

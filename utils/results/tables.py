@@ -121,11 +121,14 @@ def summary_cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         name = f"{row_name(row['run'], row['classifier'])} {'*' * (row['test_list'] - 1)}".rstrip()
-        cells.append([name, *(str(row["seeds"]) for _ in seeds)])
-        for key in COLUMNS:
-            deviation = row.get(f"{key}_std")
-            cells[-1].append(percent(row[key]) + ("" if deviation is None else f" ± {percent(deviation)}"))
+        cells.append([name, *(str(row["seeds"]) for _ in seeds), *(format_accuracy(row, key) for key in COLUMNS)])
     return ["", *seeds, *COLUMNS.values()], cells
+
+
+def format_accuracy(row: dict, key: str) -> str:
+    """An accuracy of a row in percent, with its deviation if the row has one."""
+    deviation = row.get(f"{key}_std")
+    return percent(row[key]) + ("" if deviation is None else f" ± {percent(deviation)}")
 
 
 def class_rows(run: Run, record: dict) -> list[dict]:
