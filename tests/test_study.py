@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import statistics
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -50,9 +51,13 @@ def project(tmp_path, monkeypatch):
 def in_this_process(monkeypatch):
     """Trains the cells in this process, which need not start one for each."""
 
-    def run(command, stdout, **options):
+    real = study.subprocess.run
+
+    def run(command, **options):
+        if command[0] != sys.executable:  # git, for args.json
+            return real(command, **options)
         script = {f"ssd_stage_{stage}.py": script for stage, script in SCRIPTS.items()}[command[1]]
-        with contextlib.redirect_stdout(stdout):
+        with contextlib.redirect_stdout(options["stdout"]):
             return SimpleNamespace(returncode=script.main(command[2:]))
 
     monkeypatch.setattr(study.subprocess, "run", run)
