@@ -114,14 +114,14 @@ def parts_cells():
 
 
 PLANS = {
-    "choice": Plan("choice", 30, (0,), tuple(choice_cells()), "settings, on held-out images"),
-    "choice_parts": Plan("choice", 30, (0,), tuple(parts_cells()), "settings, on held-out images"),
-    "main": Plan("imbalance_100", 100, (0, 1, 2), MAIN, "imbalance 100, 100 epochs"),
-    "ablations": Plan("imbalance_100", 100, (0, 1, 2), ABLATIONS, "imbalance 100, 100 epochs"),
-    "trials": Plan("imbalance_100", 100, (0,), TRIALS, "imbalance 100, 100 epochs"),
-    "long": Plan("imbalance_100", 200, (0,), MAIN, "imbalance 100, 200 epochs"),
-    "imbalance_50": Plan("imbalance_50", 100, (0,), MAIN, "imbalance 50, 100 epochs"),
-    "imbalance_10": Plan("imbalance_10", 100, (0,), MAIN, "imbalance 10, 100 epochs"),
+    "choice": Plan("choice", 30, (0,), tuple(choice_cells()), "Settings, on held-out images"),
+    "choice_parts": Plan("choice", 30, (0,), tuple(parts_cells()), "Settings, on held-out images"),
+    "main": Plan("imbalance_100", 100, (0, 1, 2), MAIN, "Imbalance 100, 100 epochs"),
+    "ablations": Plan("imbalance_100", 100, (0, 1, 2), ABLATIONS, "Imbalance 100, 100 epochs"),
+    "trials": Plan("imbalance_100", 100, (0,), TRIALS, "Imbalance 100, 100 epochs"),
+    "long": Plan("imbalance_100", 200, (0,), MAIN, "Imbalance 100, 200 epochs"),
+    "imbalance_50": Plan("imbalance_50", 100, (0,), MAIN, "Imbalance 50, 100 epochs"),
+    "imbalance_10": Plan("imbalance_10", 100, (0,), MAIN, "Imbalance 10, 100 epochs"),
     "parts": Plan("imbalance_100", 100, (0, 1, 2), PARTS, "BatchNorm in 4 parts, imbalance 100, 100 epochs", 4),
     "parts_50": Plan("imbalance_50", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 50, 100 epochs", 4),
     "parts_10": Plan("imbalance_10", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 10, 100 epochs", 4),
@@ -272,7 +272,7 @@ def tables() -> list[Table]:
             for row in mean_rows(read_groups([cell for plan in plans for cell in plan.cells], RECORDS / group))
         ]
         if rows:
-            title = f"{plans[0].title[0].upper() + plans[0].title[1:]}: top-1 of the groups and top-5, in percent"
+            title = f"{plans[0].title}: top-1 of the groups and top-5, in percent"
             headers = ("cell, classifier", "seeds", *COLUMNS.values())
             found.append(Table(str(group).replace("/", "_").removesuffix("_epochs"), title, headers, rows))
     return found
@@ -335,7 +335,7 @@ def study(args):
         print(job.path, "again, for its checkpoint" if job.done else "", flush=True)
     if not needed:
         print(f"all cells of {', '.join(args.plans)} are done: their results are in {RECORDS}")
-    if needed and not args.dry_run:
+    elif not args.dry_run:
         prepare_lists({job.plan.lists for job in needed}, args.source, args.work)
         train_all(needed, args)
 

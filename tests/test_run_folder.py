@@ -243,14 +243,21 @@ def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, m
     assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
 
 
-def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_gets_a_warning_and_what_another_run_may_have_set_aside_stays(
+    trained, tmp_path, monkeypatch, capsys
+):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", lockf)
-    lock_folder(tmp_path).close()
+    assert lock_folder(tmp_path) is None
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and "cannot be locked (No locks available)" in said
+    folder = copied(trained["i"], tmp_path / "i")
+    under_test.set_aside(folder)
+    before = content(folder)
+    under_test.settle_unless_in_use(folder)
+    assert content(folder) == before
 
 
 def test_more_epochs_continue_a_finished_run_in_its_folder_also_if_its_checkpoint_is_a_link(

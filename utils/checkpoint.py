@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -515,10 +516,13 @@ def settle(folder):
 def settle_unless_in_use(folder: Path):
     """Brings back a run that was set aside, unless the folder cannot be locked: then its own run does so."""
     if lexists(folder / ASIDE) or lexists(folder / MOVING):
-        with suppress(OSError), lock_folder(folder):
-            settle(folder)
+        with suppress(OSError):
+            if lock := lock_folder(folder):
+                with lock:
+                    settle(folder)
 
 
 def find_run_files(folder: Path, form: str = "{}") -> list[Path]:
     """What a run has written in its folder, under names of this form."""
-    return [file for name in RUN_FILES for file in folder.glob(form.format(name))]
+    forms = [form.format(name) for name in RUN_FILES]
+    return [file for file in folder.iterdir() if any(fnmatch(file.name, form) for form in forms)]

@@ -94,8 +94,7 @@ class Progress:
         if is_main_process() and sys.stderr.isatty():
             columns = min(80, shutil.get_terminal_size().columns)
             form = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix}"
-            bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
-            Progress.bar = bar
+            Progress.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
 
     def step(self, short=lambda: "", long=lambda: ""):
         """Counts a step; short() for the bar or long() for the line is called every `every` steps, and after the last.

@@ -103,17 +103,18 @@ def name_failure(path, kept: str):
 def lock_folder(folder):
     """Opens a folder's .lock and locks it until it is closed, or until this process ends, however it ends.
 
-    Raises BlockingIOError if another process holds the lock, OSError if the file cannot be opened. On a file system
-    without locks it warns, and locks nothing.
+    Returns None, with a warning, on a file system without locks. Raises BlockingIOError if another process holds the
+    lock, OSError if the file cannot be opened.
     """
     file = open(Path(folder) / ".lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            file.close()
             raise BlockingIOError(error.errno, "locked by another run", file.name) from None
         print(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it", flush=True)
+        return None
     return file
 
 
