@@ -20,14 +20,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 or 32 bits, floats.
 
     More than 8 bits are scaled by the largest value: from 0 to 1 (floats), to 255, to 4,095 (of TIFFs with 12 bits) or
-    to 65,535. Raises ValueError for other values, and for floats above 1 that use less than an eighth of their range.
+    to 65,535. Raises ValueError for other values, and for floats that use less than an eighth of their range.
     """
     if image.mode.startswith(("I", "F")):  # convert() would clip, not scale
         values = np.asarray(image)
         low, high, floats = values.min(), values.max(), image.mode == "F"
         twelve_bits = getattr(image, "tag_v2", {}).get(258) == (12,)
         top = 1 if floats and high <= 1 else 255 if high <= 255 else 4095 if twelve_bits else 65535
-        if not 0 <= low <= high <= top or (floats and 1 < high < top / 8):
+        if not 0 <= low <= high <= top or (floats and 0 < high < top / 8):
             raise ValueError(f"mode {image.mode}, values from {low:g} to {high:g}, of no known range; convert it")
         levels = values // 257 if top == 65535 else np.rint(values * np.float32(255 / top))
         image = Image.fromarray(levels.astype(np.uint8))

@@ -58,7 +58,7 @@ def test_values_of_more_bits_are_scaled_by_their_range(tmp_path, levels, kind, e
     [
         ([0, 1.5], np.float32, "F"), ([-1, 1], np.float32, "F"), ([np.nan, 1], np.float32, "F"),
         ([0, 7e4], np.float32, "F"), ([0, 1000], np.float32, "F"), ([0, 65536], np.int32, "I"),
-        ([-9, 9], np.int32, "I"),
+        ([-9, 9], np.int32, "I"), ([0, 1e-3], np.float32, "F"),
     ],
 )  # fmt: skip
 def test_values_of_no_known_range_are_refused_with_file_and_mode(tmp_path, levels, kind, mode):
