@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import EndOfRun, UserError, one_line, printable, retry
-from utils.files import is_dir, is_file, lexists, name_refused, walk
+from utils.files import ABSENT, check_folder, check_link, is_dir, is_file, lexists, name_refused, walk
 from utils.groups import read_names
 from utils.images import is_image_file
 
@@ -48,12 +48,14 @@ def explain_missing(root, path: str) -> str | None:
         try:
             mode = os.stat(place).st_mode
         except OSError as error:
-            if os.path.islink(place):
-                why = f"{place}: a broken link, to {os.readlink(place)} ({one_line(error)})"
-                return f"{why}; have its target there too (mount it in a container), or make the links again"
+            target = f", to {os.readlink(place)}" if os.path.islink(place) else ""
             if isinstance(error, PermissionError):
-                return f"{folder}: {one_line(error)}, the folder may not be searched; correct its permissions"
-            return None
+                where = f"{place}{target}" if target else folder
+                return f"{where}: {one_line(error)}, a folder may not be searched; correct its permissions"
+            if target:
+                why = f"{place}: a broken link{target} ({one_line(error)})"
+                return f"{why}; have its target there too (mount it in a container), or make the links again"
+            return None if error.errno in ABSENT else f"{place}: {one_line(error)}"
     return None if stat.S_ISREG(mode) else f"{place}: not a regular file; replace it with the image"
 
 
@@ -96,9 +98,11 @@ class Split(NamedTuple):
             for layout in (self.layout, as_listed, by_split):
                 if why := explain_missing(self.root, layout(path, self.name)):
                     return why
-                there = layout(path.replace("\\", "/"), self.name)
-                if "\\" in path and os.path.isfile(os.path.join(self.root, there)):
-                    return f"{self.images.name} has \\ for /: {path} is {there} there; write / in the list"
+                for other in (path.replace("\\", "/"), path.replace("/", "\\")):  # a list or an archive of Windows
+                    there = layout(other, self.name)
+                    if other != path and os.path.isfile(os.path.join(self.root, there)):
+                        where = self.images.name if "\\" in path else "a file's name"
+                        return f"{where} has \\ for /: {path} is {there} there; write / in both"
         return None
 
     def missing_message(self) -> str:
@@ -111,6 +115,14 @@ class Split(NamedTuple):
         return f"{self.images.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
 
 
+def is_there(file) -> bool:
+    """Whether a file can be found; explain_missing tells why not."""
+    try:
+        return is_file(file)
+    except UserError:
+        return False
+
+
 def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Split:
     """The split in the first layout that leaves the fewest files missing, which a pool of threads looks for.
 
@@ -121,7 +133,7 @@ def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Sp
         split = split._replace(layout=layout)
 
         def missing(start, split=split):
-            return [i for i in entries[start : start + CHUNK] if not is_file(split.file(i))]
+            return [i for i in entries[start : start + CHUNK] if not is_there(split.file(i))]
 
         with ThreadPoolExecutor(max_workers=16) as pool:
             results = progress(pool.map(missing, entries[::CHUNK]))
@@ -139,10 +151,10 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     all; data/ImageNet_LT_{train,val,test}.txt. Raises UserError if root is not a folder or a list is not a file.
     """
     root = Path(root)
-    if not is_dir(root):
-        kind = "a file" if lexists(root) else "no such folder"
-        raise UserError(f"{root}: {kind}; DIR is the folder that the list's paths are relative to")
+    check_folder(root, "DIR is the folder that the lists' paths are relative to")
     retry(os.stat, os.path.join(root, "."))  # refused if the folder may not be searched
+    for split in SPLITS:
+        check_link(root / f"{split}.txt")
     chosen = {split: Path(given[split]) for split in wanted if given.get(split)}
     rest = [split for split in wanted if split not in chosen]
     present = [f"{split}.txt" for split in SPLITS if is_file(root / f"{split}.txt")]
@@ -153,6 +165,7 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     chosen |= {split: folder / f"{start}{split}.txt" for split in rest}
     for split, file in chosen.items():
         flag = f"--{split}-list"
+        check_link(file)
         if is_file(file):
             continue
         if given.get(split):
@@ -161,6 +174,7 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
             raise UserError(f"{file}: no such list, beside {' and '.join(present)}; add it, or name one with {flag}")
         if folders:
             raise UserError(f"{flag}: is missing; the class folders of {root} are only read if no list is given")
+        check_link(root / split)
         raise UserError(
             f"{root}: has neither {split}.txt nor class folders train/, val/ and test/, and {file} does not exist; "
             f"make lists with python -m datasets.prepare, or name one with {flag}"
@@ -195,9 +209,12 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
     class folders that leads nowhere: without it the next classes would have other numbers.
     """
     ((_, beside), *tree), left_out = walk(root, is_image_file)
-    for name in beside:
-        if os.path.islink(os.path.join(root, name)) and (why := explain_missing(root, name)):
-            raise UserError(why)
+    for name in retry(os.listdir, root):
+        if not name.startswith("."):
+            check_link(os.path.join(root, name))
+    if photos := [name for name in beside if is_image_file(name)]:
+        what = f"{len(photos)} images beside the class folders, such as {printable(photos[0])}"
+        left_out.append(f"left out: {what}; move each into the folder of its class")
     classes, endings = {}, {}  # ending: files
     for folder, names in tree:
         below = os.path.relpath(folder, root)
@@ -247,7 +264,7 @@ def unlisted_note(splits: dict[str, Split]) -> list[str]:
         return [f"photos below {train.root} that are in no list could not be counted: {error}"]
     listed = {split.images.path(i) for split in splits.values() for i in range(len(split.images))}
     unlisted = [path for paths in found.values() for path in paths if path not in listed]
-    number = sum(is_file(os.path.join(train.root, path)) for path in unlisted)
+    number = sum(is_there(os.path.join(train.root, path)) for path in unlisted)
     hint = "python -m datasets.prepare folder with --overwrite adds them"
     return [f"{number} photos below {train.root} are in no list; {hint}"] if number else []
 
@@ -258,11 +275,14 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
     They are the lines of classes.txt, next to the training list or in root, else the names of the class folders.
     """
     beside = (Path(train.images.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
-    file = next((file for file in beside if is_file(file)), None)
+    file = next((file for file in beside if lexists(file)), None)
     if file is None and train.folders is None:
         return None, None
     try:
-        names = train.folders if file is None else retry(read_names, file)
+        if file is None:  # as UTF-8, whatever the locale's encoding is
+            names = [os.fsencode(name).decode(errors="replace") for name in train.folders]
+        else:
+            names = retry(read_names, file)
     except (OSError, ValueError) as error:
         return None, f"warning: {file}: cannot be read ({one_line(error)}); the classes have no names"
     if len(names) != num_classes:

@@ -37,7 +37,7 @@ from .command_line import (
 )
 from .distributed import gather_objects, get_dist_info, get_world_size, num_cores, print_main
 from .errors import UserError
-from .files import is_dir, lexists
+from .files import check_folder, is_dir
 
 SCRIPTS = {f"ssd_stage_{stage}.py" for stage in STAGES}
 MAX_PROCESSES = 1024
@@ -247,11 +247,9 @@ def check_arguments(args):
         script = f"ssd_{Path(name).stem}.py"
         if {script, args.program} <= SCRIPTS and script != args.program:
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
-    kind = "a file" if lexists(args.data) else "no such folder"
+    check_folder(args.data, "DIR is the folder that the lists' paths are relative to")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     mistakes = {
-        f"DIR {args.data!r}: {kind}; DIR is the folder that the lists' paths are relative to":
-            not is_dir(args.data),
         f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it":
             args.workers > most,
         f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out":

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
+from .errors import PASSING, Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
 from .files import is_dir
 
 __version__ = "1.0.0"
@@ -239,14 +239,15 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
     except BrokenPipeError:
         drop_unwritable_output()
         return BROKEN_PIPE
-    except (UserError, Unavailable, OSError, KeyboardInterrupt) as error:
+    except (UserError, Unavailable, OSError, MemoryError, KeyboardInterrupt) as error:
         print_stack(error)
         if isinstance(error, KeyboardInterrupt):
             print(interrupted, file=sys.stderr)
             return INTERRUPTED
-        message = str(error)
+        message = str(error) or "out of memory"
         if isinstance(error, OSError):  # a full disk, a folder that may not be written
             drop_unwritable_output()
             message = f"{error.filename or parser.prog}: {one_line(error)}"
         print(f"error: {message}", file=sys.stderr)
-        return os.EX_TEMPFAIL if isinstance(error, Unavailable) else USER_ERROR
+        passes = isinstance(error, Unavailable) or getattr(error, "errno", None) in PASSING
+        return os.EX_TEMPFAIL if passes else USER_ERROR

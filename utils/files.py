@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .errors import UserError, one_line, printable, retry, system_error
 
-REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP}
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # all others do not say that a file is missing
 SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
     "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -33,12 +34,17 @@ def optional_service():
 def mode_of(path, follow: bool = True) -> int:
     """The st_mode of what is at a path, 0 if nothing is found; follow: of a link's target.
 
-    Raises Unavailable if the system cannot look now, which os.path.exists and others take for a missing file.
+    Where the system cannot look, which os.path.exists and others take for a missing file, raises Unavailable if that
+    passes, else UserError.
     """
     try:
         return retry(partial(os.stat, follow_symlinks=follow), path).st_mode
-    except (OSError, ValueError):
+    except ValueError:
         return 0
+    except OSError as error:
+        if error.errno in ABSENT:
+            return 0
+        raise UserError(f"{path}: {one_line(error)}; correct its permissions or the path") from None
 
 
 def is_file(path) -> bool:
@@ -54,6 +60,20 @@ def is_dir(path) -> bool:
 def lexists(path) -> bool:
     """os.path.lexists, but for mode_of."""
     return mode_of(path, follow=False) != 0
+
+
+def check_link(path):
+    """Raises UserError, which names the target, for a link that leads nowhere."""
+    if lexists(path) and not mode_of(path):
+        why = f"{path}: a broken link, to {os.readlink(path)}"
+        raise UserError(f"{why}; have its target there too (mount it in a container), or make the link again")
+
+
+def check_folder(path, hint: str):
+    """Raises UserError, which ends with the hint, if a path is no folder."""
+    check_link(path)
+    if not is_dir(path):
+        raise UserError(f"{path}: {'a file' if lexists(path) else 'no such folder'}; {hint}")
 
 
 @contextmanager
@@ -113,6 +133,8 @@ def lock_folder(folder):
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(error.errno, "locked by another run", file.name) from None
+        if error.errno not in REFUSALS | {errno.ENOLCK}:
+            raise
         print(f"warning: {folder}: cannot be locked ({one_line(error)}); start no second run in it", flush=True)
         return None
     return file
@@ -158,12 +180,13 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
     around root is left out. Raises UserError for a folder that may not be read or searched, and OSError.
     """
     top, tree = os.path.realpath(root), {}  # real folder: (folder, names)
-    folders, links, file_links, hidden, repeated = deque([os.fspath(root)]), deque(), [], [], []
+    folders, links, file_links = deque([os.fspath(root)]), deque(), []
+    hidden, repeated, broken = [], [], []
     with name_refused():
         while folders or links:
             if not folders:  # all real folders come before the first link
                 link = links.popleft()
-                (folders if is_folder(link) else file_links).append(link)
+                (folders if is_dir(link) else file_links).append(link)
                 continue
             folder = folders.popleft()
             real = os.path.realpath(folder)
@@ -172,22 +195,25 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
                 continue
             retry(os.stat, os.path.join(folder, "."))  # refused if the folder may be read, but not searched
             tree[real] = folder, []
-            for entry in sorted(retry(lambda path: list(os.scandir(path)), folder), key=lambda entry: entry.name):
-                below = entry.is_dir(follow_symlinks=False)
-                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
-                    hidden += [entry.path] if below else []
-                elif below or entry.is_symlink():
-                    (folders if below else links).append(entry.path)
+            for name, is_link, below in sorted(retry(list_folder, folder)):
+                path = os.path.join(folder, name)
+                if name.startswith(".") or name.lower() in SYSTEM_NAMES:
+                    hidden += [path] if below else []
+                elif below or is_link:
+                    (folders if below else links).append(path)
                 else:
-                    tree[real][1].append(entry.name)
+                    tree[real][1].append(name)
     own = {f"{real}/{name}" for real, (_, names) in tree.items() if file_links for name in names if is_wanted(name)}
-    for link in sorted(file_links):
-        if (real := os.path.realpath(link)) in own:
+    for link in sorted(file_links, key=lambda link: (not is_wanted(os.path.basename(link)), link)):
+        if not is_wanted(os.path.basename(link)) and not mode_of(link):
+            broken.append(link)
+        elif (real := os.path.realpath(link)) in own:
             repeated.append(link)
         else:
             own.add(real)
             tree[os.path.realpath(os.path.dirname(link))][1].append(os.path.basename(link))
     left_out = {"hidden folders or folders of thumbnails": hidden, "links to what is there without them": repeated}
+    left_out["links that lead nowhere"] = broken
     notes = [
         f"left out: {len(paths)} {what}, such as {printable(os.path.relpath(min(paths), root))}"
         for what, paths in left_out.items()
@@ -196,11 +222,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
     return sorted((folder, sorted(names)) for folder, names in tree.values()), notes
 
 
-def is_folder(path) -> bool:
-    """Whether a path is a folder, or leads to one; False if it leads nowhere. Raises OSError if it may not be told."""
-    try:
-        return stat.S_ISDIR(retry(os.stat, path).st_mode)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
-        return False
+def list_folder(folder) -> list[tuple[str, bool, bool]]:
+    """(name, whether it is a link, whether it is a folder itself) of all in a folder."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, entry.is_symlink(), entry.is_dir(follow_symlinks=False)) for entry in entries]

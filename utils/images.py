@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import io
 import os
 import stat
 import warnings
@@ -14,9 +15,10 @@ from models.preprocess import to_rgb
 from .errors import EndOfRun, UserError, one_line, retry
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it is a program that Ghostscript would run
+MAX_BYTES = 2**31  # of a file
 UNREAD = (  # endings of photos that folders are not searched for
-    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".orf", ".psd",
-    ".raf", ".rw2",
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jxl",
+    ".mpo", ".nef", ".orf", ".pef", ".psd", ".raf", ".rw2", ".srw", ".tga",
 )  # fmt: skip
 warnings.filterwarnings("ignore", module=r"PIL\.")  # palettes with transparency, odd EXIF data: read anyway
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB for one text or profile too, not 1
@@ -26,9 +28,20 @@ if hasattr(libraries := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler")
 
 def decode(file, read):
     """read(image) of an open image. Raises whatever Pillow does."""
-    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for a writer
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
         raise UserError(f"{file}: not a regular file; replace it")
-    with Image.open(file, formats=FORMATS) as image:
+    if not 0 < status.st_size <= MAX_BYTES:
+        raise UserError(f"{file}: no image, it has {status.st_size:,} bytes; replace it")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return read(image)
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+    with open(file, "rb") as stream:  # the TIFF decoder, for one, hides the system's errors; they show here
+        content = io.BytesIO(stream.read())
+    with Image.open(content, formats=FORMATS) as image:
         return read(image)
 
 

@@ -34,7 +34,7 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, one_line, printable, retry
-from .files import atomic_write, is_folder, mode_of, name_refused, walk
+from .files import atomic_write, check_link, is_dir, mode_of, walk
 from .groups import read_names, tell_names_apart
 from .images import UNREAD, is_image_file, load_rgb
 
@@ -129,9 +129,8 @@ def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], 
     """
     files, unread = [], []
     for path in paths:
-        with name_refused():
-            searched = is_folder(path)
-        if searched:
+        check_link(path)
+        if is_dir(path):
             tree, left_out = walk(path, is_image_file)
             below = sorted(os.path.join(folder, name) for folder, names in tree for name in names)
             found = [(file, None) for file in below if is_image_file(file)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from utils.command_line import ArgumentParser, number, run_command, whole_number
 from utils.errors import UserError, retry
-from utils.files import is_dir, is_file
+from utils.files import check_folder, is_dir, is_file
 
 from ..splits import as_listed, by_split
 from .folders import write_folder_lists
@@ -58,8 +58,8 @@ def prepare_published(args):
         raise UserError("--link needs --root, the folder of the images")
     if args.link and args.link.resolve() == args.root.resolve():
         raise UserError(f"--link {args.link}: is the image folder itself; choose another folder for the links")
-    if args.root and not is_dir(args.root):
-        raise UserError(f"--root {args.root}: no such folder")
+    if args.root:
+        check_folder(args.root, "correct --root")
     about = manifest(args.dataset)
     lists = obtain_lists(args.dataset, args.out, args.url, args.lists_from, args.overwrite)
     files = {split: args.out / facts["file"] for split, facts in about["splits"].items()}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError, retry
-from utils.files import is_dir, is_file
+from utils.files import check_folder, is_dir, is_file
 from utils.groups import numbering_note, read_names
 
 from ..lists import ImageList
@@ -219,8 +219,7 @@ def own_splits(root: Path):
 
 def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int, overwrite: bool):
     """Writes out/{train,val,test}.txt, classes.txt and prepared.json; returns (classes, {split: entries}, notes)."""
-    if not is_dir(root):
-        raise UserError(f"{root}: no such folder")
+    check_folder(root, "DIR is the folder that contains one folder of images per class")
     flags = {"val": val, "test": test, "seed": seed}
     if is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test")):
         flags = {}

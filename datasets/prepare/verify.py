@@ -93,13 +93,11 @@ def decode_image(file: str) -> list[tuple[str, str]]:
         return kind, mode, min(low), max(high), transparent, exif_orientation(image)
 
     try:
-        if retry(os.path.getsize, file) == 0:
-            return [("unreadable", "an empty file, 0 bytes")]
         kind, mode, low, high, transparent, orientation = load_rgb(file, look)
         digest = hashlib.blake2b(retry(Path.read_bytes, Path(file)), digest_size=16).digest()
     except MemoryError:
         return [("unreadable", "not enough memory to decode it")]
-    except (UserError, OSError) as error:
+    except UserError as error:
         return [("unreadable", str(error).removeprefix(f"{file}: "))]
     found = [("digest", digest)] + ([] if mode == "RGB" else [("converted", mode)])
     if orientation in range(2, 9):

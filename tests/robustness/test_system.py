@@ -174,7 +174,7 @@ def test_commands_try_again_too(trained, plain_tree, tmp_path, broken, capsys, c
     photos, image = copied(plain_tree / "train", tmp_path / "photos"), "class0/train_7.png"
     main, argv, place = {
         "predict": (predict, [trained["i"] / LAST, photos], (Image, "open", "EIO", image)),
-        "verify": (verify, [plain_tree, "--decode"], (os.path, "getsize", "EIO", image)),
+        "verify": (verify, [plain_tree, "--decode"], (Image, "open", "EIO", image)),
         "prepare": (prepare, ["folder", photos], (os, "scandir", "EIO", "class2")),
         "report": (report, [trained["i"]], (Path, "read_bytes", "EIO", "results.json")),
     }[command]

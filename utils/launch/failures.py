@@ -28,8 +28,10 @@ def is_broken_output(error) -> bool:
 
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
+FEW_PROCESSES = "no more threads or processes: raise the limit (ulimit -u, docker --pids-limit), or lower -j/--workers"
 FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j/--workers"
-SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower -j/--workers"
+SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower --workers"
+LONG_TMPDIR = "TMPDIR is too long a path for the data workers' sockets: set a shorter one, or use -j 0"
 WORKER_DIED = "a data loading worker died ({text:.200}); if for lack of memory, give it more, or lower -j/--workers"
 NO_ANSWER = (
     "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "
@@ -37,6 +39,7 @@ NO_ANSWER = (
 )
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
 LOST_IN_GLOO = "gloo.*(Connection (closed by peer|reset by peer|timed out)|Broken pipe|unreachable|No route to host)"
+NO_SHM = r"</torch_\w+>|(No space left on device|Read-only file system): data workers|\(pid.*Bus error"
 # (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
@@ -45,9 +48,11 @@ CAUSES = (
     (is_broken_output, "", BROKEN_PIPE, "the reader of the output has closed it; continue with --resume auto"),
     (ConnectionError, "", 1, format_stack),
     ((MemoryError, torch.cuda.OutOfMemoryError), "", USER_ERROR, OUT_OF_MEMORY),
-    (Exception, "allocate memory|start new thread", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "allocate memory|allocate .* for an array", USER_ERROR, OUT_OF_MEMORY),
+    (Exception, "start new thread|temporarily unavailable: data workers", USER_ERROR, FEW_PROCESSES),
+    (OSError, "AF_UNIX path too long", USER_ERROR, LONG_TMPDIR),
     (Exception, "Too many open files|items of ancdata", USER_ERROR, FEW_FILES),
-    (Exception, r"</torch_\w+>|No space left on device: data workers|\(pid.*Bus error", USER_ERROR, SMALL_SHM),
+    (Exception, NO_SHM, USER_ERROR, SMALL_SHM),
     (OSError, rf"\[Errno ({'|'.join(map(str, PASSING))})\]", os.EX_TEMPFAIL, words_and_place),
     (OSError, "", USER_ERROR, words_and_place),  # a full disk, or a file that a transform does not find
     (Exception, "^Caught .* in DataLoader worker process", 1, format_stack),  # its code failed; the worker lives

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError, one_line, printable, retry
-from ..files import is_dir, lexists, walk
+from ..files import check_folder, lexists, walk
 from ..groups import tell_names_apart
 
 ACCURACIES = ("many", "medium", "few", "class_mean", "overall", "top5")
@@ -47,8 +47,7 @@ def run_folders(folder: Path) -> list[Path]:
     """The folder itself if it holds results.json, else all folders below it that do, sorted by path."""
     if lexists(folder / "results.json"):
         return [folder]
-    if not is_dir(folder):
-        raise UserError(f"{folder}: no such folder; name a run's --output_dir, or a folder of runs")
+    check_folder(folder, "name a run's --output_dir, or a folder of runs")
     runs = sorted(Path(path) for path, files in walk(folder)[0] if "results.json" in files)
     if not runs:
         raise UserError(f"{folder}: neither it nor a folder below it holds results.json; finish the run first")
