@@ -56,7 +56,7 @@ def train_one_epoch(model, loader, optimizer, state, args):
     for views, labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
-        with sync_gradients(model, last), state.autocast():  # makes the last backward pass average over the ranks
+        with sync_gradients(model, last), state.autocast():  # DDP decides here whether backward averages over ranks
             # update: the key encoder moves before a step's first keys; enqueue: a step's keys enter the queue together.
             logits, con_loss = model(*views, labels=labels, update=first, enqueue=last)
             ce_loss = F.cross_entropy(logits, labels)
@@ -93,7 +93,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, and the weights
+        checkpoint.restore(resumed, state, data)  # all of these, weights, momentum
         folder.start(state, data)
         if args.evaluate:
             folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))

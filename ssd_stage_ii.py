@@ -53,7 +53,7 @@ def train_one_epoch(model, loader, optimizer, state, args):
     for (images,), labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
-        with sync_gradients(model, last), state.autocast():  # makes the last backward pass average over the ranks
+        with sync_gradients(model, last), state.autocast():  # DDP decides here whether backward averages over ranks
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         state.backward(loss / args.accum_steps)  # fp16: scaled
@@ -87,7 +87,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, and the weights
+        checkpoint.restore(resumed, state, data)  # all of these, weights, momentum
         folder.start(state, data)
         if args.evaluate:
             folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))

@@ -122,12 +122,14 @@ def test_a_new_stage(project, plain_tree, trained, tmp_path):
     code = f"""
 import models
 from scripts import check_recipes
-from utils import predict, report
+from utils import export, predict, report
 
 assert ssd_stage_iv.main({wrong}) == 2
 assert type(models.load({str(out / LAST)!r})).__name__ == "CosineStage"
 assert predict.main([{str(out / LAST)!r}, {str(plain_tree / "val" / "class0")!r}]) == 0
 assert report.main([{str(out)!r}, {str(trained["iii"])!r}]) == 0
+for form, status in {{"network": 0, "onnx": 2}}.items():
+    assert export.main([{str(out / LAST)!r}, {str(tmp_path / "out")!r} + form, "--format", form]) == status
 assert check_recipes.main(["configs/cifar100_lt", {str(plain_tree)!r}, {str(tmp_path / "runs")!r}]) == 0
 assert "stage_iv" in check_recipes.STAGES
 """

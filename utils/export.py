@@ -61,8 +61,8 @@ def plain_network(model, arch: str, classifier: str) -> nn.Module:
     model = copy.deepcopy(model)
     backbone = model.get_submodule(model.backbone.rstrip("."))
     fc = model.classifier_kd if classifier == "soft" else model.get_submodule(model.linear.rstrip("."))
-    if not isinstance(fc, nn.Linear):
-        raise UserError(f"--format: the classifier of stage {model.number} is no linear layer; take --format published")
+    if not (isinstance(fc, nn.Linear) and isinstance(model.classifier, nn.Linear | LWS)):
+        raise UserError(f"--format: the classifier of stage {model.number} is no linear layer; take --format network")
     if isinstance(model.classifier, LWS):
         with torch.no_grad():
             fc.weight *= model.classifier.scales[:, None]
