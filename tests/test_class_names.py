@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from datasets.splits import find_class_names, find_splits
+from datasets.lists import ImageList
+from datasets.splits import Split, find_class_names, find_splits
 from tests.helpers import LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
 from utils.groups import MAX_NAMES
 
@@ -41,6 +42,11 @@ def names_in(folder):
 
 def test_class_names_pass_through_all_stages(named):
     assert all(names_in(folder) == NAMES for folder in named.values())
+
+
+def test_names_of_folders_are_utf8_in_any_locale(tmp_path):
+    train = Split("train", str(tmp_path), ImageList.from_entries("list", [("a", 0)]), folders=["V\udcc3\udcb6gel"])
+    assert find_class_names(tmp_path, train, 1) == (["Vögel"], None)
 
 
 def test_class_names_come_from_the_checkpoint_if_the_data_have_none(named, plain_tree, tmp_path):

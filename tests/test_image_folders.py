@@ -201,6 +201,33 @@ def test_a_class_folder_that_is_a_broken_link_does_not_renumber_the_others(tmp_p
         assert "train/bee: a broken link, to /gone/bee" in error
 
 
+@pytest.mark.parametrize("place", ["data", "data/train", "data/val.txt"])
+def test_what_leads_nowhere_is_no_missing_data(tmp_path, capsys, place):
+    data = write_splits(tmp_path / "data")
+    if place.endswith(".txt"):
+        succeeds(capsys, "folder", data)
+    (tmp_path / place).rename(tmp_path / "gone")
+    (tmp_path / place).symlink_to("/gone/elsewhere")
+    outcome = short_run(data, tmp_path / "run")
+    assert outcome.status == 2 and f"{tmp_path / place}: a broken link, to /gone/elsewhere" in outcome.err
+
+
+def test_photos_that_no_class_has_are_counted(tmp_path, capsys):
+    """Those beside the class folders, and behind a link that leads nowhere; other links do not hide an image."""
+    data = write_folders(tmp_path / "data")
+    (data / "cat/more").symlink_to("/gone/cats")
+    (data / "cat/7.jpg").rename(data / "7.jpg")
+    for name in ("7.bak", "7.jpg"):
+        (data / "cat" / name).symlink_to(tmp_path / "elsewhere.jpg")
+    (data / "7.jpg").rename(tmp_path / "elsewhere.jpg")
+    (data / "dog/7.jpg").rename(data / "7.jpg")
+    said = succeeds(capsys, "folder", data)
+    assert "left out: 1 images beside the class folders, such as 7.jpg" in said
+    assert "left out: 1 links that lead nowhere, such as cat/more" in said
+    listed = [path for entries in read_lists(data).values() for path, _ in entries]
+    assert len(listed) == 23 and "cat/7.jpg" in listed
+
+
 # ---- the numbers and names of the classes
 
 
@@ -304,6 +331,12 @@ def test_backslashes_in_a_list_are_named(lists, tmp_path, capsys):
     for split in SPLITS:
         (lists / f"{split}.txt").write_text(text)
     assert "has \\ for /" in in_training_and_verify(lists, tmp_path, capsys)[1]
+
+
+def test_backslashes_in_the_names_of_files_are_named(lists, tmp_path, capsys):
+    (lists / "train/cat/3.jpg").rename(lists / "train\\cat\\3.jpg")  # as an archive of Windows is unpacked
+    for said in in_training_and_verify(lists, tmp_path, capsys):
+        assert "train/cat/3.jpg is train\\cat\\3.jpg there" in said
 
 
 @pytest.mark.parametrize("place", ["train", "train/cat", "train/cat/3.jpg"])

@@ -259,6 +259,13 @@ def test_a_file_system_without_locks_gets_a_warning_and_what_another_run_may_hav
     under_test.settle_unless_in_use(folder)
     assert content(folder) == before
 
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        lock_folder(tmp_path)
+
 
 def test_more_epochs_continue_a_finished_run_in_its_folder_also_if_its_checkpoint_is_a_link(
     trained, plain_tree, tmp_path

@@ -1,5 +1,6 @@
 """Errors of the system, which are neither a file's nor the user's: tried again, then status 75; the finished steps."""
 
+import builtins
 import errno
 import os
 import re
@@ -38,6 +39,7 @@ from tests.helpers import (
 from utils import errors
 from utils.checkpoint import find_latest, trained_on
 from utils.images import load_rgb
+from utils.launch.failures import describe_failure
 from utils.predict import main as predict
 from utils.report import main as report
 
@@ -126,6 +128,16 @@ def test_of_several_ranks_one_that_cannot_read_ends_alone(plain_tree, tmp_path):
     assert not (tmp_path / "run" / LAST).exists()
 
 
+def test_an_error_that_the_decoder_hides_is_not_the_files(plain_tree, broken):
+    """As in the header of a TIFF."""
+    file = plain_tree / "train/class0/train_7.png"
+    patch = broken(Image, "open", "EIO", file.name)
+    patch.setattr(Image, "open", lambda file, *_, real=Image.open, **__: real(__file__))
+    broken(builtins, "open", "EIO", file.name)
+    with pytest.raises(errors.Unavailable, match="Input/output error"):
+        load_rgb(file)
+
+
 @pytest.mark.parametrize("error", ["EACCES", "ENOENT"])
 def test_what_does_not_pass_is_not_tried_again(plain_tree, tmp_path, broken, error):
     broken(Image, "open", error, "class0/train_7.png", times=1)
@@ -158,6 +170,19 @@ def test_what_cannot_be_looked_up_now_is_not_missing(trained, plain_tree, tmp_pa
     outcome = run_stage("i", plain_tree, run, "--cos", "--resume", "auto")
     assert_one_line(outcome, 75, file or plain_tree, "Stale file handle")
     assert checkpoint(run)["epoch"] == 2
+
+
+@pytest.mark.parametrize("error", ["EACCES", "ENOTCONN"])
+@pytest.mark.parametrize("file", ["", "test.txt", "val/class2/test_1.png"])
+def test_what_the_system_does_not_show_is_not_called_missing(plain_tree, tmp_path, broken, capsys, error, file):
+    """A folder above it may not be searched, or its file system is gone."""
+    place, reason = plain_tree / file, os.strerror(getattr(errno, error))
+    broken(os, "stat", error, os.fspath(place))
+    for outcome in (run_stage("i", plain_tree, tmp_path / "run"), outcome_of(verify, capsys, plain_tree)):
+        said = outcome[1] + outcome[2]
+        assert outcome[0] == 2 or file.endswith(".png"), outcome
+        assert str(place if error == "ENOTCONN" or not file.endswith(".png") else place.parent) in said, said
+        assert reason in said and "no such" not in said, said
 
 
 def test_a_list_that_cannot_be_read_now(plain_tree, tmp_path, broken):
@@ -245,6 +270,21 @@ def test_a_path_that_the_locale_cannot_encode_is_read(trained, plain_tree, tmp_p
 
 
 # ---- what data workers need of the system
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("can't start new thread"), ["ulimit -u"]),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable: data workers cannot be started"), ["ulimit -u"]),
+        (OSError(errno.EROFS, "Read-only file system: data workers cannot be started"), ["/dev/shm", "--workers"]),
+        (OSError("AF_UNIX path too long"), ["TMPDIR", "-j 0"]),
+        (RuntimeError("Caught _ArrayMemoryError ... Unable to allocate 512. TiB for an array with shape"), ["memory"]),
+    ],
+)
+def test_what_data_workers_lack_is_named(error, words):
+    status, message = describe_failure(error)
+    assert status == 2 and all(word in message for word in words) and "\n" not in message
 
 
 @pytest.mark.parametrize("workers", [2, 5])
