@@ -202,7 +202,7 @@ def predictions(model, files: list[str], args, topk: int, device):
 
 
 def check_wrong(args, loaded):
-    """Raises UserError if --wrong cannot be written, or would replace another file, or a label has no class.
+    """Raises UserError if --wrong cannot be written, or would replace an input, or if a label has no class.
 
     Warns if a list's classes.txt has other names than the checkpoint.
     """
@@ -210,7 +210,7 @@ def check_wrong(args, loaded):
     lists = [path for path in args.images if is_list(path)]
     if not lists or not file.parent.is_dir():
         raise UserError(f"--wrong {file}: needs images of a list, such as test.txt, and an existing folder")
-    if file.suffix.lower() != ".csv" or is_dir(file) or is_file(file) and any(map(file.samefile, inputs)):
+    if file.suffix.lower() != ".csv" or is_dir(file) or (is_file(file) and any(map(file.samefile, inputs))):
         raise UserError(f"--wrong {file}: is a folder, an input, or does not end in .csv; name another file")
     for path in lists:
         images, num_classes = ImageList.from_file(path), loaded.found["num_classes"]
