@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 
 import torch
 
@@ -24,9 +25,12 @@ class ListFileDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def digests(self) -> torch.Tensor:
-        """8 bytes of a hash of each image's path below root, int64 (images,); they tell which images lists share."""
-        paths = (os.fsencode(os.path.normpath(self.split.path(i))) for i in range(len(self)))
-        hashes = [hashlib.blake2b(path, digest_size=8).digest() for path in paths]
+        """8 bytes of a hash of each image's path below root, int64 (images,); they tell which images lists share.
+
+        The path is taken as NFC: macOS decomposes accents.
+        """
+        paths = (unicodedata.normalize("NFC", os.path.normpath(self.split.path(i))) for i in range(len(self)))
+        hashes = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths]
         return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int64)
 
     def __getitem__(self, item):

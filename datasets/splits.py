@@ -1,5 +1,6 @@
 """Which lists a run uses, where the files of their entries lie below DIR, and which are missing."""
 
+import json
 import os
 import shlex
 import stat
@@ -256,16 +257,20 @@ def unlisted_note(splits: dict[str, Split]) -> list[str]:
     Only lists of `prepare folder` are meant to have all. splits: all three.
     """
     train = splits["train"]
-    if not (train.images.has_list_file and is_file(Path(train.images.name).parent / PREPARED_FILE)):
+    prepared = Path(train.images.name).with_name(PREPARED_FILE)
+    if not (train.images.has_list_file and is_file(prepared)):
         return []
     try:
         found, _ = class_paths(train.root)
-    except (EndOfRun, OSError) as error:
+        flags = dict(json.loads(retry(Path.read_bytes, prepared)))
+    except (EndOfRun, OSError, ValueError, TypeError) as error:
         return [f"photos below {train.root} that are in no list could not be counted: {error}"]
     listed = {split.images.path(i) for split in splits.values() for i in range(len(split.images))}
     unlisted = [path for paths in found.values() for path in paths if path not in listed]
     number = sum(is_there(os.path.join(train.root, path)) for path in unlisted)
-    hint = "python -m datasets.prepare folder with --overwrite adds them"
+    words = ["python", "-m", "datasets.prepare", "folder", train.root, "--out", str(prepared.parent)]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    hint = f"{shlex.join([*words, '--overwrite'])} adds them"
     return [f"{number} photos below {train.root} are in no list; {hint}"] if number else []
 
 

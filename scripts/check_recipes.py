@@ -3,12 +3,13 @@
     python scripts/check_recipes.py CONFIG DIR OUT [flags]
 
 Each flag goes to the stages that have it. Of a stage that was trained or begun in OUT it also checks that it was with
-these flags and lists. Prints assignments for the shell: plan, a text; of each stage flags_NAME, its words of the flags,
-and later_NAME, the work that comes after it, in images that it could train instead. Exit status 2, after one line, if
-something is wrong.
+these flags and lists, and that the stages before it are there. Prints assignments for the shell: plan, a text; of each
+stage flags_NAME, its words of the flags, and later_NAME, the work that comes after it, in images that it could train
+instead. Exit status 2, after one line, if something is wrong.
 """
 
 import argparse
+import contextlib
 import functools
 import re
 import shlex
@@ -26,8 +27,9 @@ import ssd_stage_ii
 import ssd_stage_iii
 from datasets.splits import SPLITS, find_splits
 from models import STAGES as NETWORKS
-from utils.checkpoint import present_in
+from utils.checkpoint import present_in, settle_unless_in_use
 from utils.command_line import (
+    IDENTITY,
     KEPT,
     NETWORK,
     STARTS_FROM,
@@ -41,6 +43,7 @@ from utils.errors import UserError
 from utils.results.records import read_args, read_log, saved_checksums
 
 STAGES = {"stage_i": ssd_stage_i, "stage_ii": ssd_stage_ii, "stage_iii": ssd_stage_iii, "stage_iii_tuned": ssd_stage_ii}
+OWN = ("--output-dir", "--resume", "--overwrite", "--evaluate", "-e")  # flags of a stage that are train.sh's own
 
 
 def check_command(parser: ArgumentParser, recipe: Path, data: str, flags: list[str]):
@@ -68,6 +71,9 @@ def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[st
             raise UserError(f"{flag}: unrecognized, no stage has this flag{hint}")
         if with_hyphens(flag) in [with_hyphens(option_name(action)) for action in sources]:
             raise UserError(f"{flag}: train.sh names the checkpoint that a stage starts from; leave it out")
+        if with_hyphens(flag) in OWN:
+            remedy = "leave it out; to start over, remove OUT or name another; to evaluate, call the stage's script"
+            raise UserError(f"{flag}: train.sh has every stage continue in its folder of OUT; {remedy}")
     return {
         name: [word for group in groups if parser.knows(group[0]) or group[0][0] != "-" for word in group]
         for name, parser in parsers.items()
@@ -75,18 +81,27 @@ def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[st
 
 
 def check_earlier(parser: ArgumentParser, args, run: Path):
-    """Raises UserError if a stage was trained or begun with other flags or lists."""
+    """Raises UserError if a stage was trained or begun with other lists or flags, defaults included."""
     remedy = "give what it had, name another OUT, or remove it and the later stages"
     saved = read_args(run)
-    for dest, action in parser.marked(KEPT).items():
-        value = getattr(args, dest)
-        if dest in args.given and saved.get(dest, value) != value:
-            was, now = option_words(action, saved[dest]), option_words(action, value)
-            raise UserError(f"{run}: was trained with {was}, not {now}; {remedy}")
     if checksums := saved_checksums(run):
         for split in read_splits(args.data, args.train_list, args.val_list, args.test_list):
             if split.images.checksum != checksums.get(split.name):
                 raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")
+    for dest, action in parser.marked(KEPT, IDENTITY).items():
+        value = getattr(args, dest)
+        before = saved.get(dest, value)
+        drawn = dest == "seed" and value is None and not saved.get("deterministic")
+        if before != value and not drawn:
+            was, now = flag_words(action, before), flag_words(action, value)
+            raise UserError(f"{run}: was trained {was}, not {now}; {remedy}")
+
+
+def flag_words(action, value) -> str:
+    """A flag with its value, for messages; --no-pretrained, an action of its own, stands for --pretrained too."""
+    if value is None:
+        return f"without {with_hyphens(f'--{action.dest}')}"
+    return f"with {option_words(action, value).replace('--no-pretrained ', '--pretrained ')}"
 
 
 @functools.cache
@@ -115,7 +130,7 @@ def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
         status = {0: "", own.epochs: "; done"}.get(done, f"; {done} are done")
         lines.append(f"  {name}: {own.epochs} epochs of {images:,} images{status}")
         work[name] = max(0, own.epochs - done) * images, network.passes
-        sizes.append(checkpoint_bytes(network, own, own.num_classes or splits[0].images.num_classes))
+        sizes.append(checkpoint_bytes(network, own, own.num_classes))
     place = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     disk = 3 * sum(sizes) + max(sizes), shutil.disk_usage(place).free  # last, previous, best; one is being written
     disk = "up to {:,.1f} GB in OUT, {:,.1f} GB are free".format(*(size / 1e9 for size in disk))
@@ -126,17 +141,35 @@ def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
     return "\n".join([f"plan: {counts} images; {disk}", *lines]), later
 
 
+def find_begun(out: Path) -> list[str]:
+    """The stages that have results or a checkpoint. Raises UserError if one that they were made from has none."""
+    for name in STAGES:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the shell
+            settle_unless_in_use(out / name)
+    begun = [name for name in STAGES if (out / name / "results.json").exists() or present_in(out / name)]
+    expected = list(STAGES)[: len(begun)]
+    if begun != expected:
+        lost = next(name for name in expected if name not in begun)
+        made = [str(out / name) for name in begun[expected.index(lost) :]]
+        why = "has no results and no checkpoint, but later stages that were made from it do"
+        raise UserError(f"{out / lost}: {why}; remove {shlex.join(made)}, or name another OUT")
+    return begun
+
+
 def check_all(args):
     parsers, stages, network = {name: script.get_parser() for name, script in STAGES.items()}, {}, {}
     flags = split_flags(args.flags, parsers)
+    begun = find_begun(args.out)
     for name, parser in parsers.items():
         own = check_command(parser, Path(args.config, f"{name}.txt"), args.data, flags[name])
         if name == "stage_ii" and own.classifier == "soft":
             raise UserError("--classifier soft: stage I has one classifier; the flag belongs in stage_iii_tuned.txt")
         network |= {dest: getattr(own, dest) for dest in parser.marked(NETWORK) if dest in own.given or not stages}
-        if (args.out / name / "results.json").exists() or present_in(args.out / name):
-            check_earlier(parser, own, args.out / name)
         vars(own).update(network)  # the next stages take it from their checkpoint
+        lists = read_splits(own.data, own.train_list, own.val_list, own.test_list)
+        own.num_classes = own.num_classes or lists[0].images.num_classes
+        if name in begun:
+            check_earlier(parser, own, args.out / name)
         stages[name] = own
     plan, later = make_plan(args, stages)
     print(f"plan={shlex.quote(plan)}")

@@ -4,9 +4,11 @@ import errno
 import os
 import random
 import struct
+import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from datasets.lists import ImageList
@@ -178,6 +180,14 @@ def test_libtiff_prints_nothing_about_a_damaged_tiff(tmp_path, capfd):
     with pytest.raises(UserError, match=r"damaged\.tif: cannot be decoded"):
         load_rgb(file)
     assert capfd.readouterr().err == ""
+
+
+def test_digests_are_those_of_paths_with_composed_accents():
+    digests = []
+    for form in ("NFC", "NFD"):
+        images = ImageList.from_entries("train.txt", [(unicodedata.normalize(form, "Bär/é 1.jpg"), 0)])
+        digests.append(Split("train", "", images).dataset(None).digests())
+    assert torch.equal(*digests)
 
 
 @pytest.mark.parametrize(

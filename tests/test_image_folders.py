@@ -1,6 +1,7 @@
 """Folders of images as every command reads them: each image once, nothing vanishes in silence, classes keep numbers."""
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,10 @@ def test_every_image_comes_once_and_what_is_left_out_is_counted(tmp_path, capsys
 
 
 def test_photos_in_no_list_are_counted(tmp_path, capsys):
-    data = write_folders(tmp_path / "photos")
+    data = write_folders(tmp_path / "my photos")
     succeeds(capsys, "folder", data)
     out = tmp_path / "lists"
-    succeeds(capsys, "folder", data, "--out", out)
+    succeeds(capsys, "folder", data, "--out", out, "--val", 2, "--seed", 5)
     lists = [flag for split in SPLITS for flag in (f"--{split}-list", out / f"{split}.txt")]
     given = dict(zip(SPLITS, lists[1::2], strict=True))
     assert unlisted_note(find_splits(data, {})) == unlisted_note(find_splits(data, given)) == []
@@ -113,6 +114,10 @@ def test_photos_in_no_list_are_counted(tmp_path, capsys):
     for flags in ([], lists):
         assert verify([str(data), *map(str, flags)]) == 0
         assert note in capsys.readouterr().out
+    (note,) = unlisted_note(find_splits(data, given))
+    before = read_lists(out)
+    succeeds(capsys, *shlex.split(note.split("; ")[1].removesuffix(" adds them"))[3:])
+    assert unlisted_note(find_splits(data, given)) == [] and {*before["val"]} <= {*read_lists(out)["val"]}
     (data / "prepared.json").unlink()  # other lists need not have all images
     assert unlisted_note(find_splits(data, {})) == []
 

@@ -229,8 +229,19 @@ def test_the_misclassified_images_of_a_list(rewritten, plain_tree, tmp_path, run
     photo = plain_tree / entries[0][0]
     assert_mistake(run(file, photo, "--wrong", tmp_path / "w.csv"), "--wrong", "list")
     assert_mistake(run(file, plain_tree / "test.txt", "--wrong", tmp_path / "no" / "w.csv"), "--wrong", "no/w.csv")
-    moved.write_text(f"{entries[0][0]} {CLASSES}\n")
-    assert_mistake(run(file, moved, "--root", plain_tree, "--wrong", tmp_path / "w"), file, f"label {CLASSES}")
+    to_moved = file, moved, "--root", plain_tree, "--wrong"
+    (tmp_path / "w.csv").mkdir()
+    for wrong in (moved, file, plain_tree, tmp_path / "w", tmp_path / "w.csv"):
+        assert_mistake(run(*to_moved, wrong), f"--wrong {wrong}", ".csv", "name another file")
+    named = tmp_path / "names.csv"
+    named.write_text("".join(f"{name}\n" for name in NAMES))
+    assert_mistake(run(*to_moved, named, "--classes", named), f"--wrong {named}", "an input")
+    (tmp_path / "classes.txt").write_text(named.read_text().replace("bee", "eagle"))
+    status, again, err = run(*to_moved, tmp_path / "wrong.csv", "--csv", "--topk", 1)
+    warning = f"warning: class 1 is 'bee' in {file}, and 'eagle' in the data" if names else ""
+    assert (status, again) == (0, out) and warning in err and ("warning" in err) == bool(names)
+    moved.write_text(f"{entries[0][0]} 0\n{entries[0][0]} {CLASSES}\n")
+    assert_mistake(run(*to_moved, tmp_path / "w too.csv"), f"{moved}, line 2", f"label {CLASSES}", file)
     moved.write_text("no list")
     assert_mistake(run(file, moved), f"{moved}, line 1")
 

@@ -465,6 +465,10 @@ def test_folder_keeps_existing_splits(tmp_path, capsys):
     assert [len(lists[split]) for split in lists] == [5, 3, 2]
     assert lists["test"] == [("test/ant/photo 0.jpg", 0), ("test/zebra/photo 0.jpg", 1)]
 
+    for split in lists:
+        (root / split / "ant").rename(root / split / "zoo")
+    assert "class numbers changed: zebra 1 to 0; checkpoints" in succeeds(capsys, "folder", root, "--overwrite")
+
     other = tmp_path / "other"
     own_folder(other / "train", ant=4, zebra=1)
     own_folder(other / "val", zebra=1)
@@ -520,6 +524,10 @@ def test_photos_keep_their_splits_when_others_come_and_go(tmp_path, capsys, flag
     }  # fmt: skip
     unchanged = stamps(root)
     assert " new, " not in succeeds(capsys, *run) and stamps(root) == unchanged
+    assert "class numbers changed" not in said
+    os.rename(root / "bee", tmp_path / "bee")
+    said = succeeds(capsys, *run, "--overwrite")
+    assert "class numbers changed: cat 1 to 0, ant 2 to 1; checkpoints of the earlier lists" in said
 
 
 def test_without_earlier_lists_the_hash_of_a_photo_decides(tmp_path, capsys):
@@ -535,6 +543,10 @@ def test_without_earlier_lists_the_hash_of_a_photo_decides(tmp_path, capsys):
     said = succeeds(capsys, "folder", root, "--out", tmp_path / "lists", "--seed", 1, "--overwrite")
     assert "drawn anew: the earlier lists were drawn with --val 0.1 --test 0.1 --seed 0" in said
     assert " 0 new, 0 gone, " in said and places(tmp_path / "lists") != again
+    lost = tmp_path / "lists" / "val.txt"
+    lost.unlink()
+    said = succeeds(capsys, "folder", root, "--out", tmp_path / "lists", "--overwrite")
+    assert said.count("drawn anew") == 1 and f"all splits are drawn anew: {lost} is missing" in said
 
 
 @pytest.mark.parametrize("declared", [False, True])
@@ -554,6 +566,26 @@ def test_a_renamed_class_keeps_its_number_and_its_splits(tmp_path, capsys, decla
     after = places(root)
     assert moves(first["bee"], after["wasp"]) == [] and after["cat"] == first["cat"] and after["dog"] == first["dog"]
     assert {path.split("/")[0]: label for path, label in read_lists(root)["train"]} == {"wasp": 0, "cat": 1, "dog": 2}
+
+
+@pytest.mark.parametrize(
+    ("counts", "names"),
+    [
+        ({"hund": 30, "katze": 26, "maus": 28}, ["Hunde", "Katzen", "Mäuse"]),  # told by their photos
+        ({"hund": 30, "katze": 30, "maus": 30}, ["HUND", "Katze", "Mäuse"]),  # the third is left over
+        ({"bär": 30, "löwe": 30, "möwe": 30}, ["ba\u0308r", "lo\u0308we", "mo\u0308we"]),  # a copy of macOS
+    ],
+)
+def test_classes_that_are_renamed_at_once_keep_their_numbers_and_splits(tmp_path, capsys, counts, names):
+    root = own_folder(tmp_path / "photos", **counts)
+    succeeds(capsys, "folder", root)
+    first = places(root)
+    for old, new in zip(counts, names, strict=True):
+        (root / old).rename(root / new)
+    said = succeeds(capsys, "folder", root, "--overwrite")
+    assert said.count(", and keeps its number): 0 new, 0 gone, 0 moved") == 3 and "class numbers" not in said
+    assert (root / "classes.txt").read_text().split() == names
+    assert places(root) == {new: first[old] for old, new in zip(counts, names, strict=True)}
 
 
 def test_folder_mistakes_end_in_one_line(tmp_path, capsys):

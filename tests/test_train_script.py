@@ -1,5 +1,6 @@
 """scripts/train.sh: stopped or killed within any stage, the same command ends with the same results."""
 
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from scripts import check_recipes
 from tests.helpers import QUEUE, ROOT, SMALL, assert_mistake, copied, results_of
 from tests.helpers_prepare import everything
 from tests.helpers_processes import wait_until
+from utils.checkpoint import set_aside
 from utils.train_state import TrainState
 
 STAGES = {"stage_i": "i", "stage_ii": "ii", "stage_iii": "iii", "stage_iii_tuned": "tuned"}  # keys of `trained`
@@ -166,13 +168,44 @@ def test_other_flags_or_lists_are_refused_for_a_stage_that_was_stopped_as_for_a_
     if not finished:
         (run / "results.json").unlink()
     before = everything(run)
-    for flag, was in (("--lr 9", "--lr 0.1, not --lr 9"), ("--image-size 48", "--image-size 32, not --image-size 48")):
+    for flag, was in {
+        "--lr 0.9": "with --lr 0.1, not with --lr 0.9",
+        "--image-size 48": "with --image-size 32, not with --image-size 48",
+        "--num-classes 7": "with --num-classes 6, not with --num-classes 7",
+        "--pretrained x.pth": "without --pretrained, not with --pretrained x.pth",
+    }.items():
         message = refused(*flag.split())
-        assert "stage_i: was trained" in message and "give what it had, name another OUT" in message and was in message
+        assert f"stage_i: was trained {was}; give what it had, name another OUT" in message
     data = shutil.copytree(words[1], tmp_path / "data")
     (data / "val.txt").write_text("".join(reversed((data / "val.txt").read_text().splitlines(True))))  # a redraw
     assert f"{data}/val.txt" in refused(words=(words[0], data, words[2]))
+    for dropped, was in (("--cos", "with --cos, not with --no-cos"), ("--seed 3", "with --seed 3, not without --seed")):
+        (words[0] / "common.txt").write_text(f"{SMALL} --cos".replace(dropped, ""))
+        assert f"stage_i: was trained {was}; give" in refused()
     assert everything(run) == before
+
+
+def test_a_seed_that_was_drawn_and_a_network_of_an_earlier_stage_are_not_compared(trained, words):
+    for stage in ("stage_i", "stage_ii"):
+        args = copied(trained[STAGES[stage]], words[-1] / stage) / "args.json"
+        args.write_text(json.dumps(json.loads(args.read_text()) | {"deterministic": False}))
+    (words[0] / "common.txt").write_text(f"{SMALL} --cos".replace("--seed 3", ""))
+    (words[0] / "stage_ii.txt").write_text(f"{SMALL} --cos".replace("--arch resnet8", "").replace("--seed 3", ""))
+    assert check_recipes.main([*map(str, words)]) == 0
+
+
+def test_stages_without_the_one_that_they_were_made_from_are_refused(trained, words, refused):
+    for stage in ("stage_ii", "stage_iii"):
+        copied(trained[STAGES[stage]], words[-1] / stage)
+    message, out = refused(), words[-1]
+    assert f"{out / 'stage_i'}: has no results" in message
+    assert f"remove '{out / 'stage_ii'}' '{out / 'stage_iii'}', or name another OUT" in message
+
+
+def test_a_run_that_a_kill_left_set_aside_is_the_one_that_counts(trained, words, capsys):
+    set_aside(copied(trained["i"], words[-1] / "stage_i"))
+    assert check_recipes.main([*map(str, words)]) == 0
+    assert "stage_i: 2 epochs of 154 images; done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -180,6 +213,8 @@ def test_other_flags_or_lists_are_refused_for_a_stage_that_was_stopped_as_for_a_
     ("--teacher_ckpt x", ["--teacher_ckpt", "leave it out"]),
     ("--classifier soft", ["--classifier soft", "stage_iii_tuned.txt"]),
     ("--warmup-epochs 9", ["--warmup-epochs 9", "below --epochs"]),
+    *((flag, [flag.split()[0], "leave it out", "remove OUT or name another", "call the stage's script"])
+      for flag in ("--overwrite", "--output_dir x", "--resume auto", "-e", "--evaluate")),
 ])  # fmt: skip
 def test_flags_that_no_stage_can_take_are_refused_before_the_first_is_trained(words, refused, flags, named):
     message = refused(*flags.split())

@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from datasets.lists import ImageList
-from datasets.splits import Split, find_files, split_named
+from datasets.splits import CLASSES_FILE, Split, find_files, split_named
 from models import STAGES
 from models.loading import network_of
 from models.preprocess import normalize
@@ -34,7 +35,7 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, one_line, printable, retry
-from .files import atomic_write, check_link, is_dir, mode_of, walk
+from .files import atomic_write, check_link, is_dir, is_file, mode_of, walk
 from .groups import read_names, tell_names_apart
 from .images import UNREAD, is_image_file, load_rgb
 
@@ -120,6 +121,11 @@ def read_list(file: str, root: str | None) -> list[tuple[str, int]]:
     return [(split.file(i), label) for i, label in enumerate(images.labels.tolist())]
 
 
+def is_list(path: str) -> bool:
+    """Whether one of the paths of the command line is a list, which it is by its ending."""
+    return path.lower().endswith(".txt") and not is_dir(path)
+
+
 def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], list[str]]:
     """([(image file, its label)], photos that are left out of folders for their endings); root: as in read_list.
 
@@ -143,7 +149,7 @@ def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], 
             unread += others
         elif not mode_of(path):
             raise UserError(f"{path}: no such file or folder; correct the path")
-        elif path.lower().endswith(".txt"):
+        elif is_list(path):
             files += read_list(path, root)
         else:
             files.append((path, None))
@@ -195,6 +201,27 @@ def predictions(model, files: list[str], args, topk: int, device):
         raise
 
 
+def check_wrong(args, loaded):
+    """Raises UserError if --wrong cannot be written, or would replace an input, or if a label has no class.
+
+    Warns if a list's classes.txt has other names than the checkpoint.
+    """
+    file, inputs = args.wrong, [args.checkpoint, *args.images, *([args.classes] if args.classes else [])]
+    lists = [path for path in args.images if is_list(path)]
+    if not lists or not file.parent.is_dir():
+        raise UserError(f"--wrong {file}: needs images of a list, such as test.txt, and an existing folder")
+    if file.suffix.lower() != ".csv" or is_dir(file) or (is_file(file) and any(map(file.samefile, inputs))):
+        raise UserError(f"--wrong {file}: is a folder, an input, or does not end in .csv; name another file")
+    for path in lists:
+        images, num_classes = ImageList.from_file(path), loaded.found["num_classes"]
+        if images.num_classes > num_classes:
+            where, label = images.locate([int(images.labels.argmax())]), images.num_classes - 1
+            raise UserError(f"{where}: the label {label}, but {args.checkpoint} has {num_classes} classes; correct one")
+        if not args.classes:
+            with redirect_stdout(sys.stderr), suppress(OSError, ValueError):  # no classes.txt, or of another number
+                checkpoint.class_names(loaded, read_names(Path(path).with_name(CLASSES_FILE)))
+
+
 def write_wrong(file: Path, wrong: list[tuple], shown):
     """Writes the misclassified images, the most confident first; wrong: (file, label, prediction, confidence)."""
     text = io.StringIO()
@@ -218,11 +245,7 @@ def run(args) -> int:
     files, wrong, unreadable = [file for file, _ in labeled], [], len(unread)
     num_classes = loaded.found["num_classes"]
     if args.wrong:
-        largest = max((label for _, label in labeled if label is not None), default=None)
-        if largest is None or not args.wrong.parent.is_dir():
-            raise UserError(f"--wrong {args.wrong}: needs images of a list, such as test.txt, and an existing folder")
-        if largest >= num_classes:
-            raise UserError(f"{args.checkpoint}: has {num_classes} classes, and the lists the label {largest}")
+        check_wrong(args, loaded)
     topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
     shown = tell_names_apart(names) if model.classes else range(num_classes)
     if args.classifier == "auto" and len(model.classifiers) > 1:

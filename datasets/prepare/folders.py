@@ -3,6 +3,8 @@
 import json
 import os
 import unicodedata
+from collections import Counter
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -71,12 +73,13 @@ class Earlier(NamedTuple):
     """What earlier lists say, in the order of their class numbers.
 
     places: class folder -> {key of a photo: its split}; names: class folder -> the class's line in classes.txt; flags:
-    those that the lists were drawn with, None if that is not known.
+    those that the lists were drawn with, None if that is not known; lost: a file that is missing beside the others.
     """
 
     places: dict[str, dict[str, str]]
     names: dict[str, str]
     flags: dict | None
+    lost: Path | None = None
 
 
 def photo_key(path: str) -> str:
@@ -89,8 +92,9 @@ def read_earlier(folder: Path) -> Earlier:
 
     Raises UserError if one of them cannot be read: without it, photos could move from training to test.
     """
-    if not all(is_file(folder / name) for name in (*(f"{split}.txt" for split in SPLITS), CLASSES_FILE)):
-        return Earlier({}, {}, None)
+    files = [folder / name for name in (*(f"{split}.txt" for split in SPLITS), CLASSES_FILE)]
+    if absent := [file for file in files if not is_file(file)]:
+        return Earlier({}, {}, None, absent[0] if len(absent) < len(files) else None)
     file = folder / PREPARED_FILE
     try:
         flags = dict(json.loads(retry(Path.read_bytes, file))) if is_file(file) else None
@@ -110,16 +114,31 @@ def read_earlier(folder: Path) -> Earlier:
     return Earlier(places, names, flags)
 
 
+def fold(name: str) -> str:
+    """What names that differ only in capitals or the form of accents have in common."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def find_renamed(earlier: Earlier, paths: dict[str, list[str]]) -> dict[str, str]:
-    """{new name: earlier name} of class folders; classes.txt has the new one, or just one new folder has all photos."""
+    """{new name: earlier name} of class folders, of the pairs that are sure.
+
+    In this order, each without what was found before: classes.txt has the new name; the names differ only in capitals
+    or the form of accents; the photos are the same; the new folder has all photos.
+    """
     keys = {name: {*map(photo_key, found)} for name, found in paths.items() if name not in earlier.places}
+    gone = {name: places.keys() for name, places in earlier.places.items() if name not in paths}
     renamed = {}
-    for old in earlier.places.keys() - paths.keys():
-        fits = [name for name in keys if earlier.places[old].keys() <= keys[name]]
-        fits = [earlier.names[old]] if earlier.names[old] in keys else fits
-        if len(fits) == 1:
-            renamed.setdefault(fits[0], []).append(old)
-    return {name: olds[0] for name, olds in renamed.items() if len(olds) == 1}
+    for fits in (
+        lambda old, new: earlier.names[old] == new,
+        lambda old, new: fold(old) == fold(new),
+        lambda old, new: gone[old] == keys[new],
+        lambda old, new: gone[old] <= keys[new],
+    ):
+        pairs = [(new, old) for new in keys for old in gone if fits(old, new)]
+        pairs = [(new, old) for new, old in pairs if new not in renamed and old not in renamed.values()]
+        number = Counter(name for pair in pairs for name in pair)
+        renamed |= {new: old for new, old in pairs if number[new] == number[old] == 1}
+    return renamed
 
 
 def place_photos(found: list[str], earlier: dict[str, str], val: float, test: float, seed: int) -> dict[str, str]:
@@ -152,6 +171,7 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
     former = find_renamed(earlier, paths)
     now = {old: name for name, old in former.items()}
     numbered = dict.fromkeys([*(now.get(old, old) for old in earlier.places), *paths])  # gone classes too
+    notes += [f"all splits are drawn anew: {earlier.lost} is missing"] if earlier.lost else []
     keep = earlier.flags in (None, flags)
     if not keep:
         drawn = " ".join(f"--{name} {value}" for name, value in earlier.flags.items())
@@ -177,6 +197,8 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
             was = f" (was {old}, and keeps its number)" if old != name else ""
             notes.append(f"{name}{was}: {new} new, {gone} gone, {moved} moved to another split")
         added += new
+    before = [now.get(old, old) for old in earlier.places]
+    notes += renumbered_note(before, [name for name in numbered if name in paths])
     if earlier.places and added and keep and not overwrite:
         raise UserError(f"{added} photos below {root} are in no list; --overwrite adds them")
     for split, other, needed in (("val", "test", 3 if flags["test"] else 2), ("test", "val", 2)):
@@ -187,6 +209,14 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
             which = f"{len(names)} classes that have fewer than {needed} images: {join_names(names, 5)}"
             notes.append(f"{split}: no image of {which}")
     return classes, entries, notes
+
+
+def renumbered_note(before: list[str], now: list[str]) -> list[str]:
+    """The line that names classes whose number is another one now; both in the order of the numbers."""
+    numbers = {name: number for number, name in enumerate(before)}
+    pairs = [(name, numbers.get(name, number), number) for number, name in enumerate(now)]
+    shown = join_names([f"{name} {was} to {number}" for name, was, number in pairs if was != number], SHOWN)
+    return [f"class numbers changed: {shown}; checkpoints of the earlier lists mean other classes"] if shown else []
 
 
 def coarse_note(classes: list[str], tested) -> list[str]:
@@ -222,8 +252,11 @@ def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int
     check_folder(root, "DIR is the folder that contains one folder of images per class")
     flags = {"val": val, "test": test, "seed": seed}
     if is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test")):
-        flags = {}
+        flags, before = {}, []
+        with suppress(OSError, ValueError):  # not there, too large
+            before = read_names(out / CLASSES_FILE)
         classes, entries, notes = own_splits(root)
+        notes += renumbered_note(before, classes)
     else:
         classes, entries, notes = split_folder(root, read_earlier(out), flags, overwrite)
     if not entries["val"] or not entries["test"]:
