@@ -88,8 +88,9 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
         for split in read_splits(args.data, args.train_list, args.val_list, args.test_list):
             if split.images.checksum != checksums.get(split.name):
                 raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")
-    for dest, action in parser.marked(KEPT, IDENTITY).items():
-        value = getattr(args, dest)
+    actions = parser.marked(KEPT, IDENTITY)
+    for dest in [*parser.marked(KEPT), *({"pretrained", "num_classes"} & actions.keys())]:  # others say how it runs
+        value, action = getattr(args, dest), actions[dest]
         before = saved.get(dest, value)
         drawn = dest == "seed" and value is None and not saved.get("deterministic")
         if before != value and not drawn:
