@@ -3,6 +3,7 @@
 import json
 import pickletools
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -121,15 +122,23 @@ def test_the_metadata_suffice_to_prepare_an_image(size):
     np.testing.assert_allclose(found.transpose(2, 0, 1), expected.numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_a_broken_package_is_named(tmp_path, run, monkeypatch, package):
-    (tmp_path / f"{package}.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+@pytest.mark.parametrize(("package", "error"), [("onnx", "TypeError"), ("onnxscript", "SystemExit")])
+def test_a_broken_package_is_named(tmp_path, run, monkeypatch, package, error):
+    (tmp_path / f"{package}.py").write_text(f"raise {error}('Descriptors cannot be created directly')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, package, raising=False)
     write("i", "resnet8", tmp_path / "checkpoint")
     outcome = run(tmp_path / "checkpoint", tmp_path / "out.onnx", "--format", "onnx")
-    assert_mistake(outcome, "--format onnx", "Descriptors", "pip install onnx onnxscript")
+    assert_mistake(outcome, "--format onnx", "Descriptors", "pip install -U onnx onnxscript")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_package_that_is_too_old_for_torch_is_named(tmp_path, run, monkeypatch):
+    for package in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    write("i", "resnet8", tmp_path / "checkpoint")
+    outcome = run(tmp_path / "checkpoint", tmp_path / "out.onnx", "--format", "onnx")
+    assert_mistake(outcome, "--format onnx", "onnxscript", "pip install -U onnx onnxscript")
 
 
 @pytest.mark.parametrize("stage", STAGES)

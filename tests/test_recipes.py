@@ -80,6 +80,7 @@ def test_args_json_holds_what_was_resolved(plain_tree, tmp_path):
     [
         (None, ["no such recipe"]),
         (b"--lr 0.1\n--output_dir 'x\n", [", line 2:"]),
+        (b"--lr 0.1\n--output_dir $NOT_SET/runs\n", [", line 2: $NOT_SET is not set"]),
         (b"@recipe.txt", ["itself?"]),
         (b"\xff\xfe\x00", ["not a text file"]),
     ],

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 NOT_GIVEN = object()
 END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
 MAX_DEPTH = 10  # of recipes within recipes
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)  # in a recipe
 ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 # What holds of a flag, said where it is declared (add_flag); without RUN_ONLY, KEPT and IDENTITY hold too.
@@ -115,7 +117,8 @@ def expand_recipes(words: list[str], folder: Path = Path(), depth: int = 0) -> l
     """The words, with those of its recipe in place of each @FILE.
 
     A recipe has words as in a shell, on any number of lines, and comments from # on; ~ and $VARIABLE are expanded, and
-    @FILE in it is relative to its own folder. Raises UserError, with file and line, for a recipe that cannot be read.
+    @FILE in it is relative to its own folder. Raises UserError, with file and line, for a recipe that cannot be read
+    or names a variable that is not set.
     """
     expanded = []
     for word in words:
@@ -136,8 +139,12 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            split = map(os.path.expandvars, shlex.split(line, comments=True))
-            words += [expand_home(os.path.expanduser(word)) for word in split]
+            for word in shlex.split(line, comments=True):
+                word = VARIABLE.sub(lambda found: os.environ[found[1].strip("{}")], word)
+                words.append(expand_home(os.path.expanduser(word)))
+        except KeyError as error:
+            name = error.args[0]
+            raise UserError(f"{path}, line {number}: ${name} is not set; set it, or write its value instead") from None
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; close the quotation in the same line") from None
     return expand_recipes(words, path.parent, depth + 1)

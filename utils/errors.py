@@ -90,12 +90,19 @@ def words_and_place(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def optional_package(flag: str, names: str):
-    """A block that imports optional packages. Raises UserError, naming the flag, if they are missing or broken."""
+def optional_package(flag: str, names: str, kinds=BaseException):
+    """A block that imports or calls optional packages.
+
+    Raises UserError, naming the flag, for an exception of these kinds: they are missing, broken, too old or set up
+    wrongly. A broken installation raises anything, also SystemExit.
+    """
     try:
         yield
-    except Exception as error:  # a broken installation raises anything
-        raise UserError(f"{flag}: {names} cannot be imported ({one_line(error)}); pip install {names}") from None
+    except KeyboardInterrupt:
+        raise
+    except kinds as error:
+        reason = f"{names} cannot be used ({one_line(error)})"
+        raise UserError(f"{flag}: {reason}; pip install -U {names}, or correct what this says") from None
 
 
 def drop_unwritable_output():

@@ -102,7 +102,8 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
         import onnxscript  # noqa: F401
     example = torch.zeros(2, 3, transform.size, transform.size)  # a batch of one would be taken as fixed
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    too_old = optional_package("--format onnx", "onnx onnxscript", (ImportError, AttributeError))
+    with too_old, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about PyTorch's own code
         program = torch.onnx.export(
             network, (example,), dynamo=True, input_names=["images"], output_names=["logits"],

@@ -30,10 +30,11 @@ class Stopped(EndOfRun):
 
 
 @contextlib.contextmanager
-def handle_stop_signals(program: str = "", report=None):
+def handle_stop_signals(program: str = "", report=None, exits: bool = False):
     """Installs the handlers; does nothing outside the main thread, where Python does not allow it.
 
-    report(message) is called when the process exits at once; without it the message goes to stderr.
+    report(message) is called when the process exits at once; without it the message goes to stderr. exits: the process
+    ends after the block, and ignores further signals if it was asked to stop: one would take the place of its status.
     """
     distributed.stop_state = state = distributed.StopState(interactive=bool(program) and os.isatty(2))
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +53,7 @@ def handle_stop_signals(program: str = "", report=None):
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if exits and state.requested else handler)
         signal.set_wakeup_fd(wakeup)
         state.ended.set()
         os.write(send, b"\0")

@@ -31,7 +31,7 @@ def launch(main_worker, parser, argv=None) -> int:
     status, message = 0, ""
     others = active_children()
     prepare_streams()
-    with handle_stop_signals(parser.prog):
+    with handle_stop_signals(parser.prog, exits=argv is None):  # the words are the process's own: it ends with main()
         try:
             args = parser.parse_args(argv)
             info = detect_launcher(args)
