@@ -23,10 +23,20 @@ def find_state_dict(path, content: dict) -> dict:
         named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
         return named and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
-    others = list(filter(is_found, content.values()))
-    found = content.get("state_dict", content.get("model", others[0] if len(others) == 1 else content))
+    others = {name: value for name, value in content.items() if is_found(value) and value}
+    only = next(iter(others.values())) if len(others) == 1 else content
+    found = content.get("state_dict", content.get("model", only))
     if not is_found(found):
         names = ", ".join(map(str, content))[:100]
+        if found is content and len(others) > 1:
+            names = ", ".join(others)[:100]
+            raise ValueError(
+                f"{path}: holds several networks, {names}; save the one that you want in a file of its own"
+            )
+        entries = found if isinstance(found, dict) else {}
+        wrong = [name for name, value in entries.items() if not isinstance(value, torch.Tensor)]
+        if 0 < 2 * len(wrong) < len(entries):
+            raise ValueError(f"{path}: {wrong[0]} among its weights is no tensor; save them without it")
         raise ValueError(f"{path}: not a checkpoint: it has no state_dict of tensors, but {names}; use another file")
     for name, tensor in strip_module(found).items():
         if not is_dense(tensor):

@@ -137,6 +137,10 @@ FOREIGN = {
         | below("module.encoder_k.", other)
         | {"module.queue": HEAD["model.head.weight"]}
     },
+    "SwAV": lambda own, other: {
+        "state_dict": below("module.", own)
+        | {"module.projection_head.0.weight": torch.zeros(2, 512), "n_averaged": torch.tensor(3)}
+    },
     "Lightning": lambda own, other: {"state_dict": below("model.backbone.", own) | HEAD},
 }
 
@@ -152,7 +156,7 @@ def test_files_of_other_programs_are_read(tmp_path, form):
     ("content", "words"),
     [
         (lambda own: below("student.", own) | below("teacher.", own), ["student. and teacher."]),
-        (lambda own: {"student": own, "teacher": own}, ["student, teacher"]),
+        (lambda own: {"student": own, "teacher": own}, ["several networks, student, teacher"]),
         (lambda own: {"resnet.embedder.weight": own["conv1.weight"]}, ["does not fit", "resnet.embedder.weight"]),
     ],
 )
@@ -211,9 +215,9 @@ def test_networks_without_torchvision_weights_are_refused(no_network):
     [
         ({"conv1.weight": None}, ["conv1.weight is missing"]),
         ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, ["conv1.weight has the shape (64, 1, 7, 7), not (64, 3, 7, 7)"]),
-        ({"extra": torch.zeros(1)}, ["extra is unknown"]),
+        ({"layer4.2.conv1.weight": torch.zeros(1)}, ["layer4.2.conv1.weight is unknown"]),
         ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, ["conv1.weight", "not finite"]),
-        ({"conv1.weight": 3}, ["no state_dict"]),
+        ({"n_averaged": 3}, ["n_averaged", "no tensor"]),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(tmp_path, change, words):

@@ -2,6 +2,7 @@
 
 import os
 from http.client import HTTPException
+from pathlib import Path
 
 import torch
 import torchvision
@@ -11,7 +12,7 @@ from models import backbones
 from models.backbones import infer_arch
 from models.state_dicts import check_weights, find_mismatch, strip_module, strip_prefix
 
-from .checkpoint import read_weights
+from .checkpoint import read_weights, settle_unless_in_use
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -42,6 +43,8 @@ def load_backbone(pretrained: str | None, arch: str, image_size: int) -> dict | 
     with raise_on_all_ranks():
         wanted = get_dist_info().local_rank == 0
         file = download(arch, wanted) if pretrained == TORCHVISION else pretrained
+        if is_main_process():
+            settle_unless_in_use(Path(file).parent)
     with raise_on_all_ranks():
         state_dict = read_backbone(file, arch, image_size)
     print_main(f"the backbone starts from {file}")
@@ -112,6 +115,6 @@ def backbone_entries(file, state_dict: dict, expected: list[str]) -> tuple[dict,
     if len(best) > 1:
         names = " and ".join(best)
         raise UserError(f"{file}: holds several backbones, below {names}; save one alone, or correct --pretrained")
-    parts = {name.partition(".")[0] for name in expected}  # below a prefix there may be other networks' too
+    parts = {name.partition(".")[0] for name in expected}  # besides there may be heads, counters and other networks
     entries = strip_prefix(state_dict, best[0]).items()
-    return {n: v for n, v in entries if not n.startswith("fc.") and (not best[0] or n.split(".")[0] in parts)}, best[0]
+    return {name: value for name, value in entries if name.partition(".")[0] in parts}, best[0]
