@@ -33,11 +33,12 @@ from tests.helpers import (
     train,
 )
 from utils import checkpoint as under_test
+from utils import pretrained
 from utils.arguments import settle_defaults
 from utils.errors import UserError
 from utils.files import lock_folder
 from utils.log import append_epoch, environment
-from utils.results.records import run_folders
+from utils.results.records import read_runs, run_folders
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,30 @@ def test_the_old_run_is_found_again_after_a_kill(trained, plain_tree, tmp_path, 
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("read", [lambda f: under_test.read_weights(f / LAST, "CKPT"), lambda f: read_runs([f])])
+def test_the_old_run_is_read_after_a_kill(trained, tmp_path, read):
+    folder = copied(trained["i"], tmp_path / "i")
+    before = content(folder)
+    under_test.set_aside(folder)
+    assert read(folder) and content(folder) == before
+
+
+def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(trained, plain_tree, tmp_path, monkeypatch):
+    found = []
+
+    def read(path, *_):
+        found.append(os.path.exists(path))
+        raise UserError("read")
+
+    monkeypatch.setattr(under_test, "read_stage", read)
+    monkeypatch.setattr(pretrained, "read_backbone", read)
+    folder = copied(trained["i"], tmp_path / "i")
+    for stage, flag in (("i", "--pretrained"), ("ii", "--last-stage-ckpt")):
+        under_test.set_aside(folder)
+        assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", flag, folder / LAST), "read")
+    assert found == [True, True]
+
+
 def test_a_second_run_does_not_touch_what_a_running_one_set_aside(trained, plain_tree, tmp_path):
     folder = copied(trained["i"], tmp_path / "i")
     under_test.set_aside(folder)
@@ -239,7 +264,9 @@ def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_pa
 def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     folder = copied(trained["i"], tmp_path / "i")
-    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--tensorboard"), "pip install tensorboard")
+    assert_mistake(
+        run_stage("i", plain_tree, folder, "--overwrite", "--tensorboard"), "pip install -U tensorboard, or correct"
+    )
     assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
 
 

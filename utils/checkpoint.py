@@ -86,6 +86,9 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
     path, soft = getattr(args, flag.lstrip("-").replace("-", "_")), "soft" in options
     stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
     with raise_on_all_ranks():
+        if path and is_main_process():
+            settle_unless_in_use(Path(path).parent)
+    with raise_on_all_ranks():
         if not path:
             names = stage_names(stages)
             raise UserError(f"{flag} is missing: name the checkpoint of stage {names} to start from{hint}")
@@ -109,9 +112,12 @@ def check_trained(path, content: dict):
 def read_weights(path, flag: str) -> dict:
     """The content of a file with a state dict, which is its entry state_dict.
 
-    Raises UserError naming file and flag if it has none; Unavailable if the system cannot read it now.
+    If there is no such file, a run that was set aside there is first brought back. Raises UserError naming file and
+    flag if it has none; Unavailable if the system cannot read it now.
     """
     try:
+        if not lexists(path):
+            settle_unless_in_use(Path(path).parent)
         content = retry(read_checkpoint, path)
         return content | {"state_dict": find_state_dict(path, content)}
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checkpoint import settle_unless_in_use
 from ..errors import UserError, one_line, printable, retry
 from ..files import check_folder, lexists, walk
 from ..groups import tell_names_apart
@@ -45,6 +46,7 @@ def read_runs(folders) -> list[Run]:
 
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself if it holds results.json, else all folders below it that do, sorted by path."""
+    settle_unless_in_use(folder)  # a run that a kill left set aside comes back
     if lexists(folder / "results.json"):
         return [folder]
     check_folder(folder, "name a run's --output_dir, or a folder of runs")
