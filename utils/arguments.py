@@ -317,7 +317,7 @@ def unused_arguments(args):
     """Yields (reason, names of the arguments that it leaves without effect)."""
     info = get_dist_info()
     if info.launcher in ("torchrun", "srun"):
-        reason = f"{info.launcher} started this as one of {info.world_size} processes"
+        reason = f"a launcher started this as one of {info.world_size} processes"
         yield reason, ("multiprocessing_distributed", "nproc", "world_size", "rank")
     if args.evaluate:
         return

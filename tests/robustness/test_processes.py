@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from datasets.build import locate_splits
 from datasets.loaders import report_killed_workers
@@ -313,6 +314,7 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
         (ConnectionResetError("of a transform's own"), 1, "ConnectionResetError: of a transform's own"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, r"a data .* died .*pid 3.*"),
         (RuntimeError(f"{WORKER}gloo: Connection reset by peer"), 1, "RuntimeError: Caught .*gloo.*"),
+        (InductorError(InvalidCxxCompiler(), None), 2, "--compile: the C.. compiler fails.*CXX.*"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: .*"),
         (RuntimeError("[gloo/x.cc:81] Timed out waiting 5000ms for recv operation"), 1, "no answer.*timeout 5 s.*"),
         (RuntimeError("[gloo/x.cc:547] Connection closed by peer [127.0.0.1]:25311"), 1, "lost contact[^[]*"),
@@ -603,7 +605,7 @@ def test_flags_that_start_no_process_under_torchrun_are_named(capsys, monkeypatc
     for launcher, said in (("torchrun", True), ("spawn", False)):
         monkeypatch.setattr(arguments, "get_dist_info", lambda: DistInfo(0, 4, 0, 4, launcher))  # noqa: B023
         arguments.settle_defaults(parser.parse_args(argv))
-        note = "--multiprocessing-distributed and --nproc: not used, since torchrun started"
+        note = "--multiprocessing-distributed and --nproc: not used, since a launcher started"
         assert (note in capsys.readouterr().out) == said
 
 

@@ -24,10 +24,11 @@ from tests.helpers import (
     stage_flags,
 )
 from tests.helpers_processes import PATIENCE, free_port
-from utils.distributed import STOP_SIGNALS
+from utils.distributed import STOP_SIGNALS, defer_stop
 from utils.errors import UserError
-from utils.launch import rendezvous
+from utils.launch import launch, rendezvous
 from utils.launch.network import check_interfaces
+from utils.signals import Stopped
 
 PODS = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "2345"}
 TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "127.0.0.1"}
@@ -41,10 +42,10 @@ def test_every_step_of_a_job_has_a_port_of_its_own(monkeypatch):
     for name, value in (TASK | {"SLURM_JOB_ID": "4000000"}).items():
         monkeypatch.setenv(name, value)
     ports = set()
-    for step in range(50):
+    for step in (*range(50), 2**32 - 6):  # the last is that of an interactive step
         monkeypatch.setenv("SLURM_STEP_ID", str(step))
         ports.add(rendezvous.srun_info(None).url)
-    assert len(ports) == 50
+    assert len(ports) == 51
 
 
 def test_a_task_of_another_step_is_refused_at_a_shared_port_and_a_rank_joins_once(monkeypatch):
@@ -120,6 +121,18 @@ def test_an_interface_that_is_not_there_is_named(monkeypatch, variable, value, r
             check_interfaces(variable)
 
 
+@pytest.mark.parametrize(
+    ("interface", "size", "words"),
+    [("^lo", 1, ["GLOO_SOCKET_IFNAME ^lo", "unset it", "lo"]), ("lo", 2, ["WORLD_SIZE, MASTER_ADDR and MASTER_PORT"])],
+)
+def test_processes_of_env_that_do_not_meet_say_what_to_set(plain_tree, tmp_path, monkeypatch, interface, size, words):
+    env = {"RANK": "0", "WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+    for name, value in (env | {"GLOO_SOCKET_IFNAME": interface}).items():
+        monkeypatch.setenv(name, value)
+    flags = ["--dist-url", "env://", "--dist-timeout", 1]
+    assert_one_line(call("i", stage_flags("i", plain_tree, tmp_path / "run", flags)), 2, *words)
+
+
 # ---- signals; tests/robustness/test_processes.py has those that come from schedulers
 
 
@@ -129,6 +142,25 @@ def test_each_signal_saves_and_stops(plain_tree, tmp_path, number):
     outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", ["--con-weight", 0, "-p", 1]), out=out)
     assert_one_line(outcome, 75, "stopped on request at epoch 1, step 2", "--resume auto")
     assert (checkpoint(tmp_path / "run")["epoch"], checkpoint(tmp_path / "run")["step"]) == (0, 2)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_further_signals_are_ignored_by_a_process_that_is_about_to_exit_alone(plain_tree, monkeypatch, own):
+    def stop(args, device):
+        defer_stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise Stopped("stopped")
+
+    words = ["--device", "cpu", str(plain_tree)]
+    monkeypatch.setattr(sys, "argv", ["ssd_stage_i.py", *words])
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        assert launch(stop, PARSERS["i"](), None if own else words) == 75
+        after = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert after == (dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN) if own else before)
 
 
 @pytest.mark.parametrize(

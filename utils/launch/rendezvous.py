@@ -75,7 +75,7 @@ def srun_info(url: str | None) -> DistInfo:
         raise UserError(f"srun: {world_size} tasks on {nodes} nodes; give every node as many, with --ntasks-per-node")
     nodes_of_step = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes_of_step)  # gpu[07-09,12] -> gpu07
-    job, step = env_number("SLURM_JOB_ID", 0), env_number("SLURM_STEP_ID", 0, default=0)
+    job, step = env_number("SLURM_JOB_ID", 0), env_number("SLURM_STEP_ID", 0, 2**32 - 1, 0)  # salloc's is above 2**31
     url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + (job + 1009 * step) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
 
@@ -170,12 +170,14 @@ def init_process_group(args, info: DistInfo, device):
             dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
     except RuntimeError as error:
         if "Unable to find address for" in str(error):  # gloo's
-            raise UserError(f"GLOO_SOCKET_IFNAME {os.environ.get('GLOO_SOCKET_IFNAME')}: has no address") from None
+            found, known = os.environ.get("GLOO_SOCKET_IFNAME"), ", ".join(network.interfaces())
+            raise UserError(f"GLOO_SOCKET_IFNAME {found}: has no address; unset it, or name one of {known}") from None
         if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
             raise
+        what = "--dist-url and --world-size" if info.url != "env://" else "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         raise UserError(
             f"the {info.world_size} processes did not meet within --dist-timeout {args.dist_timeout:g} s "
-            f"({type(error).__name__}); start them all, with the same --dist-url and --world-size"
+            f"({type(error).__name__}); start them all, with the same {what}"
         ) from None
 
 
