@@ -8,7 +8,7 @@ import torch
 from datasets.lists import ImageList
 from datasets.splits import Split, find_class_names, find_splits
 from tests.helpers import LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
-from utils.groups import MAX_NAMES
+from utils.groups import MAX_NAMES, tell_names_apart
 
 NAMES = ["ant", "bee", "Großer Panda", "crane", "crane", "zebra, plains"]  # two kinds of crane
 
@@ -38,6 +38,11 @@ def names_in(folder):
     (names,) = {tuple(record["classes"]) for record in results_of(folder)}
     assert all(checkpoint(folder, file.name)["classes"] == list(names) for file in folder.glob("*.tar"))
     return list(names)
+
+
+def test_names_that_look_alike_are_told_apart_by_their_class():
+    shown = ["crane (class 0)", "crane (class 1)", "(class 2)", "(class 3)", "ant", "ant (class 0) (class 5)"]
+    assert tell_names_apart(["crane", " crane", "", " ", "ant", "ant (class 0)"]) == shown
 
 
 def test_class_names_pass_through_all_stages(named):

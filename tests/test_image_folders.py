@@ -236,15 +236,16 @@ def test_photos_that_no_class_has_are_counted(tmp_path, capsys):
 # ---- the numbers and names of the classes
 
 
-@pytest.mark.parametrize("pattern", ["{}", "class{}", "{}_of_them"])
+@pytest.mark.parametrize("pattern", ["{}", "class{}", "{}_of_them", "2024_{}"])
 def test_names_that_text_orders_otherwise_than_their_numbers_are_told(pattern):
     (note,) = numbering_note(sorted(pattern.format(number) for number in range(5, 11)))
-    assert f"warning: class 0 is '{pattern.format(10)}'" in note
+    assert f"warning: class 1 is '{pattern.format(5)}', after '{pattern.format(10)}'" in note
+    assert numbering_note(sorted([*map(pattern.format, range(1, 13)), "Class7", "background"]))
 
 
 def test_numbered_folders_that_text_orders_otherwise_give_a_warning(tmp_path, capsys, trained):
     data = write_splits(tmp_path / "data", [f"class{number}" for number in range(5, 11)])  # as text, 10 comes first
-    note = "warning: class 0 is 'class10'"
+    note = "warning: class 1 is 'class5', after 'class10'"
     assert note in succeeds(capsys, "folder", data, "--out", tmp_path / "lists")
     assert note in succeeds(capsys, "folder", data / "train", "--out", tmp_path / "plain")
     assert note in succeeds(capsys, "long-tail", data, "--imbalance", 2, "--out", tmp_path / "lt")
@@ -263,10 +264,13 @@ def test_a_numbered_source_of_cifar_gives_the_warning(tmp_path, capsys):
     for split in ("train", "test"):
         write_folders(tmp_path / "tree" / split, [f"{number}" for number in range(100)], 1)
     command = ("cifar100-lt", "--imbalance", 1, "--source", tmp_path / "tree", "--out", tmp_path / "out")
-    assert "warning: class 2 is '10'" in succeeds(capsys, *command)
+    assert "warning: class 12 is '2', after '19'" in succeeds(capsys, *command)
 
 
-@pytest.mark.parametrize("names", [[f"{n:02}" for n in range(5, 11)], ["a1", "a2", "b1"], ["707", "b52", "c3"], None])
+@pytest.mark.parametrize(
+    "names",
+    [[f"{n:02}" for n in range(5, 11)], ["a1", "a2", "b1"], ["707", "b52", "c3"], ["Z2", "a1"], ["a2", "a1"], None],
+)
 def test_names_in_one_order_give_no_warning(names):
     assert numbering_note(names) == []
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from utils import metrics
+from utils.errors import UserError
 from utils.metrics import MetricLogger
 
 
@@ -27,3 +28,8 @@ def test_the_means_of_two_processes_continue_in_any_number_of_them(monkeypatch, 
         logger.update({"loss": torch.tensor(10.0)}, (), torch.zeros(1, dtype=torch.int64))
         means.append(logger.means()["loss"])
     assert sum(means) / world_size == pytest.approx((4 * 2 + 10) / 3)
+
+
+def test_a_figure_of_some_micro_batches_alone_is_named():
+    with pytest.raises(UserError, match=r"of loss, .*has extra;.* every micro-batch"):
+        updated(1).update({"extra": torch.tensor(1.0)}, (), torch.zeros(1, dtype=torch.int64))

@@ -2,9 +2,12 @@
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+
+from .errors import printable
 
 MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
 GROUPS = ("many", "medium", "few")
@@ -30,18 +33,26 @@ def read_names(file: Path) -> list[str]:
 
 
 def tell_names_apart(names: list[str]) -> list[str]:
-    """The names of the classes for texts; those that several classes have are followed by the class number."""
-    number = Counter(names)
-    return [name if number[name] == 1 else f"{name} (class {label})" for label, name in enumerate(names)]
+    """The names of the classes for texts; what does not tell them apart there is followed by the class number.
+
+    That is a name that others have too, but for blanks around it, that is blank, or that ends in a class number.
+    """
+    stripped = [printable(name).strip() for name in names]
+    number = Counter(stripped)
+    number |= {name: 2 for name in stripped if not name or re.search(r"\(class \d+\)$", name)}
+    return [
+        names[label] if number[name] == 1 else f"{name} (class {label})".strip() for label, name in enumerate(stripped)
+    ]
 
 
 def numbering_note(names: list[str] | None) -> list[str]:
-    """A warning if names that differ by a number, such as 0 to 11 or class1 to class12, are not in its order."""
-    parts = [re.fullmatch(r"(\D*)(\d{1,18})(.*)", name, re.DOTALL) for name in names or []]
-    if not all(parts) or len({part[1] for part in parts}) > 1:
-        return []
-    numbers = [int(part[2]) for part in parts]
-    label = next((i for i, number in enumerate(sorted(numbers)) if numbers[i] != number), None)
+    """A warning if neighboring names that first differ in a number, such as 11 and 2, are in the order of text."""
+    names = names or []
+    parts = [[int(p) if p.isdecimal() else p for p in re.split(r"(\d{1,18})", name.lower())] for name in names]
     what = "names are in the order of text, not of their numbers; lists and checkpoints that count otherwise mean other"
     remedy = "classes (names with leading zeros, such as 02, have one order)"
-    return [] if label is None else [f"warning: class {label} is {names[label]!r}: {what} {remedy}"]
+    for label, (before, own) in enumerate(pairwise(parts), 1):
+        first, second = next((pair for pair in zip(before, own, strict=False) if pair[0] != pair[1]), ("", ""))
+        if isinstance(first, int) and first > second and names[label - 1] < names[label]:
+            return [f"warning: class {label} is {names[label]!r}, after {names[label - 1]!r}: {what} {remedy}"]
+    return []

@@ -75,11 +75,15 @@ class MetricLogger:
             _, top1, top5 = topk_hits(scores.detach(), labels)
             values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
         if self.updates and tuple(values) != self.names:
-            raise UserError(
-                f"{self.source}: its averages are of {', '.join(self.names)}, this stage has {', '.join(values)}; "
-                "resume from a checkpoint that was saved after an epoch (previous or best)",
-                on_all_ranks=True,
+            averages = f"averages are of {', '.join(self.names)}, this"
+            message = (
+                f"{self.source}: its {averages} stage has {', '.join(values)}; resume from a checkpoint that was saved "
+                "after an epoch (previous or best)"
             )
+            if self.source is None:
+                message = f"metrics.update(): the epoch's {averages} micro-batch has {', '.join(values)}; log the same"
+                message += " figures in every micro-batch"
+            raise UserError(message, on_all_ranks=True)
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
         self.updates += 1
