@@ -33,7 +33,7 @@ FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j
 SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower --workers"
 LONG_TMPDIR = "TMPDIR is too long a path for the data workers' sockets: set a shorter one, or use -j 0"
 WORKER_DIED = "a data loading worker died ({text:.200}); if for lack of memory, give it more, or lower -j/--workers"
-NO_COMPILER = "--compile: the C++ compiler fails ({text:.300}); repair it, name another in CXX, or leave --compile out"
+NO_COMPILER = "--compile: the C++ compiler fails ({text:.120}); repair it, name another in CXX, or leave --compile out"
 NO_ANSWER = (
     "no answer from another process of the run within --dist-timeout {seconds:g} s: its node, the network or the "
     "process itself is stuck or down; continue with --resume auto"
