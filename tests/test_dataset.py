@@ -110,7 +110,7 @@ def test_broken_images_are_refused(tmp_path, monkeypatch):
     saved(tmp_path, Image.new("1", (64, 129)), "bomb.png")
     for name, reason in {
         "truncated.jpg": "truncated",
-        "zero.jpg": "no image, it has 0 bytes",
+        "zero.jpg": "not an image, it has 0 bytes",
         "text.JPEG": "not an image",
         "bomb.png": "decompression bomb, over 8192 pixels",
     }.items():

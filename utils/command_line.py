@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .errors import PASSING, Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
+from .errors import Unavailable, UserError, drop_unwritable_output, one_line, print_stack, retry
 from .files import is_dir
 
 __version__ = "1.0.0"
@@ -256,5 +256,4 @@ def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "sto
             drop_unwritable_output()
             message = f"{error.filename or parser.prog}: {one_line(error)}"
         print(f"error: {message}", file=sys.stderr)
-        passes = isinstance(error, Unavailable) or getattr(error, "errno", None) in PASSING
-        return os.EX_TEMPFAIL if passes else USER_ERROR
+        return os.EX_TEMPFAIL if isinstance(error, Unavailable) else USER_ERROR

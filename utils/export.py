@@ -100,6 +100,8 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
     with optional_package("--format onnx", "onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401
+    values = {"image_size": transform.size, "mean": transform.mean, "std": transform.std, "classes": classes}
+    values |= {"preprocessing": preprocessing(transform)}
     example = torch.zeros(2, 3, transform.size, transform.size)  # a batch of one would be taken as fixed
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     too_old = optional_package("--format onnx", "onnx onnxscript", (ImportError, AttributeError))
@@ -109,10 +111,8 @@ def onnx_model(network: nn.Module, transform, classes) -> bytes:
             network, (example,), dynamo=True, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
         )  # fmt: skip
-    proto = program.model_proto
-    values = {"image_size": transform.size, "mean": transform.mean, "std": transform.std, "classes": classes}
-    values |= {"preprocessing": preprocessing(transform)}
-    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in values.items()})
+        proto = program.model_proto
+        onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in values.items()})
     return proto.SerializeToString()
 
 

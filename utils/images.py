@@ -32,7 +32,7 @@ def decode(file, read):
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
         raise UserError(f"{file}: not a regular file; replace it")
     if not 0 < status.st_size <= MAX_BYTES:
-        raise UserError(f"{file}: no image, it has {status.st_size:,} bytes; replace it")
+        raise UserError(f"{file}: not an image, it has {status.st_size:,} bytes; replace it")
     try:
         with Image.open(file, formats=FORMATS) as image:
             return read(image)

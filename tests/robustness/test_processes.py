@@ -143,7 +143,7 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
 def test_the_last_words_of_torchrun_name_the_mistake(tmp_path):
     outcome = run_shell("i", tmp_path / "missing", tmp_path / "run", launcher=TORCHRUN)
     assert outcome.status == 1  # torchrun's own
-    assert "missing': no such folder" in outcome.err.split("Root Cause")[1]
+    assert "missing: no such folder" in outcome.err.split("Root Cause")[1]
 
 
 @pytest.mark.full

@@ -28,7 +28,7 @@ def is_broken_output(error) -> bool:
 
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
-FEW_PROCESSES = "no more threads or processes: raise the limit (ulimit -u, docker --pids-limit), or lower -j/--workers"
+FEW_PROCESSES = "no new thread: out of memory or a limit (ulimit -u, docker --pids-limit): raise it, or lower --workers"
 FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j/--workers"
 SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower --workers"
 LONG_TMPDIR = "TMPDIR is too long a path for the data workers' sockets: set a shorter one, or use -j 0"
