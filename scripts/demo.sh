@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on a CPU: makes .venv, gets Fashion-MNIST and selects a long-tailed subset, then trains the recipes of
 # configs/fashion_mnist_lt: stages I, II and III, and stage II once more; prints one table of all four.
-#   bash scripts/demo.sh            four to five minutes on 2 cores, after the installation
+#   bash scripts/demo.sh            four to eight minutes on 2 cores, after the installation
 #   bash scripts/demo.sh --smoke    one epoch per stage, in one or two minutes
 # If the demo was stopped, the same command continues it. runs/ holds everything that it makes, and can be deleted.
 set -euo pipefail
