@@ -102,7 +102,7 @@ def optional_package(flag: str, names: str, kinds=BaseException):
         raise
     except kinds as error:
         reason = f"{names} cannot be used ({one_line(error)})"
-        raise UserError(f"{flag}: {reason}; pip install {names} (-U: anew), or correct what this says") from None
+        raise UserError(f"{flag}: {reason}; pip install {names} (-U to upgrade), or correct what this says") from None
 
 
 def drop_unwritable_output():

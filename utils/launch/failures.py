@@ -30,7 +30,7 @@ def is_broken_output(error) -> bool:
 OUT_OF_MEMORY = "out of memory: lower --batch-size, --eval-batch-size or -j/--workers, or use --amp bf16"
 FEW_PROCESSES = "no new thread: out of memory or a limit (ulimit -u, docker --pids-limit): raise it, or lower --workers"
 FEW_FILES = "too many open files: raise the limit (ulimit -n 65536), or lower -j/--workers"
-SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower --workers"
+SMALL_SHM = "no room in /dev/shm for the data workers: enlarge it (docker --shm-size 8g), or lower -j/--workers"
 LONG_TMPDIR = "TMPDIR is too long a path for the data workers' sockets: set a shorter one, or use -j 0"
 WORKER_DIED = "a data loading worker died ({text:.200}); if for lack of memory, give it more, or lower -j/--workers"
 NO_COMPILER = "--compile: the C++ compiler fails ({text:.120}); repair it, name another in CXX, or leave --compile out"
