@@ -166,10 +166,10 @@ def choose_lists(root, given: dict[str, str | None], wanted=SPLITS) -> dict[str,
     chosen |= {split: folder / f"{start}{split}.txt" for split in rest}
     for split, file in chosen.items():
         flag = f"--{split}-list"
-        check_link(file)
         if is_file(file):
             continue
         if given.get(split):
+            check_link(file)
             raise UserError(f"{file}: no such list; correct {flag}")
         if present:
             raise UserError(f"{file}: no such list, beside {' and '.join(present)}; add it, or name one with {flag}")

@@ -75,15 +75,13 @@ class MetricLogger:
             _, top1, top5 = topk_hits(scores.detach(), labels)
             values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
         if self.updates and tuple(values) != self.names:
-            averages = f"averages are of {', '.join(self.names)}, this"
-            message = (
-                f"{self.source}: its {averages} stage has {', '.join(values)}; resume from a checkpoint that was saved "
-                "after an epoch (previous or best)"
-            )
-            if self.source is None:
-                message = f"metrics.update(): the epoch's {averages} micro-batch has {', '.join(values)}; log the same"
-                message += " figures in every micro-batch"
-            raise UserError(message, on_all_ranks=True)
+            names, own = ", ".join(self.names), ", ".join(values)
+            what = f"metrics.update(): the epoch's averages are of {names}, this micro-batch has {own}"
+            remedy = "log the same figures in every micro-batch"
+            if self.source is not None:
+                what = f"{self.source}: its averages are of {names}, this stage has {own}"
+                remedy = "resume from a checkpoint that was saved after an epoch (previous or best)"
+            raise UserError(f"{what}; {remedy}", on_all_ranks=True)
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
         self.updates += 1

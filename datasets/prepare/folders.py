@@ -18,7 +18,7 @@ from utils.groups import numbering_note, read_names
 from ..lists import ImageList
 from ..splits import CLASSES_FILE, PREPARED_FILE, SPLITS, Split, as_listed, class_folders, class_paths, find_files
 from .list_writer import list_files, read_entries, write_files
-from .trees import require_files
+from .trees import fold, require_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
 COARSE, SHOWN = 10, 10  # test images below which a class is named; classes named at most
@@ -114,11 +114,6 @@ def read_earlier(folder: Path) -> Earlier:
     return Earlier(places, names, flags)
 
 
-def fold(name: str) -> str:
-    """What names that differ only in capitals or the form of accents have in common."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
 def find_renamed(earlier: Earlier, paths: dict[str, list[str]]) -> dict[str, str]:
     """{new name: earlier name} of class folders, of the pairs that are sure.
 
@@ -170,7 +165,8 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
     paths, notes = photo_paths(root)
     former = find_renamed(earlier, paths)
     now = {old: name for name, old in former.items()}
-    numbered = dict.fromkeys([*(now.get(old, old) for old in earlier.places), *paths])  # gone classes too
+    were = [now.get(old, old) for old in earlier.places]  # gone classes too
+    numbered = dict.fromkeys([*were, *paths])
     notes += [f"all splits are drawn anew: {earlier.lost} is missing"] if earlier.lost else []
     keep = earlier.flags in (None, flags)
     if not keep:
@@ -197,8 +193,7 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
             was = f" (was {old}, and keeps its number)" if old != name else ""
             notes.append(f"{name}{was}: {new} new, {gone} gone, {moved} moved to another split")
         added += new
-    before = [now.get(old, old) for old in earlier.places]
-    notes += renumbered_note(before, [name for name in numbered if name in paths])
+    notes += renumbered_note(were, [name for name in numbered if name in paths])
     if earlier.places and added and keep and not overwrite:
         raise UserError(f"{added} photos below {root} are in no list; --overwrite adds them")
     for split, other, needed in (("val", "test", 3 if flags["test"] else 2), ("test", "val", 2)):

@@ -56,17 +56,18 @@ def class_archives(missing: Missing):
     return (f"{folder}.tar" for folder in missing.absent if (missing.root / f"{folder}.tar").is_file())
 
 
+def fold(name: str) -> str:
+    """What names that differ only in capitals or the form of accents have in common."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def other_spelling(root, path: str) -> str | None:
     """The path of a file below root whose names differ from the path's in capitals or forms of accents, if any."""
-
-    def folded(name):
-        return unicodedata.normalize("NFC", name).casefold()
-
     there = ""
     for name in path.split("/"):
         folder = os.path.join(root, there)
         if os.path.isdir(folder) and not os.path.lexists(os.path.join(folder, name)):
-            name = next((other for other in sorted(os.listdir(folder)) if folded(other) == folded(name)), name)
+            name = next((other for other in sorted(os.listdir(folder)) if fold(other) == fold(name)), name)
         there = os.path.join(there, name)
     return there if os.path.isfile(os.path.join(root, there)) else None
 
