@@ -11,7 +11,19 @@ from typing import NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import EndOfRun, UserError, one_line, printable, retry
-from utils.files import ABSENT, check_folder, check_link, is_dir, is_file, lexists, name_refused, walk
+from utils.files import (
+    ABSENT,
+    broken_link,
+    check_folder,
+    check_link,
+    is_dir,
+    is_file,
+    is_hidden,
+    lexists,
+    list_folder,
+    name_refused,
+    walk,
+)
 from utils.groups import read_names
 from utils.images import is_image_file
 
@@ -54,8 +66,7 @@ def explain_missing(root, path: str) -> str | None:
                 where = f"{place}{target}" if target else folder
                 return f"{where}: {one_line(error)}, a folder may not be searched; correct its permissions"
             if target:
-                why = f"{place}: a broken link{target} ({one_line(error)})"
-                return f"{why}; have its target there too (mount it in a container), or make the links again"
+                return broken_link(place, f" ({one_line(error)})")
             return None if error.errno in ABSENT else f"{place}: {one_line(error)}"
     return None if stat.S_ISREG(mode) else f"{place}: not a regular file; replace it with the image"
 
@@ -210,8 +221,8 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
     class folders that leads nowhere: without it the next classes would have other numbers.
     """
     ((_, beside), *tree), left_out = walk(root, is_image_file)
-    for name in retry(os.listdir, root):
-        if not name.startswith("."):
+    for name, is_link, _ in retry(list_folder, root):
+        if is_link and not is_hidden(name):
             check_link(os.path.join(root, name))
     if photos := [name for name in beside if is_image_file(name)]:
         what = f"{len(photos)} images beside the class folders, such as {printable(photos[0])}"

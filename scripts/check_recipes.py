@@ -99,10 +99,8 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
 
 
 def flag_words(action, value) -> str:
-    """A flag with its value, for messages; --no-pretrained, an action of its own, stands for --pretrained too."""
-    if value is None:
-        return f"without {with_hyphens(f'--{action.dest}')}"
-    return f"with {option_words(action, value).replace('--no-pretrained ', '--pretrained ')}"
+    """A flag with its value, for messages."""
+    return f"without {option_name(action)}" if value is None else f"with {option_words(action, value)}"
 
 
 @functools.cache

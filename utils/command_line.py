@@ -86,8 +86,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return name in names or (not word.startswith("--") and word[:2] in names)
 
     def marked(self, *facts: str) -> dict[str, argparse.Action]:
-        """The flags of which one of the facts holds, by destination."""
-        return {a.dest: a for a in self._actions if has_value(a) and not set(facts).isdisjoint(facts_of(a))}
+        """The flags of which one of the facts holds, by destination; of --flag and --no-flag the first declared."""
+        found = {}
+        for action in self._actions:
+            if has_value(action) and not set(facts).isdisjoint(facts_of(action)):
+                found.setdefault(action.dest, action)
+        return found
 
     def check_value(self, action: argparse.Action, value):
         """Raises UserError if the command line could not give a flag this value, which comes from a file."""

@@ -65,8 +65,13 @@ def lexists(path) -> bool:
 def check_link(path):
     """Raises UserError, which names the target, for a link that leads nowhere."""
     if lexists(path) and not mode_of(path):
-        why = f"{path}: a broken link, to {os.readlink(path)}"
-        raise UserError(f"{why}; have its target there too (mount it in a container), or make the link again")
+        raise UserError(broken_link(path))
+
+
+def broken_link(path, reason: str = "") -> str:
+    """What is wrong with a link that leads nowhere, and what helps."""
+    why = f"{path}: a broken link, to {os.readlink(path)}{reason}"
+    return f"{why}; have its target there too (mount it in a container), or make the links again"
 
 
 def check_folder(path, hint: str):
@@ -197,7 +202,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
             tree[real] = folder, []
             for name, is_link, below in sorted(retry(list_folder, folder)):
                 path = os.path.join(folder, name)
-                if name.startswith(".") or name.lower() in SYSTEM_NAMES:
+                if is_hidden(name):
                     hidden += [path] if below else []
                 elif below or is_link:
                     (folders if below else links).append(path)
@@ -220,6 +225,11 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
         if paths
     ]
     return sorted((folder, sorted(names)) for folder, names in tree.values()), notes
+
+
+def is_hidden(name: str) -> bool:
+    """Whether walk leaves out what has this name."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def list_folder(folder) -> list[tuple[str, bool, bool]]:

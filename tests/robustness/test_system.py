@@ -128,11 +128,10 @@ def test_of_several_ranks_one_that_cannot_read_ends_alone(plain_tree, tmp_path):
     assert not (tmp_path / "run" / LAST).exists()
 
 
-def test_an_error_that_the_decoder_hides_is_not_the_files(plain_tree, broken):
+def test_an_error_that_the_decoder_hides_is_not_the_files(plain_tree, broken, monkeypatch):
     """As in the header of a TIFF."""
     file = plain_tree / "train/class0/train_7.png"
-    patch = broken(Image, "open", "EIO", file.name)
-    patch.setattr(Image, "open", lambda file, *_, real=Image.open, **__: real(__file__))
+    monkeypatch.setattr(Image, "open", lambda file, *_, real=Image.open, **__: real(__file__))  # no image
     broken(builtins, "open", "EIO", file.name)
     with pytest.raises(errors.Unavailable, match="Input/output error"):
         load_rgb(file)
