@@ -85,9 +85,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
     """
     path, soft = getattr(args, flag.lstrip("-").replace("-", "_")), "soft" in options
     stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
-    with raise_on_all_ranks():
-        if path and is_main_process():
-            settle_unless_in_use(Path(path).parent)
+    bring_back(path)
     with raise_on_all_ranks():
         if not path:
             names = stage_names(stages)
@@ -517,6 +515,13 @@ def settle(folder):
         for file in (folder / MOVING).iterdir():
             os.replace(file, folder / file.name)
         (folder / MOVING).rmdir()
+
+
+def bring_back(path):
+    """Brings back a run that was set aside beside a checkpoint, before any rank reads it; all ranks must call it."""
+    with raise_on_all_ranks():
+        if path and is_main_process():
+            settle_unless_in_use(Path(path).parent)
 
 
 def settle_unless_in_use(folder: Path):

@@ -2,7 +2,6 @@
 
 import os
 from http.client import HTTPException
-from pathlib import Path
 
 import torch
 import torchvision
@@ -12,7 +11,7 @@ from models import backbones
 from models.backbones import infer_arch
 from models.state_dicts import check_weights, find_mismatch, strip_module, strip_prefix
 
-from .checkpoint import read_weights, settle_unless_in_use
+from .checkpoint import bring_back, read_weights
 from .command_line import IDENTITY, RUN_ONLY, add_flag, non_empty
 from .distributed import get_dist_info, is_main_process, print_main, raise_on_all_ranks
 from .errors import UserError, one_line
@@ -43,8 +42,7 @@ def load_backbone(pretrained: str | None, arch: str, image_size: int) -> dict | 
     with raise_on_all_ranks():
         wanted = get_dist_info().local_rank == 0
         file = download(arch, wanted) if pretrained == TORCHVISION else pretrained
-        if is_main_process():
-            settle_unless_in_use(Path(file).parent)
+    bring_back(file)
     with raise_on_all_ranks():
         state_dict = read_backbone(file, arch, image_size)
     print_main(f"the backbone starts from {file}")
