@@ -109,31 +109,26 @@ def load_network(
     return model, loaded
 
 
-def read_list(file: str, root: str | None) -> list[tuple[str, int]]:
-    """(file, label) of the images of a list, found below root, by default the list's folder, as a training finds them.
+def locate_images(images: ImageList, root: str | None) -> list[tuple[str, int]]:
+    """(file, label) of a list's images, found below root, by default the list's folder, as a training finds them.
 
-    Raises UserError if the list is malformed, or if none of its images is there.
+    Raises UserError if none of them is there.
     """
-    root, images = root or os.path.dirname(file), ImageList.from_file(file)
-    split = find_files(Split(split_named(file) or "test", root, images))
+    root = root or os.path.dirname(images.name)
+    split = find_files(Split(split_named(images.name) or "test", root, images))
     if len(split.missing) == len(images):
-        raise UserError(f"{file}: none of its images is in {root or '.'}; name their folder with --root")
+        raise UserError(f"{images.name}: none of its images is in {root or '.'}; name their folder with --root")
     return [(split.file(i), label) for i, label in enumerate(images.labels.tolist())]
 
 
-def is_list(path: str) -> bool:
-    """Whether one of the paths of the command line is a list, which it is by its ending."""
-    return path.lower().endswith(".txt") and not is_dir(path)
-
-
-def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], list[str]]:
-    """([(image file, its label)], photos that are left out of folders for their endings); root: as in read_list.
+def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], list[str], list[ImageList]]:
+    """([(image file, its label)], photos that are left out of folders for their endings, the lists among the paths).
 
     The files are those among the paths, image files in and below folders, and those of lists, which alone have labels.
-    Raises UserError as read_list does, for a path that does not exist, and for a folder that cannot be read or has no
-    images.
+    root: as in locate_images. Raises UserError as it does, for a malformed list, for a path that does not exist, and
+    for a folder that cannot be read or has no images.
     """
-    files, unread = [], []
+    files, unread, lists = [], [], []
     for path in paths:
         check_link(path)
         if is_dir(path):
@@ -149,11 +144,12 @@ def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], 
             unread += others
         elif not mode_of(path):
             raise UserError(f"{path}: no such file or folder; correct the path")
-        elif is_list(path):
-            files += read_list(path, root)
+        elif path.lower().endswith(".txt"):
+            lists.append(ImageList.from_file(path))
+            files += locate_images(lists[-1], root)
         else:
             files.append((path, None))
-    return files, unread
+    return files, unread, lists
 
 
 def read_batches(files: list[str], view, batch_size: int, workers: int):
@@ -201,25 +197,24 @@ def predictions(model, files: list[str], args, topk: int, device):
         raise
 
 
-def check_wrong(args, loaded):
+def check_wrong(args, loaded, lists: list[ImageList]):
     """Raises UserError if --wrong cannot be written, or would replace an input, or if a label has no class.
 
     Warns if a list's classes.txt has other names than the checkpoint.
     """
     file, inputs = args.wrong, [args.checkpoint, *args.images, *([args.classes] if args.classes else [])]
-    lists = [path for path in args.images if is_list(path)]
     if not lists or not file.parent.is_dir():
         raise UserError(f"--wrong {file}: needs images of a list, such as test.txt, and an existing folder")
     if file.suffix.lower() != ".csv" or is_dir(file) or (is_file(file) and any(map(file.samefile, inputs))):
         raise UserError(f"--wrong {file}: is a folder, an input, or does not end in .csv; name another file")
-    for path in lists:
-        images, num_classes = ImageList.from_file(path), loaded.found["num_classes"]
+    num_classes = loaded.found["num_classes"]
+    for images in lists:
         if images.num_classes > num_classes:
             where, label = images.locate([int(images.labels.argmax())]), images.num_classes - 1
             raise UserError(f"{where}: the label {label}, but {args.checkpoint} has {num_classes} classes; correct one")
         if not args.classes:
             with redirect_stdout(sys.stderr), suppress(OSError, ValueError):  # no classes.txt, or of another number
-                checkpoint.class_names(loaded, read_names(Path(path).with_name(CLASSES_FILE)))
+                checkpoint.class_names(loaded, read_names(Path(images.name).with_name(CLASSES_FILE)))
 
 
 def write_wrong(file: Path, wrong: list[tuple], shown):
@@ -241,11 +236,11 @@ def run(args) -> int:
     torch.backends.cudnn.allow_tf32 = False  # as in evaluation
     model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
     model.to(device)
-    labeled, unread = find_images(args.images, args.root)
+    labeled, unread, lists = find_images(args.images, args.root)
     files, wrong, unreadable = [file for file, _ in labeled], [], len(unread)
     num_classes = loaded.found["num_classes"]
     if args.wrong:
-        check_wrong(args, loaded)
+        check_wrong(args, loaded, lists)
     topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
     shown = tell_names_apart(names) if model.classes else range(num_classes)
     if args.classifier == "auto" and len(model.classifiers) > 1:
