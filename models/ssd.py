@@ -29,14 +29,16 @@ class Stage(nn.Module):
     logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
     no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from. preferred: the
     classifier of classify, by default the last one, which is stage III's soft one. passes: through backbones per
-    trained image, for estimates of time; backward counts as two.
+    trained image, for estimates of time; backward counts as two. classes: names, or None; trained_on: digests of the
+    images that the weights were trained on, earlier stages included (ListFileDataset.digests), or None.
     """
 
     stage = number = title = backbone = mark = linear = ""
     classifiers: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     passes = 4
-    transform = classes = preferred = None  # set by models.load
+    transform = preferred = None  # set by models.load, as classes is
+    classes = trained_on = None
 
     def classify(self, images) -> torch.Tensor:
         """The logits (N, C) of the classifier `preferred`, in eval mode; images: (N, 3, H, W)."""

@@ -461,7 +461,7 @@ def checkpoint_of(state, averages: dict | None) -> dict:
         "scaler": state.scaler.state_dict(),
         "averages": averages,
         "images": state.images,
-        "trained_on": state.trained_on,
+        "trained_on": state.model.trained_on,
         "args": {name: getattr(args, name) for name in args.marked[KEPT]},
         "run": {
             "seed": args.seed, "deterministic": args.deterministic, "image_size": args.image_size,

@@ -34,8 +34,8 @@ def run_summary(state, data) -> str:
     precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
     threads, processes = torch.get_num_threads(), get_world_size()
     device = f"CPU with {threads} thread{'s' * (threads > 1)}"
-    if state.device.type == "cuda":
-        device = torch.cuda.get_device_name(state.device)
+    if data.test.device.type == "cuda":
+        device = torch.cuda.get_device_name(data.test.device)
     rows = {
         f"stage {state.model.number}, {state.model.title}": "",
         "data": f"{args.data}: {images} images",

@@ -212,7 +212,7 @@ def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
     defer_stop()
     broadcast_buffers(model)
     model.eval()
-    counts = {name: ShotAccuracy(train_counts, state.device, model.classes) for name in model.classifiers}
+    counts = {name: ShotAccuracy(train_counts, state.metrics.device, model.classes) for name in model.classifiers}
     with state.progress(loader.name, len(loader)) as progress:
         for (images,), labels, _ in loader:
             if stop_requested():

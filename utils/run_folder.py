@@ -128,10 +128,10 @@ class RunFolder:
         self.test_facts = {"test_checksum": data.checksums["test"]}
         if not digests:  # published weights do not tell
             return
-        state.trained_on = torch.cat(digests).unique()
+        state.model.trained_on = torch.cat(digests).unique()
         came_from = f" ({next(iter(sources.values()))})" if sources else ""
         for loader in filter(None, (data.val, data.test)):
-            seen = int(torch.isin(loader.dataset.digests(), state.trained_on).sum())
+            seen = int(torch.isin(loader.dataset.digests(), state.model.trained_on).sum())
             if loader is data.test:
                 self.test_facts["test_trained_on"] = seen
             if seen:
@@ -153,8 +153,8 @@ class RunFolder:
             except UserError:  # damaged: it is written anew
                 earlier = {}
             values |= {name: earlier.get(name) for name in starts_from if not values[name]}
-        if state.trained_on is not None:
-            digests = {"images": len(state.trained_on), "checksum": zlib.crc32(state.trained_on.numpy())}
+        if (trained_on := state.model.trained_on) is not None:
+            digests = {"images": len(trained_on), "checksum": zlib.crc32(trained_on.numpy())}
             values["trained_on"] = digests | {"test_images": self.test_facts["test_trained_on"]}
         values |= {"num_classes": data.num_classes, "identity": self.args.marked[IDENTITY], "starts_from": starts_from}
         log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})

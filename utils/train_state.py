@@ -137,13 +137,12 @@ class TrainState:
     """
 
     def __init__(self, model, optimizer, device, args):
-        self.model, self.optimizer, self.device, self.args = model, optimizer, device, args
+        self.model, self.optimizer, self.args = model, optimizer, args
         self.epoch, self.step, self.images, self.best = args.start_epoch, 0, 0, 0.0  # images: of all ranks
         self.metrics = MetricLogger(device, model.classifiers, args.accum_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if self.scaler.is_enabled():
             init_momentum(optimizer)
-        self.trained_on = None  # digests of the images that the weights were trained on, earlier stages included
         self.loader = None  # of the current epoch
         self.not_finite = []  # one flag per micro-batch of the current step: is its loss not finite?
         self.stopping = False  # whether any rank was asked to stop, as of the latest step
@@ -211,7 +210,7 @@ class TrainState:
     def autocast(self):
         """The context of a forward pass, in mixed precision with --amp."""
         dtype = AUTOCAST.get(self.args.amp)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.metrics.device.type, dtype, enabled=dtype is not None)
 
     def backward(self, loss):
         """Adds the gradients of a loss, a micro-batch's share of the step's mean loss."""
