@@ -58,13 +58,20 @@ class Cell(NamedTuple):
 MAIN = (
     Cell("ce", "i", None, "--con-weight 0"),
     Cell("ce_lws", "ii", "ce"),
-    Cell("i", "i"),
+    Cell("i", "i", None, "--con-weight 1"),
     Cell("ii", "ii", "i"),
     Cell("iii", "iii", "ii"),
     Cell("iii_tuned_hard", "ii", "iii", "--classifier hard"),
     Cell("iii_tuned_soft", "ii", "iii", "--classifier soft"),
 )
-PARTS = (*(cell for cell in MAIN if cell.name != "iii_tuned_hard"), Cell("iii_teacher_ce", "iii", "ce_lws"))
+HALF = (
+    Cell("i_con_0.5", "i", None, "--con-weight 0.5"),
+    Cell("ii_con_0.5", "ii", "i_con_0.5"),
+    Cell("iii_con_0.5", "iii", "ii_con_0.5"),
+    Cell("iii_con_0.5_tuned_soft", "ii", "iii_con_0.5", "--classifier soft"),
+)
+CON_1 = (*MAIN[2:5], MAIN[6])
+PARTS = (*MAIN[:2], *HALF, Cell("iii_teacher_ce", "iii", "ce_lws"))
 ABLATIONS = (
     Cell("iii_teacher_ce", "iii", "ce_lws"),
     Cell("iii_no_kd", "iii", None, "--kd-weight 0"),
@@ -73,8 +80,7 @@ ABLATIONS = (
     Cell("iii_freeze_bn", "iii", "ii_freeze_bn", "--freeze-bn"),
 )
 TRIALS = (
-    Cell("i_con_0.5", "i", None, "--con-weight 0.5"),
-    Cell("ii_con_0.5", "ii", "i_con_0.5"),
+    *HALF[:2],
     Cell("iii_kd_t_1", "iii", "ii", "--kd_t 1"),
     Cell("iii_kd_t_4", "iii", "ii", "--kd_t 4"),
 )
@@ -100,7 +106,7 @@ def choice_cells():
     """Stage I under candidate settings, each followed by the candidates of stage II."""
     candidates = {"no_jitter": "--jitter 0", "jitter": "--jitter 0.4"}
     for name, flags in candidates.items():
-        yield Cell(f"i_{name}", "i", None, flags)
+        yield Cell(f"i_{name}", "i", None, f"{flags} --con-weight 1")
         for lr in ("0.05", "0.2", "1"):
             yield Cell(f"ii_{name}_lr_{lr}", "ii", f"i_{name}", f"--lr {lr}")
 
@@ -119,10 +125,8 @@ PLANS = {
     "main": Plan("imbalance_100", 100, (0, 1, 2), MAIN, "Imbalance 100, 100 epochs"),
     "ablations": Plan("imbalance_100", 100, (0, 1, 2), ABLATIONS, "Imbalance 100, 100 epochs"),
     "trials": Plan("imbalance_100", 100, (0,), TRIALS, "Imbalance 100, 100 epochs"),
-    "long": Plan("imbalance_100", 200, (0,), MAIN, "Imbalance 100, 200 epochs"),
-    "imbalance_50": Plan("imbalance_50", 100, (0,), MAIN, "Imbalance 50, 100 epochs"),
-    "imbalance_10": Plan("imbalance_10", 100, (0,), MAIN, "Imbalance 10, 100 epochs"),
     "parts": Plan("imbalance_100", 100, (0, 1, 2), PARTS, "BatchNorm in 4 parts, imbalance 100, 100 epochs", 4),
+    "parts_con_1": Plan("imbalance_100", 100, (0,), CON_1, "BatchNorm in 4 parts, imbalance 100, 100 epochs", 4),
     "parts_50": Plan("imbalance_50", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 50, 100 epochs", 4),
     "parts_10": Plan("imbalance_10", 100, (0,), PARTS, "BatchNorm in 4 parts, imbalance 10, 100 epochs", 4),
     "parts_long": Plan("imbalance_100", 200, (0,), PARTS, "BatchNorm in 4 parts, imbalance 100, 200 epochs", 4),
