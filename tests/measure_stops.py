@@ -17,39 +17,15 @@ REPEATS = 5
 WORKERS = ["-j", 2]
 
 
-def signal_run(job):
-    job.send(signal.SIGTERM)
-
-
-def signal_group(job):
-    os.killpg(job.pid, signal.SIGUSR1)
-
-
-def signal_rank(job):
-    job.send(signal.SIGTERM, job.ranks()[1])
-
-
-def kill_run(job):
-    job.send(signal.SIGKILL)
-
-
-def kill_rank(job):
-    job.send(signal.SIGKILL, job.ranks()[1])
-
-
-def kill_worker(job):
-    job.send(signal.SIGKILL, job.workers()[0])
-
-
-EVENTS = [
-    ("SIGTERM to a plain run", WORKERS, signal_run),
-    ("SIGTERM to the parent of two processes", TWO + WORKERS, signal_run),
-    ("SIGTERM to one of two processes", TWO + WORKERS, signal_rank),
-    ("SIGUSR1 to all processes and data workers of two processes", TWO + WORKERS, signal_group),
-    ("kill -9 of one of two processes", TWO + WORKERS, kill_rank),
-    ("kill -9 of a data worker of two processes", TWO + WORKERS, kill_worker),
-    ("kill -9 of a plain run", WORKERS, kill_run),
-    ("kill -9 of the parent of two processes", TWO + WORKERS, kill_run),
+EVENTS = [  # event, flags, signal, which process or (below 0) group gets it
+    ("SIGTERM to a plain run", WORKERS, signal.SIGTERM, lambda job: job.pid),
+    ("SIGTERM to the parent of two processes", TWO + WORKERS, signal.SIGTERM, lambda job: job.pid),
+    ("SIGTERM to one of two processes", TWO + WORKERS, signal.SIGTERM, lambda job: job.ranks()[1]),
+    ("SIGUSR1 to all processes and data workers of two processes", TWO + WORKERS, signal.SIGUSR1, lambda job: -job.pid),
+    ("kill -9 of one of two processes", TWO + WORKERS, signal.SIGKILL, lambda job: job.ranks()[1]),
+    ("kill -9 of a data worker of two processes", TWO + WORKERS, signal.SIGKILL, lambda job: job.workers()[0]),
+    ("kill -9 of a plain run", WORKERS, signal.SIGKILL, lambda job: job.pid),
+    ("kill -9 of the parent of two processes", TWO + WORKERS, signal.SIGKILL, lambda job: job.pid),
 ]
 
 
@@ -59,7 +35,7 @@ def main():
         tree = write_tree(Path(root) / "tree")
         print("| event | exit status | seconds until no process is left: median | largest |")
         print("|:--|--:|--:|--:|")
-        for number, (event, flags, cause) in enumerate(EVENTS):
+        for number, (event, flags, sent, victim) in enumerate(EVENTS):
             seconds, statuses = [], set()
             for repeat in range(REPEATS):
                 run = Path(root) / f"{number}.{repeat}"
@@ -67,7 +43,7 @@ def main():
                     job.wait_for(r"epoch 1/1000 \[3/")
                     job.note()
                     started = time.monotonic()
-                    cause(job)
+                    job.send(sent, victim(job))
                     statuses.add(job.end().status)
                     seconds.append(time.monotonic() - started)
             status = ", ".join(map(str, sorted(statuses)))

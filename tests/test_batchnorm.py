@@ -8,7 +8,7 @@ from torch import nn
 
 from models import SDL, SLG, SSFL, split_batchnorm
 from models.moco import SplitBatchNorm, forward_shuffle_bn
-from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, on_ranks, run_stage, same, source, train
+from tests.helpers import LAST, STAGES, checkpoint, on_ranks, same, source, train
 
 pytestmark = pytest.mark.method
 
@@ -156,19 +156,6 @@ def test_keys_come_back_in_order_and_share_a_piece_with_their_query_no_more_than
 
 
 # ---- the flag
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["-b", 18, "--bn-splits", 4], ["--bn-splits 4", "18 images", "16 or 20"]),
-        (["-b", 4, "--bn-splits", 4], ["--bn-splits 4", "--batch-size 8"]),
-        (["-b", 24, "--accum-steps", 2, "--bn-splits", 8], ["--bn-splits 8", "12 images", "--batch-size 32"]),
-        (["--bn-splits", 4, "--sync-bn"], ["--bn-splits 4", "--sync-bn"]),
-    ],
-)
-def test_a_batch_that_cannot_be_split_is_refused_in_one_line(plain_tree, tmp_path, flags, words):
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "out", *flags), *words)
 
 
 def test_runs_with_pieces_hand_on_and_the_flag_is_saved(plain_tree, tmp_path):

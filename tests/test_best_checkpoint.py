@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from models import SLG
-from tests.helpers import BEST, PARSERS, checkpoint, log_of, results_of, source, stage_flags, train
+from tests.helpers import BEST, PARSERS, checkpoint, log_of, source, stage_flags, train
 from utils import checkpoint as checkpoints
 from utils import metrics
 from utils.train_state import TrainState
-
-
-@pytest.fixture
-def unbalanced(plain_tree, tmp_path):
-    """A validation list with one image of the first class and four of the others."""
-    lines = (plain_tree / "val.txt").read_text().splitlines(keepends=True)
-    (tmp_path / "unbalanced.txt").write_text("".join(lines[3:]))
-    return ["--val-list", tmp_path / "unbalanced.txt"]
 
 
 def with_validation(monkeypatch, **accuracies):
@@ -47,18 +39,6 @@ def test_stage_iii_chooses_the_best_by_the_soft_classifier(trained, plain_tree, 
     with_validation(monkeypatch, hard=[(0.3, 0.3), (0.8, 0.8)], soft=soft)
     folder = train("iii", plain_tree, tmp_path, *source("iii", trained))
     assert checkpoint(folder, BEST)["epoch"] == 1 and float(checkpoint(folder)["best_acc1"]) == 0.2
-
-
-def test_the_best_of_an_unbalanced_list_is_a_class_mean(plain_tree, unbalanced, tmp_path):
-    """Compared with the confusion matrix of the best checkpoint, with the same list as test list."""
-    folder = train("i", plain_tree, tmp_path / "run", *unbalanced)
-    flags = ["--test-list", unbalanced[1], "--resume", folder / BEST, "--evaluate"]
-    (record,) = results_of(train("i", plain_tree, tmp_path / "e", *flags))
-    assert record["test_counts"] == [1, 4, 4, 4, 4, 4]
-    matrix = torch.tensor(record["confusion"], dtype=torch.float64)
-    best = float(checkpoint(folder)["best_acc1"])
-    assert best == record["class_mean"] == pytest.approx((matrix.diag() / matrix.sum(1)).mean().item(), rel=1e-12)
-    assert best == max(epoch["val"]["linear"]["class_mean"] for epoch in log_of(folder))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from datasets.lists import ImageList
 from datasets.splits import Split, find_class_names, find_splits
-from tests.helpers import LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
+from tests.helpers import COUNTS, LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
 from utils.groups import MAX_NAMES, tell_names_apart
 
 NAMES = ["ant", "bee", "Großer Panda", "crane", "crane", "zebra, plains"]  # two kinds of crane
@@ -100,6 +100,8 @@ def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
         (data / split).symlink_to(reorganized_tree / split)
     run = train("i", data, tmp_path / "i", "--epochs", 1, "--con-weight", 0)
     assert names_in(run) == [f"class{c}" for c in range(6)]
+    (result,) = results_of(run)
+    assert result["train_counts"] == list(COUNTS["train"]) and result["count"] == sum(COUNTS["test"])
     (data / "classes.txt").write_text("\n".join(NAMES))
     assert found(data, 6) == (NAMES, None)
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import struct
 import unicodedata
 
@@ -100,27 +99,6 @@ def test_a_png_named_jpeg_is_read(tmp_path):
     assert load_rgb(file).getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_broken_images_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
-    noise = Image.fromarray(np.frombuffer(random.Random(0).randbytes(64 * 64 * 3), np.uint8).reshape(64, 64, 3))
-    whole = saved(tmp_path, noise, "whole.jpg").read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "zero.jpg").touch()
-    (tmp_path / "text.JPEG").write_text("no image at all\n")
-    saved(tmp_path, Image.new("1", (64, 129)), "bomb.png")
-    for name, reason in {
-        "truncated.jpg": "truncated",
-        "zero.jpg": "not an image, it has 0 bytes",
-        "text.JPEG": "not an image",
-        "bomb.png": "decompression bomb, over 8192 pixels",
-    }.items():
-        with pytest.raises(UserError, match=reason) as caught:
-            load_rgb(tmp_path / name)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no such image"):
-        load_rgb(os.path.join(tmp_path, "none.jpg"))
-
-
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.EACCES, r"cannot be read \(Permission denied\)$"), (None, "cannot be decoded")]
 )
@@ -165,8 +143,9 @@ def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
-    for name in ("fifo.png", "device.png", "folder.png"):
-        with pytest.raises(UserError, match="not a regular file") as caught:
+    reasons = dict.fromkeys(("fifo.png", "device.png", "folder.png"), "not a regular file")
+    for name, reason in (reasons | {"none.png": "no such image"}).items():
+        with pytest.raises(UserError, match=reason) as caught:
             load_rgb(tmp_path / name)
         assert name in str(caught.value)
 
@@ -188,11 +167,3 @@ def test_digests_are_those_of_paths_with_composed_accents():
         images = ImageList.from_entries("train.txt", [(unicodedata.normalize(form, "Bär/é 1.jpg"), 0)])
         digests.append(Split("train", "", images).dataset(None).digests())
     assert torch.equal(*digests)
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
-)
-def test_a_lack_of_memory_is_one_line(error):
-    status, message = describe_failure(error)
-    assert status == 2 and all(flag in message for flag in ("--workers", "--batch-size"))

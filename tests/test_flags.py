@@ -92,6 +92,8 @@ def test_the_facts_of_every_flag_are_consistent(stage):
         assert not {NETWORK, EVALUATION} & facts or KEPT in facts, f"{name}: a checkpoint has to keep it"
         assert STARTS_FROM not in facts or not {KEPT, GOES_ON} & facts, f"{name}: names the file of one run"
     assert args.marked[KEPT] == {name: getattr(args, name) for name in parser.marked(KEPT)}
+    kept = {"i": "con_weight", "ii": "freeze_bn num_samples_cls", "iii": "freeze_bn kd_t kd_weight"}[stage]
+    assert set(kept.split()) <= parser.marked(KEPT).keys()
     assert list(args.marked[STARTS_FROM]) == {"i": [], "ii": ["last_stage_ckpt"], "iii": ["teacher_ckpt"]}[stage]
     assert not {"epochs", "lr"} & parser.marked(GOES_ON).keys()
 
@@ -113,12 +115,6 @@ def test_what_a_checkpoint_keeps_of_a_flag_is_taken_back_and_nothing_else(stage)
 # ---- the command for the next stage
 
 
-def next_command(outcome) -> list[str]:
-    """The words of the first command that a run names for what may come next, without python and script."""
-    assert (outcome.status, outcome.err) == (0, "")
-    return shlex.split(re.search(r"^next:\n  python \S+ (.*)$", outcome.out, re.M)[1])
-
-
 @pytest.mark.parametrize(
     ("stage", "following", "flag"),
     [("i", "ii", "last_stage_ckpt"), ("ii", "iii", "teacher_ckpt"), ("iii", "ii", "last_stage_ckpt")],
@@ -128,7 +124,9 @@ def test_the_next_command_parses_and_repeats_what_goes_on_alone(trained, plain_t
     freeze = [] if stage == "i" else ["--freeze-bn"]
     own = ["--lr", 0.03, "--epochs", 1, *source(stage, trained)]
     goes_on = ["--jitter", 0.2, "--val-list", plain_tree / "val.txt", *freeze]
-    words = next_command(run_stage(stage, plain_tree, tmp_path / "run", *own, *goes_on))
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", *own, *goes_on)
+    assert (outcome.status, outcome.err) == (0, "")
+    words = shlex.split(re.search(r"^next:\n  python \S+ (.*)$", outcome.out, re.M)[1])
     args = parse(following, *words)
     assert getattr(args, flag) == str(tmp_path / "run" / LAST) and args.data == str(plain_tree)
     assert args.jitter == 0.2 and args.val_list == str(plain_tree / "val.txt") and args.batch_size == 16

@@ -20,6 +20,7 @@ from datasets.prepare import long_tail
 from datasets.prepare.cli import build_parser
 from datasets.prepare.long_tail import Selection, SmallImages, long_tail_counts, pick, write_long_tail
 from datasets.splits import find_splits
+from tests.helpers import results_of, train_all
 from tests.helpers_prepare import class_counts, everything, fails, read_lists, stamps, succeeds
 from utils.errors import UserError
 from utils.images import load_rgb
@@ -129,6 +130,16 @@ def test_fashion_mnist_lt_is_written_once_completed_or_overwritten(tmp_path, fas
     assert second["train.txt"] != first["train.txt"] and second["test.txt"] == first["test.txt"]
     listed = {path for entries in read_lists(out).values() for path, _ in entries}
     assert {name for name in second if name.endswith(".png")} == listed
+
+
+def test_all_stages_train_on_fashion_mnist_lt(tmp_path, fashion, capsys):
+    data = tmp_path / "data"
+    flags = ("--out", data, "--source", fashion, "--imbalance", 4, "--max-per-class", 8)
+    succeeds(capsys, "fashion-mnist-lt", *flags)
+    for folder in train_all(data, tmp_path, "--epochs", 1).values():
+        for result in results_of(folder):
+            assert result["train_counts"] == [8, 6, 5, 5, 4, 3, 3, 2, 2, 2] and result["count"] == 20
+            assert result["many"] is result["medium"] is None and result["few"] is not None
 
 
 def test_fashion_mnist_mistakes_end_in_one_line(tmp_path, fashion, capsys, monkeypatch):

@@ -182,43 +182,6 @@ def test_the_key_encoder_starts_as_a_copy_and_follows_in_calls_that_update():
     torch.testing.assert_close(model.encoder_k.conv1.weight, start + 0.25)
 
 
-def frozen_ssfl():
-    """In train mode, but with the BatchNorm of both encoders in eval mode, so that images do not affect each other."""
-    model = ssfl().double().train()
-    model.encoder_q.eval()
-    model.encoder_k.eval()
-    with torch.no_grad():
-        model.q_fc[0].weight.add_(0.1)  # so that a second momentum update would show
-    return model
-
-
-def accumulated(model, slices, im_q, im_k, labels):
-    """Mean losses of a step over micro-batches of equal size; the gradients are in the model."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for number, part in enumerate(slices):
-        update, enqueue = number == 0, number == len(slices) - 1
-        logits, loss = model(im_q[part], im_k[part], labels[part], update=update, enqueue=enqueue)
-        losses = torch.stack([F.cross_entropy(logits, labels[part]), loss]) / len(slices)
-        losses.sum().backward()
-        total += losses.detach()
-    return total
-
-
-def test_two_micro_batches_are_one_large_batch():
-    given = views(dtype=torch.float64)
-    whole, parts = frozen_ssfl(), frozen_ssfl()
-    for step in range(2):  # the second step finds the keys of the first in the queue, and wraps around
-        expected = accumulated(whole, [slice(0, 6)], *given)
-        actual = accumulated(parts, [slice(0, 3), slice(3, 6)], *given)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-        for (name, p), (_, other) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
-            torch.testing.assert_close(other, p, rtol=1e-12, atol=1e-12, msg=name)
-            torch.testing.assert_close(other.grad, p.grad, rtol=1e-10, atol=1e-12, msg=name)
-        torch.testing.assert_close(parts.queue, whole.queue, rtol=1e-12, atol=1e-12)
-        assert torch.equal(parts.label_queue, whole.label_queue)
-        assert parts.queue_ptr.tolist() == whole.queue_ptr.tolist() == [6 * (step + 1) % 10]
-
-
 def test_keys_wait_until_they_may_enter_the_queue():
     model, (im_q, im_k, labels) = ssfl().train(), views(n=3)
     names, queue = model.state_dict().keys(), model.queue.clone()
@@ -328,33 +291,6 @@ def test_stage_two_takes_the_named_classifier():
         assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
     with pytest.raises(ValueError, match="classifier_kd"):
         models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
-
-
-def shuffled_means(rank):
-    """This rank's images through the identity, the input that a BatchNorm received, and its output."""
-    torch.manual_seed(10 + rank)
-    images = torch.arange(4.0).view(4, 1) + 4 * rank
-    identity = forward_shuffle_bn(nn.Identity(), images)
-    norm = nn.BatchNorm1d(1)
-    seen = []
-    norm.register_forward_hook(lambda _, given, __: seen.append(given[0].flatten()))
-    normed = forward_shuffle_bn(norm, images)
-    return [identity.flatten(), seen[0], normed.detach().flatten()]
-
-
-def test_shuffling_mixes_the_ranks_and_puts_every_feature_back():
-    outcomes = on_ranks(2, shuffled_means)
-    for rank, (identity, seen, _) in enumerate(outcomes):
-        own = torch.arange(4.0) + 4 * rank
-        assert torch.equal(identity, own)
-        assert set(seen.tolist()) != set(own.tolist())  # statistics come from other images, too
-    batches = [seen for _, seen, _ in outcomes]
-    assert sorted(torch.cat(batches).tolist()) == list(range(8))
-    for rank, (_, _, normed) in enumerate(outcomes):
-        for position, feature in enumerate(normed.tolist()):
-            batch = next(b for b in batches if 4 * rank + position in b)
-            deviation = (4 * rank + position - batch.mean()) / (batch.var(correction=0) + 1e-5).sqrt()
-            assert feature == pytest.approx(float(deviation), abs=1e-5)
 
 
 def test_shuffling_in_one_process_is_the_encoder_itself():

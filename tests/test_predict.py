@@ -107,6 +107,7 @@ def test_copies_and_pickles_keep_transform_and_class_names(rewritten):
         ({"run": {}, "args": {"image_size": "large"}}, "image_size"),
         ({"args": {"mean": [0.5, 0.5]}}, "mean"),
         ({"args": {"mean": [0.5, 0.5, float("nan")]}}, "mean"),
+        ({"args": {"mean": [0.5, 0.5, "x"]}}, "mean"),
         ({"args": {"std": [0.2, 0.2, 0.0]}}, "std"),
         ({"args": {"std": 3}}, "std"),
         ({"args": [1]}, "args"),

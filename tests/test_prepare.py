@@ -260,6 +260,10 @@ def test_missing_images_are_named_and_explained(lists, root, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     assert "wrong root" in fails(capsys, *command, tmp_path / "nothing")
     assert "no such folder" in fails(capsys, *command, tmp_path / "none")
+    deep = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
+    deep.parent.mkdir(parents=True)
+    root.rename(deep)
+    assert f"below {deep}" in fails(capsys, *command, tmp_path / "kaggle")
 
 
 def check_links(out):

@@ -81,10 +81,6 @@ def defined_in(file: str, name: str) -> bool:
     )
 
 
-def test_the_readme_has_at_most_180_lines():
-    assert len(TEXTS["README.md"].splitlines()) <= 180
-
-
 @each_document
 def test_relative_links_resolve(document):
     for link in re.findall(r"\]\(([^):]+)\)", document.read_text()):

@@ -13,10 +13,8 @@ from tests.helpers import (
     LAST,
     PREVIOUS,
     STAGES,
-    Interruption,
     args_of,
     assert_same_run,
-    call,
     checkpoint,
     copied,
     log_of,
@@ -24,7 +22,6 @@ from tests.helpers import (
     run_stage,
     same,
     source,
-    stage_flags,
     train,
     train_ranks,
 )
@@ -160,15 +157,6 @@ def test_auto_only_evaluates_a_finished_run(trained, plain_tree, tmp_path):
     assert_same_run(folder, trained["i"])
     assert args_of(folder) == args_of(trained["i"])
     assert set(os.listdir(folder)) == set(os.listdir(trained["i"]))
-
-
-@pytest.mark.parametrize("line", ["epoch 1/2 [3/9]", "val", "epoch 1/2:"])
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(trained, plain_tree, tmp_path, line):
-    folder = tmp_path / "run"
-    outcome = call("i", stage_flags("i", plain_tree, folder, ["--cos", "-p", 1]), out=Interruption(line))
-    assert outcome.status == 75 and outcome.err.count("\n") == 1 and "--resume auto" in outcome.err
-    assert len(log_of(folder) if (folder / "log.txt").exists() else []) < 2
-    assert_same_run(train("i", plain_tree, folder, "--cos", "--resume", "auto"), trained["i"])
 
 
 # ---- checkpoints of the published scripts

@@ -72,12 +72,15 @@ def content(folder) -> dict:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path):
+@pytest.mark.parametrize(
+    "flags", ["--lr 1e6", "--test-list none.txt", "--num-classes 3", "-b 1000", "--arch none", "--resume none"]
+)
+def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path, flags):
     folder = copied(trained["i"], tmp_path / "i")
     (folder / "plots").mkdir()
     (folder / "plots" / "losses.png").touch()
     before = content(folder)
-    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--lr", "1e6"), "not finite")
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", *flags.split()))
     assert content(folder) == before
 
 
@@ -190,7 +193,7 @@ def test_a_second_run_does_not_touch_what_a_running_one_set_aside(trained, plain
     while not (tmp_path / "locked").exists():
         time.sleep(0.01)
     try:
-        assert_mistake(run_stage("i", plain_tree, folder, "--resume", "auto"), "another run is writing")
+        assert_mistake(run_stage("i", plain_tree, folder, "--resume", "auto"), f"--output_dir {folder}", "another run")
         assert content(folder) == before
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -220,11 +223,6 @@ def test_an_evaluation_looks_for_no_training_image(trained, plain_tree, tmp_path
     monkeypatch.setattr(splits, "find_files", noting)
     train("i", plain_tree, tmp_path / "evaluation", "--evaluate", "--resume", trained["i"] / LAST)
     assert looked_for == ["test"]
-
-
-def test_epochs_are_checked_if_nothing_is_resumed_after_all(plain_tree, tmp_path):
-    flags = ["--resume", "auto", "--epochs", 2, "--warmup-epochs", 2]
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", *flags), "--warmup-epochs 2", "--epochs 2")
 
 
 def test_a_damaged_args_json_does_not_keep_a_run_from_being_resumed(trained, plain_tree, tmp_path):
@@ -261,10 +259,14 @@ def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_pa
     train("i", plain_tree, folder, "--epochs", 1, "--overwrite")
 
 
-def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+@pytest.mark.parametrize(
+    ("flag", "module", "package"),
+    [("--tensorboard", "torch.utils.tensorboard", "tensorboard"), ("--plots", "matplotlib.figure", "matplotlib")],
+)
+def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch, flag, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
     folder = copied(trained["i"], tmp_path / "i")
-    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", "--tensorboard"), "pip install tensorboard")
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", flag), flag, f"pip install {package}")
     assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
 
 

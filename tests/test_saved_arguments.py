@@ -61,31 +61,6 @@ def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
     assert {n: v for n, v in ours.items() if n not in local} == {n: v for n, v in theirs.items() if n not in local}
 
 
-@pytest.mark.parametrize(
-    ("stage", "flags"),
-    [("ii", {"--freeze-bn": True, "--num_samples_cls": 4}), ("iii", {"--kd_t": 4.0, "--kd-weight": 0.5})],
-)
-def test_flags_of_the_later_stages_are_kept(trained, plain_tree, tmp_path, stage, flags):
-    words = [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, value])]
-    run = train(stage, plain_tree, tmp_path / "run", *words, *source(stage, trained), "--epochs", 1)
-    outcome = run_stage(stage, plain_tree, tmp_path / "again", "--resume", run / LAST)
-    assert outcome.status == 0
-    for flag, value in flags.items():
-        assert (flag if value is True else f"{flag} {value}") in outcome.out
-        assert args_of(tmp_path / "again")[flag.strip("-").replace("-", "_")] == value
-
-
-@pytest.mark.parametrize("stage", ["ii", "iii"])
-def test_a_stage_takes_backbone_and_image_size_from_the_one_before(trained, plain_tree, tmp_path, stage):
-    own = ["-j", 0, "--device", "cpu", "-b", 16, "--epochs", 1, "--output_dir", tmp_path]
-    words = [*source(stage, trained), *own, plain_tree]
-    outcome = call(stage, words)
-    assert (outcome.status, outcome.err) == (0, "")
-    (line,) = [line for line in outcome.out.splitlines() if line.startswith("as saved: ")]
-    assert "--arch resnet8" in line and "--image-size 32" in line and "--lr" not in line
-    assert (args_of(tmp_path)["arch"], args_of(tmp_path)["image_size"]) == ("resnet8", 32)
-
-
 # ---- flags that differ from what was saved
 
 
@@ -177,14 +152,6 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     args = checkpoint(trained["iii"])["args"]
     assert args["cos"] is True and args["lr"] == 0.1 and args["schedule"] == [120, 160]
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
-
-
-@pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("schedule", ["--help"]), ("cos", ["-h"]), ("mean", 0.5)])
-def test_a_saved_argument_that_the_flag_could_not_have_is_named(trained, plain_tree, tmp_path, name, value):
-    content = checkpoint(trained["i"], PREVIOUS)
-    torch.save(content | {"args": content["args"] | {name: value}}, tmp_path / "changed.tar")
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "changed.tar")
-    assert_mistake(outcome, tmp_path / "changed.tar", f"--{name}", "correct --resume")
 
 
 def test_the_saved_seed_is_taken_and_arguments_of_unknown_flags_are_ignored(trained, plain_tree, tmp_path):

@@ -1,14 +1,11 @@
 """The stages from the command line to their files, on image trees in every layout, with every launcher."""
 
-import gzip
 import inspect
-import struct
 
 import numpy as np
 import pytest
 import torch
 
-from datasets.prepare.cli import main as prepare
 from models import SDL, SLG, SSFL
 from models import STAGES as NETWORKS
 from models.state_dicts import strip_module, strip_prefix
@@ -27,7 +24,6 @@ from tests.helpers import (
     args_of,
     call,
     checkpoint,
-    class_image,
     log_of,
     results_of,
     run_shell,
@@ -36,7 +32,6 @@ from tests.helpers import (
     source,
     stage_flags,
     train,
-    train_all,
     train_ranks,
 )
 from tests.helpers_processes import free_port
@@ -64,20 +59,6 @@ def weights_of(folder):
 # ---- layouts, and prepared data
 
 
-def test_the_reorganized_tree_gives_the_same_numbers(trained, reorganized_tree, tmp_path):
-    folder = train("i", reorganized_tree, tmp_path / "i", "--cos")
-    assert same(weights_of(folder), weights_of(trained["i"])) and results_of(folder) == results_of(trained["i"])
-
-
-def test_class_folders_are_used_if_there_are_no_lists(reorganized_tree, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    for split in ("train", "val", "test"):
-        (data / split).symlink_to(reorganized_tree / split)
-    (result,) = results_of(train("i", data, tmp_path / "i", "--epochs", 1))
-    assert result["train_counts"] == list(COUNTS["train"]) and result["count"] == TEST_IMAGES
-
-
 def test_a_list_given_by_flag_comes_first_and_classes_may_be_more_than_in_the_lists(plain_tree, tmp_path):
     lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "half.txt").write_text("".join(lines[::2]))
@@ -85,29 +66,6 @@ def test_a_list_given_by_flag_comes_first_and_classes_may_be_more_than_in_the_li
     (result,) = results_of(train("i", plain_tree, tmp_path / "i", *flags))
     assert sum(result["train_counts"]) == -(-IMAGES // 2) and result["train_counts"][6:] == [0, 0]
     assert result["per_class"][6:] == [None, None]
-
-
-def write_idx(file, array):
-    """MNIST's format, gzipped as it is distributed."""
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    with gzip.open(f"{file}.gz", "wb") as out:
-        out.write(header + array.tobytes())
-
-
-def test_all_stages_train_on_fashion_mnist_lt(tmp_path):
-    random, source, data = np.random.default_rng(0), tmp_path / "source", tmp_path / "data"
-    source.mkdir()
-    for name, each in (("train", 58), ("t10k", 2)):
-        labels = np.tile(np.arange(10, dtype=np.uint8), each)
-        images = np.stack([np.asarray(class_image(random, int(label), 28).convert("L")) for label in labels])
-        write_idx(source / f"{name}-images-idx3-ubyte", images)
-        write_idx(source / f"{name}-labels-idx1-ubyte", labels)
-    command = f"fashion-mnist-lt --out {data} --source {source} --imbalance 4 --max-per-class 8"
-    assert prepare(command.split()) == 0
-    for folder in train_all(data, tmp_path, "--epochs", 1).values():
-        for result in results_of(folder):
-            assert result["train_counts"] == [8, 6, 5, 5, 4, 3, 3, 2, 2, 2] and result["count"] == 20
-            assert result["many"] is result["medium"] is None and result["few"] is not None
 
 
 def test_all_stages_train_on_large_jpegs(jpeg_tree, tmp_path):
@@ -200,29 +158,6 @@ def test_checkpoints_have_the_published_entries_and_the_best_class_mean(trained,
     assert checkpoint(trained[run], PREVIOUS)["epoch"] == 1
 
 
-@EACH_RUN
-def test_optimizer_holds_what_the_published_one_holds(trained, run):
-    saved = checkpoint(trained[run])
-    names = [
-        name for name, value in saved["state_dict"].items() if value.is_floating_point() and "running_" not in name
-    ]
-    if script(run) == "i":
-        held = [name for name in names if name != "module.queue"]
-    elif script(run) == "ii":
-        held = ["module.classifier.scales"]
-    else:
-        held = [name for name in names if not name.startswith(("module.encoder_t.", "module.classifier_t."))]
-    (group,) = saved["optimizer"]["param_groups"]
-    assert len(group["params"]) == len(held)
-    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
-    moved = {index: held[index] for index in saved["optimizer"]["state"]}
-    still = {name for name in held if name.startswith(("module.encoder_k.", "module.k_fc."))}
-    assert set(moved.values()) == set(held) - still
-    for index, name in moved.items():
-        momentum = saved["optimizer"]["state"][index]["momentum_buffer"]
-        assert momentum.shape == saved["state_dict"][name].shape
-
-
 def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
     states = {run: weights_of(trained[run]) for run in RUNS}
 
@@ -240,13 +175,6 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
     for frozen, given in ((("ii", "encoder."), ("i", "encoder_q.")), (("iii", "encoder_t."), ("ii", "encoder."))):
         before, now = (states[run][f"{prefix}bn1.running_mean"] for run, prefix in (given, frozen))
         assert not torch.equal(now, before)  # frozen, but its statistics moved, as published
-
-
-def test_the_queue_is_full_of_unit_keys_and_has_wrapped_around(trained):
-    saved = weights_of(trained["i"])
-    steps = 2 * (IMAGES // 16)
-    assert saved["queue_ptr"].tolist() == [steps * 16 % 50] and saved["label_queue"].min() >= 0
-    torch.testing.assert_close(saved["queue"].norm(dim=0), torch.ones(50))
 
 
 # ---- evaluation alone

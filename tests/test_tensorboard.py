@@ -1,11 +1,9 @@
 """--tensorboard writes the figures of log.txt; without the package the run ends in one line."""
 
-import sys
-
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import assert_mistake, log_of, run_stage, train
+from tests.helpers import log_of, train
 
 
 def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
@@ -18,12 +16,6 @@ def test_events_hold_the_figures_of_the_log(plain_tree, tmp_path):
         written = events.Scalars(name)
         assert [event.step for event in written] == [0, 1]
         assert [event.value for event in written] == pytest.approx(values, rel=1e-6)  # stored as float32
-
-
-def test_a_missing_tensorboard_ends_in_one_line(plain_tree, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    outcome = run_stage("i", plain_tree, tmp_path, "--tensorboard")
-    assert_mistake(outcome, "--tensorboard", "pip install tensorboard")
 
 
 def test_a_resumed_run_writes_every_epoch_once(plain_tree, tmp_path):

@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from tests.helpers import LAST, ROOT, call, run_stage, stage_flags
+from tests.helpers import LAST, ROOT, args_of, call, run_stage, stage_flags
 from tests.helpers_processes import wait_until
 from utils.command_line import ArgumentParser, run_command
 from utils.errors import UserError
@@ -120,6 +120,7 @@ def test_the_commands_at_the_end_run(plain_tree, tmp_path):
     assert stages == ["i", "ii", "iii", "ii"]
     assert following[1] == "-m" and following[2].startswith("utils.report ")
     assert (tmp_path / "stage_iii_tuned" / LAST).exists()
+    assert args_of(tmp_path / "stage_iii_tuned")["image_size"] == 32  # from checkpoint to checkpoint
 
 
 def test_a_run_whose_output_is_closed_ends_in_one_line(plain_tree, tmp_path):

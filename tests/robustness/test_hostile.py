@@ -8,7 +8,6 @@ import re
 import struct
 import tarfile
 import tempfile
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,11 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.lists import ImageList
 from datasets.prepare.cli import main as prepare
 from tests.helpers import (
     CLASSES,
-    LAST,
     Outcome,
     assert_mistake,
     assert_mistake_of_all_ranks,
@@ -37,21 +34,6 @@ from utils.images import load_rgb
 
 # ---- lists
 
-LISTS = {  # tests/test_list_file.py has more
-    "a path out of the root": (b"../../../../etc/passwd 0", "leaves the image root"),
-    "a path that ends in ..": (b"train/.. 0", "leaves the image root"),
-    "an absolute path after spaces": (b"   /etc/passwd 0", "absolute"),
-    "a network share": (b"\\\\server\\share\\x.png 0", "absolute"),
-    "a NUL byte": (b"train/class0/train_0.png\0.txt 0", "NUL"),
-    "UTF-16": ("train/class0/train_0.png 0".encode("utf-16"), "line 1"),
-    "gzip": (b"\x1f\x8b\x08\x00" + zlib.compress(b"train/class0/train_0.png 0"), "line 1"),
-    "a pickle": (pickle.dumps([("train/class0/train_0.png", 0)]), "line 1"),
-    "a label with a sign": (b"train/class0/train_0.png +1", "+1"),
-    "a label with an exponent": (b"train/class0/train_0.png 1e3", "1e3"),
-    "a hexadecimal label": (b"train/class0/train_0.png 0x1", "0x1"),
-    "a label with an underscore": (b"train/class0/train_0.png 1_0", "1_0"),
-    "a label in Arabic digits": ("train/class0/train_0.png \u0663".encode(), "not a whole number"),
-}
 LISTS_OF_FILES = {  # lists that are well-formed
     "a label that would use up all memory": (b"train/class0/train_0.png 2147483647", "--num-classes"),
     "a name of a megabyte": (b"a" * 2**20 + b".png 0", "1 of 1 files are not in"),
@@ -86,27 +68,12 @@ def tree(plain_tree, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", LISTS)
-def test_a_hostile_list_is_refused_in_one_line(tmp_path, case):
-    content, reason = LISTS[case]
-    (tmp_path / "list.txt").write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        ImageList.from_file(tmp_path / "list.txt")
-    assert str(tmp_path / "list.txt") in str(caught.value) and str(caught.value).isprintable()
-
-
 @pytest.mark.parametrize("case", LISTS_OF_FILES)
 def test_a_list_of_hostile_files_is_refused_in_one_line(tree, tmp_path, case):
     content, reason = LISTS_OF_FILES[case]
     (tmp_path / "list.txt").write_bytes(content)
     outcome = run_stage("i", tree, tmp_path / "run", "--train-list", tmp_path / "list.txt")
     assert_mistake(outcome, tmp_path / "list.txt", reason)
-
-
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
-def test_a_folder_pipe_or_device_in_place_of_a_list_is_refused(tree, tmp_path, kind):
-    file = {"folder": tmp_path, "pipe": tree / "train/class0/pipe", "device": Path("/dev/zero")}[kind]
-    assert_mistake(run_stage("i", tree, tmp_path / "run", "--val-list", file), file, "--val-list")
 
 
 # ---- images
@@ -129,11 +96,11 @@ def png(width, height, *chunks) -> bytes:
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 JPEG, PNG = encoded(NOISE, "JPEG"), encoded(NOISE, "PNG")
-BOMB = "decompression bomb"
+BOMB = "decompression bomb, over 178956970 pixels"
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/harm) (w) file closefile\nshowpage\n%%EOF\n"
 
 IMAGES = {
-    "an empty file": (b"", "not an image"),
+    "an empty file": (b"", "not an image, it has 0 bytes"),
     "text": (b"no image\n", "not an image"),
     "an HTML page": (b"<!DOCTYPE html><html>quota exceeded</html>", "not an image"),
     "a script": (b"#!/bin/sh\ntouch /tmp/harm\n", "not an image"),
@@ -187,17 +154,6 @@ def test_a_hostile_image_is_refused_in_one_line(tmp_path, case):
     assert not Path("/tmp/harm").exists()
 
 
-def test_a_run_names_the_line_of_a_hostile_image(trained, plain_tree, tmp_path):
-    """It is an image of the test list."""
-    root = tmp_path / "tree"
-    root.mkdir()
-    (root / "image.png").write_bytes(JPEG[: len(JPEG) // 2])
-    (root / "train.txt").symlink_to(plain_tree / "train.txt")
-    (root / "test.txt").write_text("\nimage.png 0\n")
-    outcome = run_stage("i", root, tmp_path / "run", "--evaluate", "--resume", trained["i"] / LAST)
-    assert_mistake(outcome, root / "image.png", "test.txt, line 2", "truncated")
-
-
 # ---- checkpoints
 
 
@@ -228,7 +184,7 @@ def traversing(whole, file):
     """A checkpoint with an entry whose name leads out of the folder that it is unpacked in."""
     saved(file, whole)
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr("../../../../harm", b"harm")
+        archive.writestr("../harm", b"harm")
 
 
 def archived(whole, file, change=lambda name, content: content, **options):
@@ -283,12 +239,6 @@ def momenta(whole, value):
     return optimizer(whole, state=states)
 
 
-def nested():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it is a prototype
-        return torch.nested.nested_tensor([torch.ones(2)])
-
-
 def scaled_momenta(whole, factor):
     states = {
         number: {"momentum_buffer": state["momentum_buffer"] * factor + factor}
@@ -305,11 +255,6 @@ def averages(**changes):
 
 def midway_of(whole, file, step=2, images=32, **changes):
     changed(whole, file, step=step, images=images, averages=averages(steps=step, **changes))
-
-
-def compressed(whole, file):
-    """A checkpoint whose archive is compressed."""
-    archived(whole, file, compression=zipfile.ZIP_DEFLATED)
 
 
 CODE = "could run code"
@@ -332,6 +277,7 @@ CHECKPOINTS = {
     "more images than the epoch has": (
         lambda w, f: midway_of(w, f, step=10, images=160), "160 images, an epoch has 154",
     ),
+    "a mean above 1": (lambda w, f: changed(w, f, args={"mean": [0.5, 0.5, 3.0]}), "--mean"),
     "an argument out of bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
     "an argument of another type": (lambda w, f: changed(w, f, args={"cos": "yes"}), "--cos"),
     "a number instead of a list": (lambda w, f: changed(w, f, args={"schedule": 3}), "--schedule"),
@@ -356,7 +302,6 @@ CHECKPOINTS = {
     "weights that are integers": (
         lambda w, f: with_weights(w, f, classifier__bias=torch.ones(CLASSES, dtype=torch.int8)), "int8",
     ),
-    "a pickle that unpacks to more than the file": (lambda w, f: compressed(w, f), "compressed"),
     "one weight too many": (lambda w, f: with_weights(w, f, extra=torch.zeros(1)), "extra"),
     "a weight of another shape": (lambda w, f: with_weights(w, f, encoder_q__bn1__bias=torch.zeros(3)), "its backbone"),
     "a queue expanded beyond its storage": (lambda w, f: with_weights(w, f, queue=stretched(16, 10**9)), "queue"),
@@ -366,14 +311,11 @@ CHECKPOINTS = {
     "an empty queue": (lambda w, f: with_weights(w, f, queue=torch.zeros(0)), "queue"),
     "half a checkpoint": (lambda w, f: cut(w, f, lambda size: size // 2), "not loaded"),
     "a checkpoint without its last byte": (lambda w, f: cut(w, f, lambda size: size - 1), "not loaded"),
-    "an empty file": (lambda w, f: f.touch(), "--resume"),
-    "text": (lambda w, f: f.write_text("no checkpoint\n" * 100), "--resume"),
-    "a list": (lambda w, f: saved(f, [1, 2]), "--resume"),
     "no weights": (lambda w, f: saved(f, {"epoch": 1}), "no state_dict"),
     "one weight too few": (without_one_weight, "classifier.weight"),
     "weights of something else": (lambda w, f: changed(w, f, state_dict=torch.nn.Linear(2, 2).state_dict()), "stage"),
-    "weights of which one is a number": (lambda w, f: changed(w, f, state_dict={"module.conv1.weight": 3}), "--resume"),
-    "weights that are a number": (lambda w, f: changed(w, f, state_dict=3), "no state_dict"),
+    "an entry that leads out of the archive": (traversing, "not loaded"),
+    "a pipe": (lambda w, f: os.mkfifo(f), "not a regular file"),
 }  # fmt: skip
 
 
@@ -416,7 +358,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_pat
     write(midway, file)
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
     assert_mistake(outcome, file, reason)
-    assert not Path("/tmp/harm").exists() and not list(tmp_path.glob("run/*.tar"))
+    assert not Path("/tmp/harm").exists() and not [*tmp_path.glob("run/*.tar"), *tmp_path.rglob("harm")]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +366,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_pat
 )
 @pytest.mark.parametrize(
     "case",
-    ["a bare pickle", "exec, old format", "half a checkpoint", "weights of something else", "one weight too few"],
+    ["a bare pickle", "exec, old format", "a pipe", "weights of something else", "one weight too few"],
 )
 def test_a_hostile_checkpoint_of_the_stage_before_is_refused(trained, plain_tree, tmp_path, stage, flag, made_by, case):
     file = tmp_path / "hostile.tar"
@@ -463,25 +405,6 @@ def test_invalid_weights_are_not_evaluated(midway, plain_tree, tmp_path, case):
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--evaluate", "--resume", tmp_path / "hostile.tar")
     assert_mistake(outcome, tmp_path / "hostile.tar", reason)
     assert "Overall" not in outcome.out
-
-
-@pytest.mark.parametrize(("stage", "flag"), [("i", "--resume"), ("ii", "--last_stage_ckpt"), ("iii", "--teacher_ckpt")])
-def test_a_pipe_in_place_of_a_checkpoint_is_refused(plain_tree, tmp_path, stage, flag):
-    os.mkfifo(tmp_path / "pipe.tar")
-    assert_mistake(
-        run_stage(stage, plain_tree, tmp_path / "run", flag, tmp_path / "pipe.tar"), "not a regular file", flag
-    )
-
-
-def test_an_archive_is_never_unpacked(midway, plain_tree, tmp_path):
-    """It is refused for an entry outside of its folder, and nothing is written anywhere."""
-    file = tmp_path / "a" / "b" / "hostile.tar"
-    file.parent.mkdir(parents=True)
-    traversing(midway, file)
-    before = set(tmp_path.rglob("*"))
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "run", "--resume", file), file, "not loaded")
-    after = {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)}
-    assert after == before
 
 
 # ---- archives
@@ -536,32 +459,12 @@ def test_a_message_is_one_line_whatever_it_quotes():
 # ---- through the shell
 
 
-@pytest.mark.parametrize(
-    ("kind", "case"),
-    [
-        ("list", "a path out of the root"),
-        ("checkpoint", "os.system"),
-        pytest.param("image", "a PNG bomb", marks=pytest.mark.full),
-        pytest.param("flags", "two lines in its value", marks=pytest.mark.full),
-    ],
-)
-def test_hostile_input_through_the_shell_ends_in_one_line(trained, midway, plain_tree, tree, tmp_path, kind, case):
-    data, flags = plain_tree, []
-    cases = {"list": LISTS | LISTS_OF_FILES, "image": IMAGES, "checkpoint": CHECKPOINTS}
-    content, reason = cases[kind][case] if kind in cases else (None, "--amp")
-    if kind == "list":
-        (tmp_path / "input").write_bytes(content)
-        data, flags = tree, ["--train-list", tmp_path / "input"]
-    elif kind == "image":
-        data = tmp_path
-        (tmp_path / "image.png").write_bytes(content)
-        (tmp_path / "train.txt").symlink_to(plain_tree / "train.txt")
-        (tmp_path / "test.txt").write_text("image.png 0\n")
-        flags = ["--evaluate", "--resume", trained["i"] / LAST, "-j", 1]
-    elif kind == "checkpoint":
+@pytest.mark.parametrize(("flag", "case"), [("--train-list", "terminal commands in a path"), ("--resume", "os.system")])
+def test_hostile_input_through_the_shell_ends_in_one_line(midway, tree, tmp_path, flag, case):
+    content, reason = (LISTS_OF_FILES | CHECKPOINTS)[case]
+    if flag == "--resume":
         content(midway, tmp_path / "input")
-        flags = ["--resume", tmp_path / "input"]
     else:
-        flags = ["--amp", "fp8\nERROR: all is lost"]
-    assert_mistake(run_shell("i", data, tmp_path / "run", *flags), reason)
+        (tmp_path / "input").write_bytes(content)
+    assert_mistake(run_shell("i", tree, tmp_path / "run", flag, tmp_path / "input"), reason)
     assert not Path("/tmp/harm").exists()

@@ -39,7 +39,6 @@ from tests.helpers import (
 from utils import errors
 from utils.checkpoint import find_latest, trained_on
 from utils.images import load_rgb
-from utils.launch.failures import describe_failure
 from utils.predict import main as predict
 from utils.report import main as report
 
@@ -269,21 +268,6 @@ def test_a_path_that_the_locale_cannot_encode_is_read(trained, plain_tree, tmp_p
 
 
 # ---- what data workers need of the system
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (RuntimeError("can't start new thread"), ["ulimit -u"]),
-        (OSError(errno.EAGAIN, "Resource temporarily unavailable: data workers cannot be started"), ["ulimit -u"]),
-        (OSError(errno.EROFS, "Read-only file system: data workers cannot be started"), ["/dev/shm", "--workers"]),
-        (OSError("AF_UNIX path too long"), ["TMPDIR", "-j 0"]),
-        (RuntimeError("Caught _ArrayMemoryError ... Unable to allocate 512. TiB for an array with shape"), ["memory"]),
-    ],
-)
-def test_what_data_workers_lack_is_named(error, words):
-    status, message = describe_failure(error)
-    assert status == 2 and all(word in message for word in words) and "\n" not in message
 
 
 @pytest.mark.parametrize("workers", [2, 5])
