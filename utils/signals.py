@@ -58,6 +58,7 @@ def handle_stop_signals(program: str = "", report=None, exits: bool = False):
         state.ended.set()
         os.write(send, b"\0")
         thread.join()
+        distributed.stop_state = distributed.StopState()  # the stop of this run is none of the next
         for descriptor in (receive, send, stderr):
             os.close(descriptor)
 
