@@ -47,7 +47,7 @@ from tests.helpers import (
 from tests.helpers_processes import Job, alive, free_port, listening, wait_until
 from utils import arguments, metrics
 from utils.arguments import training_parser
-from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks
+from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks, stop_requested
 from utils.errors import UserError
 from utils.launch import launch, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
@@ -184,6 +184,7 @@ def test_a_stopped_evaluation_writes_nothing(trained, plain_tree, tmp_path):
     flags = ["--evaluate", "--resume", trained["i"] / LAST, "-p", 1]
     outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", flags), out=Interruption("test"))
     assert_one_line(outcome, 75, "evaluate again")
+    assert not stop_requested()  # of the next run in this process
     assert not list(tmp_path.glob("run/*.json"))
 
 
