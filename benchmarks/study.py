@@ -70,10 +70,11 @@ HALF = (
     Cell("iii_con_0.5", "iii", "ii_con_0.5"),
     Cell("iii_con_0.5_tuned_soft", "ii", "iii_con_0.5", "--classifier soft"),
 )
-CON_1 = (*MAIN[2:5], MAIN[6])
-PARTS = (*MAIN[:2], *HALF, Cell("iii_teacher_ce", "iii", "ce_lws"))
+CON_1 = (*MAIN[2:5], MAIN[6])  # those of HALF with the published weight
+TEACHER_CE = Cell("iii_teacher_ce", "iii", "ce_lws")
+PARTS = (*MAIN[:2], *HALF, TEACHER_CE)
 ABLATIONS = (
-    Cell("iii_teacher_ce", "iii", "ce_lws"),
+    TEACHER_CE,
     Cell("iii_no_kd", "iii", None, "--kd-weight 0"),
     Cell("ii_freeze_bn", "ii", "i", "--freeze-bn"),
     Cell("ce_lws_freeze_bn", "ii", "ce", "--freeze-bn"),

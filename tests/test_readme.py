@@ -174,10 +174,9 @@ def test_the_python_examples_run(name, trained, tmp_path, monkeypatch):
 def test_measured_figures_are_those_of_the_study():
     """Every row of a table that links to a cell of the study has the accuracies that docs/study.md has for it."""
     study_rows = {}
-    for group, mark in (("100_epochs", "100"), ("100_epochs_splits_4", "100_epochs_splits_4")):
-        table = (
-            TEXTS["docs/study.md"].partition(f"<!-- table: imbalance_100_{mark} -->")[2].partition("<!-- end -->")[0]
-        )
+    for group in ("100_epochs", "100_epochs_splits_4"):
+        mark = f"<!-- table: imbalance_100_{group.removesuffix('_epochs')} -->"
+        table = TEXTS["docs/study.md"].partition(mark)[2].partition("<!-- end -->")[0]
         for name, classifier, figures in re.findall(r"^\| ([\w.]+), (\w+) \| \d \| (.*) \|$", table, re.M):
             many, medium, few, _, overall, _ = figures.split(" | ")
             study_rows.setdefault(f"{group}/{name}", []).append((classifier, [many, medium, few, overall]))

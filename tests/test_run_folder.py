@@ -73,14 +73,18 @@ def content(folder) -> dict:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--lr 1e6", "--test-list none.txt", "--num-classes 3", "-b 1000", "--arch none", "--resume none"]
-)
-def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path, flags):
+    ("flags", "words"),
+    [
+        ("--lr 1e6", "not finite"), ("--test-list none.txt", "--test-list"), ("--num-classes 3", "--num-classes"),
+        ("-b 1000", "--batch-size 1000"), ("--arch none", "--arch"), ("--resume none", "--resume"),
+    ],
+)  # fmt: skip
+def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path, flags, words):
     folder = copied(trained["i"], tmp_path / "i")
     (folder / "plots").mkdir()
     (folder / "plots" / "losses.png").touch()
     before = content(folder)
-    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", *flags.split()))
+    assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", *flags.split()), words)
     assert content(folder) == before
 
 

@@ -168,7 +168,11 @@ def test_a_process_that_is_stuck_in_a_system_call_obeys_a_signal(plain_tree, tmp
 
 @pytest.mark.parametrize(
     ("line", "step", "words"),
-    [("val", (0, 9), "epoch 1"), ("epoch 1/2:", (1, 0), "epoch 2"), ("test", (2, 0), "before the test evaluation")],
+    [
+        ("val", (0, 9), "epoch 1"),
+        ("epoch 1/2:", (1, 0), "epoch 2"),
+        ("test", (2, 0), "before the test evaluation was done"),
+    ],
 )
 def test_a_run_stopped_in_an_evaluation_trains_no_step_again(trained, plain_tree, tmp_path, line, step, words):
     run = tmp_path / "run"
