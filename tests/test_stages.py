@@ -37,6 +37,7 @@ from tests.helpers import (
 )
 from tests.helpers_processes import free_port
 from utils.arguments import settle_defaults
+from utils.command_line import __version__
 from utils.train_state import prepare_model
 
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
@@ -135,7 +136,8 @@ def test_args_json_has_the_arguments_and_versions(trained, plain_tree, run):
         CLASSES, 3, 16, 0.2 if script(run) == "ii" else 0.1,
     )  # fmt: skip
     versions = kept["environment"]
-    assert versions["torch"] == torch.__version__ and versions.keys() >= {"commit", "python", "torchvision"}
+    assert (versions["torch"], versions["version"]) == (torch.__version__, __version__)
+    assert versions.keys() >= {"commit", "python", "torchvision"}
 
 
 NAMES = {
@@ -240,10 +242,9 @@ def test_the_soft_classifier_can_be_tuned(trained, plain_tree, tmp_path):
     assert same(strip_prefix(tuned, "classifier.fc."), strip_prefix(student, "classifier_kd."))
 
 
-@pytest.mark.parametrize(
-    ("stage", "before", "taken", "kept"),
-    [("ii", "i", "encoder_q.", "encoder."), ("iii", "ii", "encoder.", "encoder_t.")],
-)
+@pytest.mark.parametrize("stage, before, taken, kept", [
+    ("ii", "i", "encoder_q.", "encoder."), ("iii", "ii", "encoder.", "encoder_t."),
+])  # fmt: skip
 def test_freeze_bn_keeps_the_batchnorm_statistics(trained, plain_tree, tmp_path, stage, before, taken, kept):
     folder = train(stage, plain_tree, tmp_path / stage, *source(stage, trained), "--freeze-bn", "--epochs", 1)
     assert same(strip_prefix(weights_of(folder), kept), strip_prefix(weights_of(trained[before]), taken))
