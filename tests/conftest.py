@@ -68,13 +68,6 @@ def reorganized_tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def jpeg_tree(tmp_path_factory):
-    """A few large JPEG files."""
-    counts = {"train": (9, 4, 2), "val": (1, 1, 1), "test": (2, 2, 2)}
-    return write_tree(tmp_path_factory.mktemp("jpeg"), counts, size=260, suffix=".JPEG")
-
-
-@pytest.fixture(scope="session")
 def trained(plain_tree, tmp_path_factory):
     """Folders of stages i, ii, iii and ii again (`tuned`), each on the one before; tests must not change them."""
     return train_all(plain_tree, tmp_path_factory.mktemp("trained"), "--cos")

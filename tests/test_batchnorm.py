@@ -13,7 +13,6 @@ from tests.helpers import LAST, STAGES, checkpoint, on_ranks, same, source, trai
 pytestmark = pytest.mark.method
 
 CLASSES, IMAGES, STEPS = 5, 16, 3
-CPU = torch.device("cpu")
 
 
 def network(stage, splits=1, **options):

@@ -1,6 +1,5 @@
 """The guides of docs/extending.md: their changes can be made to this version, and do what the document says."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import LAST, ROOT, log_of, results_of, same, stage_flags, train
+from tests.helpers import LAST, ROOT, args_of, checkpoint, log_of, results_of, same, stage_flags, train
 
 GUIDES = {  # heading -> (language, text) of its code blocks
     section.splitlines()[0]: re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.M | re.S)
@@ -61,8 +60,8 @@ def test_logit_adjustment_changes_the_loss_by_its_flag_alone(project, plain_tree
     adjusted = stage_flags("i", plain_tree, on, [*flags, "--logit-adjustment", 1])
     run(project, ("i", stage_flags("i", plain_tree, off, flags)), ("i", adjusted))
     assert log_of(off, timed=False) == before != log_of(on, timed=False)
-    assert torch.load(on / LAST, weights_only=True)["args"]["logit_adjustment"] == 1
-    assert json.loads((on / "args.json").read_text())["identity"]["logit_adjustment"] == 0
+    assert checkpoint(on)["args"]["logit_adjustment"] == 1
+    assert args_of(on)["identity"]["logit_adjustment"] == 0
 
 
 def test_a_backbone_a_sampler_a_loss_on_the_queue_and_a_figure(project, plain_tree, tmp_path):
@@ -103,7 +102,7 @@ except RuntimeError as error:
     assert "modified by an inplace operation" in str(error)
 """
     run(project, ("i", first), ("ii", second), code=code)
-    assert json.loads((tmp_path / "i" / "args.json").read_text())["arch"] == "mobilenet_v3_small"
+    assert args_of(tmp_path / "i")["arch"] == "mobilenet_v3_small"
     assert 0 < log_of(tmp_path / "i")[0]["attraction"] < 2
     assert 1 / 6 < log_of(tmp_path / "ii")[0]["confidence"] < 1
 
@@ -136,12 +135,11 @@ assert "stage_iv" in check_recipes.STAGES
     run(project, ("iv", whole), ("iv", again), ("iv", half), ("iv", resumed), code=code)
     assert [record["classifier"] for record in results_of(out)] == ["cosine"]
     assert results_of(out) == results_of(tmp_path / "evaluated")
-    weights = torch.load(out / LAST, weights_only=True)["state_dict"]
-    student = torch.load(trained["iii"] / LAST, weights_only=True)["state_dict"]
+    weights, student = (checkpoint(run)["state_dict"] for run in (out, trained["iii"]))
     assert torch.equal(weights["module.encoder_s.conv1.weight"], student["module.encoder_q.conv1.weight"])
     assert torch.equal(weights["module.encoder_s.bn1.running_mean"], student["module.encoder_q.bn1.running_mean"])
     assert not torch.equal(weights["module.classifier.fc.weight"], student["module.classifier.weight"])
-    assert same(torch.load(tmp_path / "half" / LAST, weights_only=True)["state_dict"], weights)  # it was resumed
+    assert same(checkpoint(tmp_path / "half")["state_dict"], weights)  # it was resumed
 
 
 def test_the_parts_work_from_python(plain_tree, capsys, monkeypatch, tmp_path):

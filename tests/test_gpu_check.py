@@ -27,28 +27,25 @@ def check(monkeypatch, file, *parts, flags=()):
     return gpu_check.main(["--device", "cpu", "--quick", "--write", str(file), *flags]), file.read_text()
 
 
-def test_a_part_that_fails_is_reported_with_its_last_lines_and_the_others_run(monkeypatch, tmp_path):
+def test_every_part_is_reported_at_once_and_a_failed_or_hanging_one_with_its_last_lines(monkeypatch, tmp_path):
+    file = tmp_path / "report.md"
     fails = "import sys; print('| a |'); print(*range(1000), sep='\\n', file=sys.stderr); sys.exit('why it failed')"
     parts = [
         Part("first", 60, python("print('| one | table |')")),
         Part("second", 60, python(fails)),
-        Part("third", 60, python("print('no table')"), tables=False),
+        Part("hangs", 3, ["bash", "-c", HANG]),
+        Part("last", 60, python(f"print(open({str(file)!r}).read().count('passed, '))"), tables=False),
     ]
-    status, report = check(monkeypatch, tmp_path / "report.md", *parts)
+    status, report = check(monkeypatch, file, *parts)
     assert status == 1
-    assert "2 of 3 parts passed" in report and "| second | **failed** with status 1 |" in report
-    assert "| one | table |" in report and "\n| a |\n" in report and "```\nno table\n```" in report
+    assert "2 of 4 parts passed" in report and "| second | **failed** with status 1 |" in report
+    assert "| one | table |" in report and "\n| a |\n" in report
+    assert "```\n2\n```" in report  # the summary's and the first part's, as the last part found it
     assert "\n999\nwhy it failed\n```" in report and "\n970\n" not in report
-    assert torch.__version__ in report
-
-
-def test_a_part_that_hangs_is_killed_with_its_processes_and_the_others_run(monkeypatch, tmp_path):
-    parts = [Part("hangs", 3, ["bash", "-c", HANG]), Part("after", 60, python("print('still here')"))]
-    status, report = check(monkeypatch, tmp_path / "report.md", *parts)
-    assert status == 1
-    assert "**stopped** after its limit of 3 s" in report and "still here" in report
+    assert "**stopped** after its limit of 3 s" in report and torch.__version__ in report
     child = int(re.search(r"^child (\d+)$", report, re.M)[1])
     wait_until(lambda: not alive(child), "the child of the part to end")
+    assert check(monkeypatch, file, parts[0])[0] == 0
 
 
 def test_parts_that_the_time_does_not_suffice_for_are_named_and_are_no_success(monkeypatch, tmp_path):
@@ -57,13 +54,6 @@ def test_parts_that_the_time_does_not_suffice_for_are_named_and_are_no_success(m
     status, report = check(monkeypatch, tmp_path / "report.md", *parts, flags=["--minutes", "1e-9"])
     assert status == 1 and not (tmp_path / "ran").exists()
     assert report.count("**left out**: no time was left") == 2 + 2  # in the list and in its section
-
-
-def test_the_report_is_there_after_every_part(monkeypatch, tmp_path):
-    file = tmp_path / "report.md"
-    shows = python(f"print(open({str(file)!r}).read().count('passed, '))")
-    status, report = check(monkeypatch, file, Part("first", 60, python("")), Part("second", 60, shows, tables=False))
-    assert status == 0 and "```\n2\n```" in report  # the summary's and the first part's
 
 
 @pytest.mark.parametrize("quick", [True, False])

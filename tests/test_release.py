@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.helpers import ROOT, args_of
+from tests.helpers import ROOT
 from utils.command_line import __version__
 
 MAINS = sorted(
@@ -29,10 +29,6 @@ def test_these_are_all_commands():
         MAINS
     )
     assert {"datasets.prepare.cli", "datasets.prepare.verify", "weights.download", "benchmarks.study"} < set(MAINS)
-
-
-def test_a_run_records_the_version(trained):
-    assert args_of(trained["i"])["environment"]["version"] == __version__
 
 
 def test_the_changelog_has_the_version_in_its_usual_form():

@@ -27,6 +27,7 @@ RECORD = {
 EPOCH = {"epoch": 0, "lr": 0.1, "loss": 2.0, "top1_linear": 0.3, "top5_linear": 0.6,
          "val": {"linear": {"overall": 0.4, "class_mean": 0.3, "top5": 0.9}}, "seconds": 1.0}  # fmt: skip
 HOSTILE = '"><script>alert(1)</script>&$x$|\n\x1b[31m'
+MISSING = object()
 
 
 def write_run(folder: Path, *records: dict, args=None, log=()) -> Path:
@@ -153,9 +154,9 @@ def test_csv_and_json_hold_the_same_numbers_in_full(tmp_path, said):
             assert (float(text[name]) == value) if isinstance(value, float) else (text[name] == str(value or ""))
 
 
-@pytest.mark.parametrize("flags", [("--csv", "--json"), ("--per-class", "--mean")])
-def test_flags_that_contradict_each_other_are_refused(tmp_path, said, flags):
-    assert_mistake(said(write_run(tmp_path / "run"), *flags), *flags)
+def test_flags_that_contradict_each_other_are_refused(tmp_path, said):
+    for flags in (("--csv", "--json"), ("--per-class", "--mean")):
+        assert_mistake(said(write_run(tmp_path / "run"), *flags), *flags)
 
 
 # Means over seeds
@@ -177,23 +178,31 @@ def test_mean_prints_mean_and_sample_standard_deviation_over_seeds(tmp_path, sai
     assert json.loads(said(tmp_path / "s0", "--mean", "--json")[1])[0]["few_std"] is None
 
 
-def test_runs_that_differ_in_more_than_the_seed_keep_their_rows(averaged):
-    assert averaged({"s0": {"workers": 3}, "s1": {}, "s2": {"lr": 0.5}}) == (["s{0,1}", "s2"], [2, 1], "")
-    note = "note: no two runs differ only in their seed; s1 and s2 differ in lr\n"
-    assert averaged({"s1": {}, "s2": {"lr": 0.5}}) == (["s1", "s2"], [1, 1], note)
-    *_, err = averaged({"s1": {}, "s2": {HOSTILE: 1, "identity": {HOSTILE: 0}}})
-    assert err.count("\n") == 1 and "\x1b" not in err and "script" in err
-    names = ["s{0,1}", "b/s1"]  # there is an s1 in the group
-    assert averaged({"a/s0": {}, "a/s1": {}, "b/s1": {"lr": 0.5}}) == (names, [2, 1], "")
+@pytest.mark.parametrize("runs, names, seeds, note", [
+    ({"s0": {"workers": 3}, "s1": {}, "s2": {"lr": 0.5}}, ["s{0,1}", "s2"], [2, 1], []),
+    ({"a/s0": {}, "a/s1": {}, "b/s1": {"lr": 0.5}}, ["s{0,1}", "b/s1"], [2, 1], []),  # there is an s1 in the group
+    ({"s1": {}, "s2": {"lr": 0.5}}, ["s1", "s2"], [1, 1], ["no two runs differ only in their seed; s1 and s2", "lr"]),
+    ({"s1": {}, "s2": {HOSTILE: 1, "identity": {HOSTILE: 0}}}, ["s1", "s2"], [1, 1], ["script"]),
+    ({"s0": {}, "s1": None, "s2": {"identity": None, "starts_from": None}, "s3": {}},
+     ["s{0,3}", "s1", "s2"], [2, 1, 1], ["s1, s2: ", "identity"]),
+    ({"a": {"seed": 3}, "b": {"seed": 3}}, ["a", "b"], [1, 1], ["b: ", "the seed of another run"]),
+    ({"x/i": {}, "y/i": {}}, ["i"], [2], []),  # the name is what the folders share
+    ({"x": {}, "s/i": {}}, ["x + i"], [2], []),
+    ({"s": {}, "s1": {}}, ["s{,1}"], [2], []),
+])  # fmt: skip
+def test_runs_that_differ_in_their_seed_alone_are_averaged_and_others_keep_their_rows(
+    averaged, runs, names, seeds, note
+):
+    *found, err = averaged(runs)
+    assert found == [names, seeds] and "\x1b" not in err and all(word in err for word in note)
+    assert (err.startswith("note: "), err.count("\n")) == ((True, 1) if note else (False, 0))
 
 
-@pytest.mark.parametrize(
-    "other", [{"train_counts": [300, 50, 5]}, {"count": 9}, {"classifier": "hard"}, {"test_checksum": 1}]
-)
-def test_other_data_under_the_same_arguments_keep_their_rows(averaged, other):
+def test_other_data_under_the_same_arguments_keep_their_rows(averaged):
     record = RECORD | {"test_checksum": 0}
-    _, seeds, err = averaged({"s0": {"record": record}, "s1": {"record": record | other}})
-    assert seeds == [1, 1] and err.endswith("differ in images\n")
+    for other in ({"train_counts": [300, 50, 5]}, {"count": 9}, {"classifier": "hard"}, {"test_checksum": 1}):
+        _, seeds, err = averaged({"s0": {"record": record}, "s1": {"record": record | other}})
+        assert seeds == [1, 1] and err.endswith("differ in images\n")
 
 
 @pytest.mark.parametrize("old, new, seeds", [
@@ -206,12 +215,6 @@ def test_a_flag_that_is_new_in_the_identity_is_compared(averaged, old, new, seed
     identity = {"identity": {"lr": 0.2, "tf32": False}}
     assert averaged({"old": old, "new": new | identity})[1] == seeds
     assert averaged({"new": new | identity, "old": old})[1] == seeds
-
-
-def test_a_run_without_identity_is_not_averaged(averaged):
-    names, seeds, err = averaged({"s0": {}, "s1": None, "s2": {"identity": None, "starts_from": None}, "s3": {}})
-    assert (names, seeds) == (["s{0,3}", "s1", "s2"], [2, 1, 1])
-    assert err.startswith("note: s1, s2: ") and "identity" in err and err.count("\n") == 1
 
 
 def test_runs_that_started_from_different_runs_keep_their_rows(averaged):
@@ -247,17 +250,6 @@ def test_checkpoints_are_compared_by_what_is_known_of_them(tmp_path, averaged, s
     assert averaged(runs)[1] == seeds
 
 
-def test_runs_with_the_same_seed_are_not_averaged(averaged):
-    names, seeds, err = averaged({"a": {"seed": 3}, "b": {"seed": 3}})
-    assert (names, seeds) == (["a", "b"], [1, 1])
-    assert err == "note: b: has the arguments and the seed of another run; not averaged\n"
-
-
-def test_groups_are_named_by_what_their_folders_share(averaged):
-    for folders, name in ((["x/i", "y/i"], "i"), (["x", "s/i"], "x + i"), (["s", "s1"], "s{,1}")):
-        assert averaged({folder: {} for folder in folders}) == ([name], [2], "")
-
-
 # Classes
 
 
@@ -291,27 +283,31 @@ def test_class_names_do_not_break_the_table(tmp_path, said):
 # Files that are not valid results
 
 
-@pytest.mark.parametrize("name", [name for name in RECORD if name not in ("phase", "confusion")])
-def test_every_entry_of_a_record_is_required(tmp_path, said, name):
-    run = write_run(tmp_path / "run", {key: value for key, value in RECORD.items() if key != name})
-    assert_mistake(said(run), run / "results.json", name)
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"{}", b"null", b"[1]", b"[" * 100_000, b"[NaN]", b"\xff\xfe\x00",
-    *({name: value} for name, value in (
-        ("overall", 55.3), ("overall", "0.5"), ("few", float("nan")), ("classifier", "../hard"), ("classifier", 1),
-        ("classes", ["cat"]), ("classes", "cat"), ("per_class", [0.5, 0.5]), ("per_class", []), ("count", None),
-        ("train_counts", [1, 2, -3]), ("train_counts", [1, 2, 10**30]), ("test_counts", [1, True, 1]),
-        ("test_checksum", "x"), ("test_trained_on", -1), ("test_trained_on", [1]), ("confusion", [[1, 2], [3, 4]]),
-        ("confusion", [[1], [2, 3], [4]]), ("confusion_groups", [[1, 2, 3]]),
-    )),
+@pytest.mark.parametrize("name, value", [
+    *((name, MISSING) for name in RECORD if name not in ("phase", "confusion")),
+    ("overall", 55.3), ("overall", "0.5"), ("few", float("nan")), ("classifier", "../hard"), ("classifier", 1),
+    ("classes", ["cat"]), ("classes", "cat"), ("per_class", [0.5, 0.5]), ("per_class", []), ("count", None),
+    ("train_counts", [1, 2, -3]), ("train_counts", [1, 2, 10**30]), ("test_counts", [1, True, 1]),
+    ("test_checksum", "x"), ("test_trained_on", -1), ("test_trained_on", [1]), ("confusion", [[1, 2], [3, 4]]),
+    ("confusion", [[1], [2, 3], [4]]), ("confusion_groups", [[1, 2, 3]]),
 ])  # fmt: skip
-def test_a_file_without_valid_results_ends_in_one_line(tmp_path, said, content):
-    file = write_run(tmp_path / "run") / "results.json"
-    file.write_bytes(content if isinstance(content, bytes) else json.dumps([RECORD | content]).encode())
-    named = isinstance(content, dict) and "per_class" not in content  # which the counts do not fit
-    assert_mistake(said(tmp_path), file, *(content if named else ()))
+def test_an_entry_that_is_missing_or_invalid_is_named(tmp_path, said, name, value):
+    record = {key: now for key, now in (RECORD | {name: value}).items() if now is not MISSING}
+    run = write_run(tmp_path / "run", record)
+    named = "_counts" if value == [0.5, 0.5] else name  # of two classes, which the counts do not fit
+    assert_mistake(said(tmp_path), run / "results.json", named)
+
+
+@pytest.mark.parametrize("file, flags, contents", [
+    ("results.json", [], [b"", b"{", b"[]", b"{}", b"null", b"[1]", b"[" * 100_000, b"[NaN]", b"\xff\xfe\x00"]),
+    ("args.json", ["--mean"], [b"{", b"[]", b"3"]),
+])  # fmt: skip
+def test_a_damaged_file_ends_in_one_line(tmp_path, said, file, flags, contents):
+    run = write_run(tmp_path / "run")
+    for content in contents:
+        (run / file).write_bytes(content)
+        assert_mistake(said(run, *flags), run / file)
+    assert said(run)[0] == (2 if file == "results.json" else 0)
 
 
 def test_folders_without_results_end_in_one_line(tmp_path, said):
@@ -319,14 +315,6 @@ def test_folders_without_results_end_in_one_line(tmp_path, said):
     assert_mistake(said(tmp_path), tmp_path, "results.json")
     (tmp_path / "results.json").mkdir()
     assert_mistake(said(tmp_path), "results.json")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "3"])
-def test_a_damaged_args_json_ends_in_one_line(tmp_path, said, content):
-    run = write_run(tmp_path / "run")
-    (run / "args.json").write_text(content)
-    assert said(run)[0] == 0
-    assert_mistake(said(run, "--mean"), run / "args.json")
 
 
 def test_the_records_of_the_study_can_be_read(said):
@@ -339,11 +327,6 @@ def test_the_records_of_the_study_can_be_read(said):
 # Plots
 
 
-@pytest.fixture
-def matplotlib():
-    return pytest.importorskip("matplotlib")
-
-
 def is_drawn(file: Path) -> bool:
     """Whether a PNG file has more than a few colors."""
     with Image.open(file) as image:
@@ -354,7 +337,7 @@ NAMES = ["losses", "accuracies", "class_counts", "per_class_linear", "confusion_
          "confusion_classes_linear"]  # fmt: skip
 
 
-def test_plots_are_drawn_with_several_runs_in_a_folder_for_each(tmp_path, said, matplotlib):
+def test_plots_are_drawn_with_several_runs_in_a_folder_for_each(tmp_path, said):
     runs = tmp_path / "runs"
     write_run(runs / "s0" / "i", log=[EPOCH, EPOCH | {"epoch": 1, "loss": 1.0}])
     write_run(runs / "s1" / "i", RECORD, RECORD | {"classifier": "hard"})
@@ -368,7 +351,7 @@ def test_plots_are_drawn_with_several_runs_in_a_folder_for_each(tmp_path, said, 
 
 
 @pytest.mark.parametrize(("classes", "named"), [(30, True), (31, False)])
-def test_plots_name_up_to_30_classes(tmp_path, matplotlib, classes, named):
+def test_plots_name_up_to_30_classes(tmp_path, classes, named):
     names = [f"Größe $ {label} " + "x" * 40 for label in range(classes)]
     eye = [[4 * (i == j) for j in range(classes)] for i in range(classes)]
     every = {"per_class": [1.0] * classes, "train_counts": [*range(classes)], "test_counts": [4] * classes}
@@ -385,7 +368,7 @@ def test_plots_name_up_to_30_classes(tmp_path, matplotlib, classes, named):
         assert [text.get_text() for text in axes.texts] == ["100"] * classes
 
 
-def test_every_further_number_of_an_epoch_is_drawn_as_a_loss(tmp_path, said, matplotlib):
+def test_every_further_number_of_an_epoch_is_drawn_as_a_loss(tmp_path, said):
     """Whatever a researcher logs: numbers that cannot be drawn, and anything else, are left out."""
     more = {"topology": 3, "_a_b": -1.5, "$x^$": 1.0, "flag": True, "text": "low", "none": None, "big": 1e400}
     later = EPOCH | {"epoch": 1, "loss": float("nan"), "val": {"linear": {"class_mean": None}}}
@@ -400,7 +383,7 @@ def test_every_further_number_of_an_epoch_is_drawn_as_a_loss(tmp_path, said, mat
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [0, 50, 5], [1, 1, 1], [10**9, 10**5, 1]])
-def test_plots_are_drawn_for_any_training_counts(tmp_path, matplotlib, counts):
+def test_plots_are_drawn_for_any_training_counts(tmp_path, counts):
     accuracies = [None, 0.5 if counts[1] else None, None]
     write_run(tmp_path / "run", RECORD | {"train_counts": counts, "per_class": accuracies, "many": None})
     for name, _, figure in draw(read_runs([tmp_path / "run"])[0]):
@@ -424,26 +407,22 @@ class Broken:
         raise TypeError("of another\nversion")
 
 
-@pytest.fixture(params=[None, Broken()], ids=["missing", "broken"])
-def without_matplotlib(monkeypatch, request):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", request.param)
-
-
+@pytest.mark.parametrize("module", [None, Broken()], ids=["missing", "broken"])
 @pytest.mark.parametrize("flag", ["--plots", "--html"])
-def test_a_matplotlib_that_cannot_be_imported_is_named(tmp_path, said, without_matplotlib, flag):
-    outcome = said(write_run(tmp_path / "run"), flag, tmp_path / "out")
-    assert_mistake(outcome, flag, "pip install matplotlib")
+def test_a_matplotlib_that_cannot_be_imported_is_named(tmp_path, said, monkeypatch, module, flag):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    assert_mistake(said(write_run(tmp_path / "run"), flag, tmp_path / "out"), flag, "pip install matplotlib")
     assert not (tmp_path / "out").exists()
     assert said(tmp_path / "run", "--per-class")[0] == 0
 
 
-def test_a_stage_draws_its_plots_at_the_end(plain_tree, tmp_path, matplotlib):
+def test_a_stage_draws_its_plots_at_the_end(plain_tree, tmp_path):
     assert call("i", stage_flags("i", plain_tree, tmp_path, ["--plots", "--con-weight", 0, "--epochs", 1])).status == 0
     assert {file.stem for file in (tmp_path / "plots").iterdir()} == set(NAMES)
 
 
 @pytest.mark.parametrize("flag", ["--plots", "--html"])
-def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, said, matplotlib, flag):
+def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, said, flag):
     (tmp_path / "file").write_text("")
     assert_mistake(said(write_run(tmp_path / "run"), flag, tmp_path / "file" / "out"), flag, "file/out")
 
@@ -454,7 +433,6 @@ def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, said, matpl
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page of two seeds with hostile names."""
-    pytest.importorskip("matplotlib")
     root = tmp_path_factory.mktemp("page")
     for seed in (0, 1):
         folder = root / "runs" / f"s{seed}" / "<b>i&amp;"
@@ -493,6 +471,6 @@ def test_the_page_contains_tables_plots_arguments_and_versions(page):
     assert [name for _, name in rows][:3] == ["output_dir", "data", "seed"]
 
 
-def test_the_page_needs_only_results_json(tmp_path, said, matplotlib):
+def test_the_page_needs_only_results_json(tmp_path, said):
     assert said(write_run(tmp_path / "run"), "--html", tmp_path / "page.html")[0] == 0
     assert "run, linear classifier" in texts_of((tmp_path / "page.html").read_text())

@@ -35,16 +35,22 @@ class InMemory:
             yield tuple(torch.randn(self.views, BATCH, 3, 16, 16)), torch.arange(BATCH) % CLASSES, list(range(BATCH))
 
 
+def step_of(stage, model, tmp_path, *flags):
+    """(args, optimizer, state) of a run of the stage with this model."""
+    args = SCRIPTS[stage].get_parser().parse_args(stage_flags(stage, tmp_path, tmp_path / "run", flags))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, args.lr, args.momentum, fused=args.amp == "fp16")
+    return args, optimizer, TrainState(model, optimizer, torch.device("cpu"), args)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_moves_exactly_the_parameters_that_train(stage, tmp_path):
     torch.manual_seed(0)
-    args = SCRIPTS[stage].get_parser().parse_args(stage_flags(stage, tmp_path, tmp_path / "run", []))
     model = STAGES[stage]("resnet8", CLASSES, **({"dim": 4, "queue_size": 20} if stage == "i" else {}))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     follows = {name for name, _ in model.named_parameters() if name.startswith(("encoder_k.", "k_fc."))}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, args.momentum)
-    state = TrainState(model, optimizer, torch.device("cpu"), args)
+    args, optimizer, state = step_of(stage, model, tmp_path)
     SCRIPTS[stage].train_one_epoch(model, InMemory(2 if stage == "i" else 1), optimizer, state, args)
     assert (state.step, state.images) == (STEPS, BATCH * STEPS)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -56,12 +62,10 @@ def test_a_step_moves_exactly_the_parameters_that_train(stage, tmp_path):
 
 
 def test_lines_of_a_step_in_an_order_that_would_train_something_else_are_refused(tmp_path):
-    args = SCRIPTS["ii"].get_parser().parse_args(stage_flags("ii", tmp_path, tmp_path / "run", []))
     model, labels = STAGES["ii"]("resnet8", CLASSES), torch.arange(CLASSES)
     for order in itertools.permutations(("zero_grad", "backward", "update", "step", "save")):
-        optimizer = torch.optim.SGD(model.classifier.parameters(), args.lr)
+        _, optimizer, state = step_of("ii", model, tmp_path)
         optimizer.zero_grad()
-        state = TrainState(model, optimizer, torch.device("cpu"), args)
         state.loader = InMemory(1)
         loss = model.classifier.scales.sum()
         calls = {
@@ -80,11 +84,8 @@ def test_lines_of_a_step_in_an_order_that_would_train_something_else_are_refused
 
 def test_fp16_that_overflows_in_every_step_ends_the_run(tmp_path):
     """20 steps of a finite loss whose gradient is infinite with any loss scale."""
-    flags = [*stage_flags("ii", tmp_path, tmp_path / "run", []), "--amp", "fp16"]
-    args = SCRIPTS["ii"].get_parser().parse_args(flags)
     model = STAGES["ii"]("resnet8", CLASSES)
-    optimizer = torch.optim.SGD(model.classifier.parameters(), args.lr, args.momentum, fused=True)
-    state = TrainState(model, optimizer, torch.device("cpu"), args)
+    _, optimizer, state = step_of("ii", model, tmp_path, "--amp", "fp16")
     state.loader = InMemory(1)
     before = model.classifier.scales.clone()
     for _ in range(20):
