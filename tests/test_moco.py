@@ -140,6 +140,14 @@ def test_encoders_without_parameters_give_the_formula():
     assert model.label_queue.tolist() == labels.tolist() + label_queue[6:].tolist()
 
 
+def test_forward_returns_fresh_tensors():
+    model, (im_q, im_k, labels) = ssfl(), views()
+    first = model(im_q, im_k, labels)
+    kept = [value.detach().clone() for value in first]
+    model(im_q * 2, im_k, labels)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
 def test_the_key_view_trains_nothing():
     model, (im_q, im_k, labels) = ssfl().train(), views()
     im_k.requires_grad_()
