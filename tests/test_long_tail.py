@@ -1,5 +1,6 @@
 """Long-tailed selections: counts, small data sets as PNG files, links to class folders, mistakes in one line."""
 
+import errno
 import gzip
 import hashlib
 import math
@@ -9,6 +10,7 @@ import struct
 import tarfile
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,21 +183,23 @@ def cifar(tmp_path, monkeypatch):
         return {"data": random.integers(0, 256, (len(labels), 3072), dtype=np.uint8), "labels": labels}
 
     names = {"label_names": [f"name {i}" for i in range(10)]}
+    archive = tmp_path / "elsewhere" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
 
     class Small(long_tail.CIFAR10):
         train_list = [["data_batch_1", write("data_batch_1", batch(4))]]
         test_list = [["test_batch", write("test_batch", batch(1))]]
         meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", names)}
 
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    Small.tgz_md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(long_tail.CIFAR, 10, Small)
     return folder
 
 
 def test_cifar_lt_is_the_same_from_every_kind_of_source(tmp_path, cifar, capsys):
     archive = tmp_path / "elsewhere" / "cifar-10-python.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(cifar, arcname=cifar.name)
     results = []
     for number, source in enumerate((cifar, cifar.parent, archive, archive.parent)):
         out = tmp_path / f"out{number}"
@@ -214,17 +218,24 @@ def test_cifar_lt_is_the_same_from_every_kind_of_source(tmp_path, cifar, capsys)
         assert np.array_equal(pixels, data["data"][number].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+def test_a_full_disk_is_not_called_a_damaged_archive(tmp_path, cifar, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", mock.Mock(side_effect=full))
+    error = fails(capsys, "cifar10-lt", "--out", tmp_path / "out", "--source", tmp_path / "elsewhere")
+    assert "No space left" in error and "damaged" not in error and "published" not in error
+
+
 def test_cifar_mistakes_end_in_one_line(tmp_path, cifar, capsys):
     out = tmp_path / "out"
     command = ("cifar10-lt", "--out", out)
-    assert "cifar-10-python.tar.gz" in fails(capsys, *command, "--source", tmp_path / "elsewhere")
+    assert "cifar-10-python.tar.gz" in fails(capsys, *command, "--source", tmp_path / "nowhere")
     assert "--imbalance 5" in fails(capsys, *command, "--source", cifar, "--imbalance", 5)
     assert "download failed" in fails(capsys, *command, "--url", "http://127.0.0.1:9/")
     (cifar / "data_batch_1").write_bytes(b"altered")
     assert "damaged" in fails(capsys, *command, "--source", cifar)
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_text("<html>")
-    assert "cannot be unpacked" in fails(capsys, *command, "--source", archive)
+    assert "is not the published" in fails(capsys, *command, "--source", archive)
     assert not list(out.glob("*.txt"))
 
 
