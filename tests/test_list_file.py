@@ -4,7 +4,7 @@ import os
 import shlex
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import splits, verify
@@ -104,7 +104,6 @@ paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 labels = st.integers(0, 2**31 - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(paths, labels), min_size=1, max_size=20), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     try:
@@ -118,7 +117,6 @@ def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
 
 
 @given(st.lists(st.tuples(st.text("aZé07 ._-()", max_size=12), labels), min_size=1, max_size=20))
-@settings(deadline=None)
 def test_ordinary_names_can_be_written(wanted):
     wanted = [(f"class {name}/i{name}.jpg", label) for name, label in wanted]
     assert entries(ImageList.from_bytes("list", list_content(wanted))) == wanted
@@ -134,7 +132,6 @@ pieces = st.lists(st.sampled_from([b"a", b" ", b"7", b"\n", b"\r", b"..", b"/", 
 
 
 @given(st.binary(max_size=200) | pieces.map(b"".join))
-@settings(deadline=None)
 def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     try:
         images = ImageList.from_bytes("list", content)

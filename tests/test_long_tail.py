@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -42,7 +42,6 @@ def test_long_tail_counts_are_the_published_ones_and_exact_powers_are_not_rounde
 
 
 @given(st.integers(1, 10**6), st.fractions(1, 1000, max_denominator=10), st.integers(2, 40))
-@settings(deadline=None)
 def test_long_tail_counts_are_rounded_down_exactly(largest, imbalance, classes):
     last = classes - 1
     for c, count in enumerate(long_tail_counts(largest, str(imbalance), classes)):
@@ -141,8 +140,6 @@ def test_all_stages_train_on_fashion_mnist_lt(tmp_path, fashion, capsys):
 def test_fashion_mnist_mistakes_end_in_one_line(tmp_path, fashion, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ("fashion-mnist-lt", "--out", out, "--source")
-    assert "at most 10" in fails(capsys, *command, fashion, "--max-per-class", 11)
-    assert "--imbalance 20" in fails(capsys, *command, fashion, "--max-per-class", 10, "--imbalance", 20)
     assert "--seed" in fails(capsys, *command, fashion, "--seed", -1)
     assert "train-images-idx3-ubyte" in fails(capsys, *command, tmp_path)
     os.mkfifo(tmp_path / "train-images-idx3-ubyte")
