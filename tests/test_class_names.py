@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets.lists import ImageList
-from datasets.splits import Split, find_class_names, find_splits
+from datasets.splits import SPLITS, Split, find_class_names, find_splits
 from tests.helpers import COUNTS, LAST, PREVIOUS, checkpoint, results_of, run_stage, same, source, train, train_all
 from utils.groups import MAX_NAMES, tell_names_apart
 
@@ -18,7 +18,7 @@ def with_names(tree, folder, content):
     folder.mkdir()
     for file in tree.iterdir():
         (folder / file.name).symlink_to(file)
-    (folder / "classes.txt").write_text(content if isinstance(content, str) else "".join(f"{n}\n" for n in content))
+    (folder / "classes.txt").write_bytes(content if isinstance(content, bytes) else "\n".join(content).encode())
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_number_of_class_names_gives_a_warning_and_they_are_ignored(plai
 def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         (data / split).symlink_to(reorganized_tree / split)
     run = train("i", data, tmp_path / "i", "--epochs", 1, "--con-weight", 0)
     assert names_in(run) == [f"class{c}" for c in range(6)]
@@ -107,8 +107,7 @@ def test_class_folders_name_their_classes(reorganized_tree, tmp_path):
 
 
 def found(root, num_classes, **given):
-    lists = dict.fromkeys(("train", "val", "test")) | given
-    return find_class_names(root, find_splits(root, lists, check=())["train"], num_classes)
+    return find_class_names(root, find_splits(root, given, check=())["train"], num_classes)
 
 
 def test_class_names_next_to_the_training_list_come_first(named_tree, plain_tree, tmp_path):
@@ -128,14 +127,11 @@ def test_class_names_next_to_the_training_list_come_first(named_tree, plain_tree
     ids=["CRLF", "BOM", "blank"],
 )
 def test_class_names_are_read_with_any_line_ending(plain_tree, tmp_path, content):
-    tree = with_names(plain_tree, tmp_path / "tree", [])
-    (tree / "classes.txt").write_bytes(content)
-    assert found(tree, 3) == (["a", "b", "é"], None)
+    assert found(with_names(plain_tree, tmp_path / "tree", content), 3) == (["a", "b", "é"], None)
 
 
 def test_invalid_or_too_large_files_of_class_names_do_not_stop_a_run(plain_tree, tmp_path):
-    named_tree = with_names(plain_tree, tmp_path / "tree", [])
-    (named_tree / "classes.txt").write_bytes(b"a\n\xff\xfe\n")
+    named_tree = with_names(plain_tree, tmp_path / "tree", b"a\n\xff\xfe\n")
     assert found(named_tree, 2) == (["a", "\ufffd\ufffd"], None)
     (named_tree / "classes.txt").write_bytes(b"a" * (MAX_NAMES + 1))
     names, note = found(named_tree, 1)

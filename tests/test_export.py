@@ -1,9 +1,11 @@
 """python -m utils.export: the exported networks compute what the original computes."""
 
+import errno
 import json
 import pickletools
 import sys
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -206,11 +208,7 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run):
 def test_a_write_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
     write("ii", "resnet18", tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     assert_mistake(run(tmp_path / "checkpoint", tmp_path / "out" / "file"), "out/file", "No space left")
     assert not list((tmp_path / "out").iterdir())
 

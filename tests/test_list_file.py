@@ -1,12 +1,10 @@
 """The list parser, layouts of image trees, and class folders."""
 
 import os
-import pickle
 import shlex
-import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import splits, verify
@@ -24,6 +22,11 @@ def read(tmp_path, content: bytes):
     file = tmp_path / "list.txt"
     file.write_bytes(content)
     return ImageList.from_file(file)
+
+
+def touch(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
 
 
 @pytest.mark.parametrize(
@@ -50,36 +53,28 @@ def test_lists_are_read(tmp_path, content, expected):
     ("line", "reason"),
     [
         (b"a.jpg", "no label"),
-        (b"a.jpg -1", "-1"),
-        (b"a.jpg 1.5", "1.5"),
-        (b"a.jpg one", "one"),
+        (b"a.jpg -1", "'-1' is not a whole number"),
+        (b"a.jpg 1_0", "'1_0' is not a whole number"),
+        ("a.jpg \u0663".encode(), "not a whole number"),
+        ("a.png 0".encode("utf-16"), "not a whole number"),
         (b"a.jpg 2147483648", "too large"),
         (b"a.jpg " + b"9" * 5000, "too large"),
         (b"/a.jpg 1", "absolute"),
         (b"C:\\a.jpg 1", "absolute"),
+        (b"\\\\server\\share\\x.png 0", "absolute"),
+        (b"   /etc/passwd 0", "absolute"),
         (b"../a.jpg 1", "leaves"),
         (b"a/../../b.jpg 1", "leaves"),
         (b"a\\..\\b.jpg 1", "leaves"),
+        (b"train/.. 0", "leaves"),
         (b"\xff\xfe.jpg 1", "UTF-8"),
         (b"a\0b.jpg 1", "NUL"),
-        (b"train/.. 0", "leaves"),
-        (b"   /etc/passwd 0", "absolute"),
-        (b"\\\\server\\share\\x.png 0", "absolute"),
-        ("a.png 0".encode("utf-16"), "not a whole number"),
-        (b"\x1f\x8b\x08\x00" + zlib.compress(b"a.png 0"), "line 3"),
-        (pickle.dumps([("a.png", 0)]), "line 3"),
-        (b"a.jpg +1", r"\+1"),
-        (b"a.jpg 1e3", "1e3"),
-        (b"a.jpg 0x1", "0x1"),
-        (b"a.jpg 1_0", "1_0"),
-        ("a.jpg \u0663".encode(), "not a whole number"),
     ],
 )
 def test_malformed_lines_are_refused_with_file_and_line(tmp_path, line, reason):
-    with pytest.raises(UserError, match=reason) as caught:
+    with pytest.raises(UserError, match=rf"list\.txt, line 3: .*{reason}") as caught:
         read(tmp_path, b"fine.jpg 0\n\n" + line + b"\nfine.jpg 1\n")
-    message = str(caught.value)
-    assert "list.txt, line 3" in message and message.isprintable()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\n"])
@@ -109,7 +104,6 @@ paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 labels = st.integers(0, 2**31 - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(paths, labels), min_size=1, max_size=20), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     try:
@@ -123,7 +117,6 @@ def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
 
 
 @given(st.lists(st.tuples(st.text("aZé07 ._-()", max_size=12), labels), min_size=1, max_size=20))
-@settings(deadline=None)
 def test_ordinary_names_can_be_written(wanted):
     wanted = [(f"class {name}/i{name}.jpg", label) for name, label in wanted]
     assert entries(ImageList.from_bytes("list", list_content(wanted))) == wanted
@@ -139,7 +132,6 @@ pieces = st.lists(st.sampled_from([b"a", b" ", b"7", b"\n", b"\r", b"..", b"/", 
 
 
 @given(st.binary(max_size=200) | pieces.map(b"".join))
-@settings(deadline=None)
 def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     try:
         images = ImageList.from_bytes("list", content)
@@ -152,22 +144,16 @@ def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
 
 def test_the_layout_with_fewer_missing_files_is_found(tmp_path):
     images = ImageList.from_bytes("list", b"train/cat/1.jpg 0\ntrain/dog/2.jpg 1\ntrain/dog/3.jpg 1\n")
-    plain, reorganized = tmp_path / "plain", tmp_path / "reorganized"
-    for file in (plain / "train/cat/1.jpg", plain / "train/dog/2.jpg"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    for file in (reorganized / "val/cat/1.jpg", reorganized / "val/dog/2.jpg"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    found = [find_files(Split("val", str(root), images)) for root in (plain, reorganized, tmp_path)]
+    for file in ("plain/train/cat/1.jpg", "plain/train/dog/2.jpg", "sorted/val/cat/1.jpg", "sorted/val/dog/2.jpg"):
+        touch(tmp_path / file)
+    found = [find_files(Split("val", str(tmp_path / root), images)) for root in ("plain", "sorted", "none")]
     assert [split.layout for split in found] == [as_listed, by_split, as_listed]
     assert [split.missing for split in found] == [(2,), (2,), (0, 1, 2)]
 
 
 def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
     for file in ("train/b/1.png", "train/a/2.JPEG", "train/a/._2.JPEG", "train/.c/4.png", "val/b/3.png"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+        touch(tmp_path / file)
     images, classes = class_folders(tmp_path, "train")
     assert classes == ["a", "b"]
     assert entries(images) == [("train/a/2.JPEG", 0), ("train/b/1.png", 1)]
@@ -178,9 +164,8 @@ def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
 
 
 def test_a_fifo_in_a_class_folder_counts_as_missing(tmp_path):
-    for split in ("train", "val", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "1.png").touch()
+    for split in SPLITS:
+        touch(tmp_path / split / "cat" / "1.png")
     os.mkfifo(tmp_path / "train/cat/2.png")
     splits = find_splits(tmp_path, {})
     splits["val"].require()
@@ -208,12 +193,10 @@ def test_without_lists_and_class_folders_the_published_lists_are_used(tmp_path, 
     monkeypatch.setattr(splits, "IMAGENET_LT", tmp_path / "data")
     with pytest.raises(UserError, match=r"has neither train\.txt nor class folders .*ImageNet_LT_train\.txt does not"):
         choose_lists(tmp_path, {})
-    (tmp_path / "data").mkdir()
-    for split in SPLITS:
-        (tmp_path / "data" / f"ImageNet_LT_{split}.txt").touch()
-    found = choose_lists(tmp_path, {"val": tmp_path / "data" / "ImageNet_LT_test.txt"})
-    names = {split: file.name for split, file in found.items()}
-    assert names == {split: f"ImageNet_LT_{'test' if split == 'val' else split}.txt" for split in SPLITS}
+    files = {split: tmp_path / "data" / f"ImageNet_LT_{split}.txt" for split in SPLITS}
+    for file in files.values():
+        touch(file)
+    assert choose_lists(tmp_path, {"val": files["test"]}) == files | {"val": files["test"]}
 
 
 def test_class_folders_are_not_mixed_with_lists(tmp_path, monkeypatch):

@@ -112,15 +112,12 @@ class Unsendable:
         raise self.error
 
 
-@pytest.mark.parametrize(
-    ("error", "raised", "words"),
-    [(MemoryError(), MemoryError, "MemoryError"), (TypeError("cannot pickle"), TypeError, "cannot pickle")],
-)
-def test_a_batch_that_cannot_be_sent_ends_the_run(monkeypatch, capfd, error, raised, words):
+@pytest.mark.parametrize("error", [MemoryError("no memory"), TypeError("cannot pickle")])
+def test_a_batch_that_cannot_be_sent_ends_the_run(monkeypatch, capfd, error):
     """Otherwise the run would wait for the batch forever."""
     monkeypatch.setattr(loaders, "collate", lambda items: Unsendable(error))
     loader = build_loader(Items(lambda: ()), 1)
-    with pytest.raises(raised, match=words):
+    with pytest.raises(type(error), match=str(error)):
         list(loader)
     loader.close()
     assert capfd.readouterr().err == "" and not active_children()

@@ -3,6 +3,7 @@
 import copy
 import csv
 import pickle
+import re
 import subprocess
 import sys
 
@@ -48,22 +49,18 @@ def run(capfd):
 # ---- transform and classes
 
 
-def test_the_transform_is_that_of_the_evaluation(plain_tree):
+def test_the_transform_is_that_of_the_evaluation(plain_tree, tmp_path):
     file = next((plain_tree / "train").rglob("*.png"))
     transform = EvalTransform(SIZE)
     pixels = np.asarray(Image.open(file).convert("RGB")) / 255
     expected = torch.tensor((pixels - np.array(MEAN)) / np.array(STD), dtype=torch.float32).permute(2, 0, 1)
     with Image.open(file) as image:
         torch.testing.assert_close(transform(image), expected)
-    for mode in ("L", "P", "CMYK", "RGBA", "1", "I;16"):
-        image = Image.new("RGB", (90, 50), (200, 30, 60)).convert("L" if mode == "I;16" else mode)
-        assert transform(image.convert(mode) if mode == "I;16" else image).shape == (3, SIZE, SIZE)
-
-
-def test_sixteen_bits_are_scaled_as_in_training(tmp_path):
-    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
-    Image.fromarray(levels).save(tmp_path / "deep.png")
-    transform = EvalTransform(64)
+    for mode in ("L", "P", "CMYK", "RGBA", "1"):
+        image = Image.new("RGB", (90, 50), (200, 30, 60)).convert(mode)
+        assert transform(image).shape == (3, SIZE, SIZE)
+    deep = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 64  # 16 bits, scaled as in training
+    Image.fromarray(deep).save(tmp_path / "deep.png")
     assert torch.equal(transform(Image.open(tmp_path / "deep.png")), transform(load_rgb(tmp_path / "deep.png")))
 
 
@@ -117,9 +114,8 @@ def test_copies_and_pickles_keep_transform_and_class_names(rewritten):
 )
 def test_invalid_entries_of_a_checkpoint_are_named(rewritten, entries, reason):
     file = rewritten(**entries)
-    with pytest.raises(ValueError, match=reason) as caught:
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}[^\n]*{reason}[^\n]*$"):
         models.load(file)
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- the command
@@ -167,41 +163,27 @@ def test_names_and_probabilities_are_printed(rewritten, plain_tree, run):
     assert float(row["probability_1"]) == pytest.approx(probabilities.max().item(), abs=1e-5)
 
 
-def test_folders_are_searched_in_sorted_order(trained, plain_tree, tmp_path, run):
+def test_folders_are_searched_in_sorted_order_and_what_cannot_be_read_is_named(trained, tmp_path, run):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("z.png", "a/y.PNG", "a/b/x.jpg"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
-    for name in ("notes.txt", "._z.png"):
-        (tmp_path / name).write_text("no image")
-    status, out, _ = run(trained["iii"] / LAST, tmp_path, "--topk", 1)
-    assert status == 0
+    for name in ("b.HEIC", "c.heic", "notes.txt", "Thumbs.db", "._z.png", "d\n.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "z.png").read_bytes()[:60])
+    status, out, err = run(trained["i"] / LAST, tmp_path, "--batch-size", 1, "-j", 1, "--topk", 1)
+    assert status == 1
     assert [line.split(": ")[0] for line in out.splitlines()] == [
         str(tmp_path / name) for name in ("a/b/x.jpg", "a/y.PNG", "z.png")
     ]
+    *lines, last = err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        f"skipped {tmp_path}/{name}" for name in ("b.HEIC", "c.heic", "cut.png", "d\\n.png")
+    ]
+    assert last == "4 of 7 images could not be read"
 
 
-def test_an_unreadable_image_is_named_and_skipped(trained, tmp_path, run):
-    for name in ("a.png", "c.png"):
-        Image.new("RGB", (40, 40)).save(tmp_path / name)
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    (tmp_path / "d\n.png").write_bytes(b"")
-    status, out, err = run(trained["i"] / LAST, tmp_path, "--batch-size", 1, "-j", 1)
-    assert status == 1 and out.count("\n") == 2
-    first, second, last = err.splitlines()
-    assert str(tmp_path / "b.png") in first and "d\\n.png" in second
-    assert last == "2 of 4 images could not be read"
-
-
-def test_photos_that_folders_are_not_searched_for_are_named(trained, tmp_path, run):
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    for name in ("b.HEIC", "c.heic", "notes.txt", "Thumbs.db"):
-        (tmp_path / name).write_bytes(b"")
-    status, out, err = run(trained["i"] / LAST, tmp_path)
-    assert status == 1 and out.count("\n") == 1
-    assert [line.split(": ")[0] for line in err.splitlines()] == [
-        f"skipped {tmp_path / 'b.HEIC'}", f"skipped {tmp_path / 'c.heic'}", "2 of 3 images could not be read",
-    ]  # fmt: skip
-    (tmp_path / "a.png").unlink()
+def test_a_folder_of_photos_that_are_not_read_alone_gives_status_1(trained, tmp_path, run):
+    (tmp_path / "b.HEIC").touch()
     assert run(trained["i"] / LAST, tmp_path)[0] == 1
 
 

@@ -5,14 +5,19 @@ import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from datasets.prepare import published
 from datasets.prepare.cli import main
 from datasets.prepare.folders import split_class
+from datasets.prepare.trees import link_tree
 from datasets.splits import find_splits
 from tests.helpers_prepare import class_counts, everything, fails, read_lists, stamps, succeeds
+from utils.errors import UserError
 
 CLASSES = ("n01", "n02", "n03")
 LISTS = {
@@ -21,13 +26,13 @@ LISTS = {
     "test": [(f"val/{name}/ILSVRC2012_val_{c}{i}.JPEG", c) for c, name in enumerate(CLASSES) for i in range(3)],
 }
 DATASETS = {"imagenet-lt": "ImageNet_LT", "places-lt": "Places_LT", "inaturalist18": "iNaturalist18"}
-MODES = {  # what a server makes of a list
-    "whole": lambda body: body,
-    "truncated": lambda body: body[:-30],  # of the announced length
-    "stalls": lambda body: body[:50],
-    "short": lambda body: b"".join(body.splitlines(True)[:-2]),
-    "altered": lambda body: body.replace(b" 1\n", b" 0\n", 1),
-    "html": lambda body: b"<!DOCTYPE html><html><body>quota exceeded</body></html>\n" * 10,
+MODES = {  # what a server makes of a list, and why that is refused
+    "truncated": (lambda body: body[:-30], "IncompleteRead"),  # of the announced length
+    "stalls": (lambda body: body[:50], "timed out"),
+    "short": (lambda body: b"".join(body.splitlines(True)[:-2]), "8 lines, ImageNet_LT_train.txt has 10"),
+    "altered": (lambda body: body.replace(b" 1\n", b" 0\n", 1), "git blob id"),
+    "html": (lambda body: b"<!DOCTYPE html><html><body>quota exceeded</body></html>\n" * 10, "HTML page"),
+    "gone": (None, "404"),
 }
 
 
@@ -40,6 +45,7 @@ def facts(split, file):
     return {"file": file, "lines": len(LISTS[split]), "git_blobs": blobs}
 
 
+LINKS = {f"{split}/{path.split('/', 1)[1]}": path for split, entries in LISTS.items() for path, _ in entries}
 WHOLE = {f"ImageNet_LT_{split}.txt": content(split) for split in LISTS}
 
 
@@ -69,7 +75,7 @@ def server(mode="whole", broken="train"):
             if own_mode == "gone":
                 return self.send_error(404)
             whole = content(split)
-            body = MODES[own_mode](whole)
+            body = whole if own_mode == "whole" else MODES[own_mode][0](whole)
             self.send_response(200)
             self.send_header("Content-Length", str(len(whole if own_mode in ("truncated", "stalls") else body)))
             self.end_headers()
@@ -108,57 +114,34 @@ def test_the_manifest_of_data_is_consistent(monkeypatch):
     assert len(published.manifest("imagenet-lt")["splits"]["val"]["git_blobs"]) == 2
 
 
-def test_lists_are_downloaded_once(tmp_path, capsys):
+def test_lists_are_downloaded_once_also_after_a_failure(tmp_path, capsys):
+    out = tmp_path / "lists"
+    with server("html", broken="test") as (url, _):
+        fails(capsys, "imagenet-lt", "--out", out, "--url", url)
+        assert sorted(everything(out)) == ["ImageNet_LT_train.txt", "ImageNet_LT_val.txt"]
     with server() as (url, asked):
-        said = succeeds(capsys, "imagenet-lt", "--out", tmp_path / "lists", "--url", url)
-        assert everything(tmp_path / "lists") == WHOLE
+        said = succeeds(capsys, "imagenet-lt", "--out", out, "--url", url)
+        assert everything(out) == WHOLE
         assert said.count("verified") == 3 and "10 images, 5 to 2 in each of 3 classes" in said
-        before, number = stamps(tmp_path), len(asked)
-        succeeds(capsys, "imagenet-lt", "--out", tmp_path / "lists", "--url", url.rstrip("/"))
-        assert len(asked) == number and stamps(tmp_path) == before
+        before = stamps(tmp_path)
+        succeeds(capsys, "imagenet-lt", "--out", out, "--url", url.rstrip("/"))
+        assert asked == ["/lists/ImageNet_LT_test.txt"] and stamps(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("mode", "reason"),
-    [
-        ("truncated", "IncompleteRead"),
-        ("short", "8 lines, ImageNet_LT_train.txt has 10"),
-        ("altered", "git blob id"),
-        ("html", "HTML page"),
-        ("gone", "404"),
-        ("stalls", "timed out"),
-    ],
-)
-def test_what_is_not_the_published_list_is_not_kept(tmp_path, capsys, monkeypatch, mode, reason):
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_the_published_list_is_not_kept(tmp_path, capsys, monkeypatch, mode):
     if mode == "stalls":  # the others may take their time
         monkeypatch.setattr(published, "TIMEOUT", 0.3)
     with server(mode) as (url, _):
         error = fails(capsys, "imagenet-lt", "--out", tmp_path, "--url", url)
-    assert reason in error and f"{url}ImageNet_LT_train.txt" in error
+    assert MODES[mode][1] in error and f"{url}ImageNet_LT_train.txt" in error
     assert everything(tmp_path) == {}
 
 
-def test_after_a_failure_only_the_missing_lists_are_downloaded(tmp_path, capsys):
-    with server("html", broken="test") as (url, _):
-        fails(capsys, "imagenet-lt", "--out", tmp_path, "--url", url)
-        assert sorted(everything(tmp_path)) == ["ImageNet_LT_train.txt", "ImageNet_LT_val.txt"]
-    with server() as (url, asked):
-        succeeds(capsys, "imagenet-lt", "--out", tmp_path, "--url", url)
-        assert {path.rsplit("_")[-1] for path in asked} == {"test.txt"}
-    assert everything(tmp_path) == WHOLE
-
-
-def test_a_server_that_cannot_be_reached_is_named(tmp_path, capsys):
+def test_what_cannot_be_downloaded_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "http://127.0.0.1:9/" in fails(capsys, "imagenet-lt", "--out", tmp_path)
     assert "no-scheme" in fails(capsys, "imagenet-lt", "--out", tmp_path, "--url", "no-scheme")
-    assert everything(tmp_path) == {}
-
-
-def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(url):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(published, "urlopen", interrupted)
+    monkeypatch.setattr(published, "urlopen", mock.Mock(side_effect=KeyboardInterrupt))
     assert main(["imagenet-lt", "--out", str(tmp_path)]) == 130
     assert everything(tmp_path) == {}
 
@@ -216,8 +199,8 @@ def lists(tmp_path):
     folder.mkdir()
     for name in DATASETS.values():
         for split in LISTS:
-            if (name, split) != ("iNaturalist18", "test"):
-                (folder / f"{name}_{split}.txt").write_bytes(content(split))
+            (folder / f"{name}_{split}.txt").write_bytes(content(split))
+    (folder / "iNaturalist18_test.txt").unlink()
     return folder
 
 
@@ -266,12 +249,9 @@ def test_missing_images_are_named_and_explained(lists, root, tmp_path, capsys):
     assert f"below {deep}" in fails(capsys, *command, tmp_path / "kaggle")
 
 
-def check_links(out):
-    """That every image of every list is below out, as a link to the right file."""
-    for split, entries in LISTS.items():
-        for path, _ in entries:
-            link = out / split / path.split("/", 1)[1]
-            assert link.is_symlink() and link.read_text() == path
+def check_links(out, links=LINKS):
+    """That every image of every list is below out, as a link to the right file; links: its path there -> as listed."""
+    assert all((out / link).is_symlink() and (out / link).read_text() == path for link, path in links.items())
     found = find_splits(out, {})
     assert {name: (len(split.images), split.missing) for name, split in found.items()} == {
         split: (len(entries), ()) for split, entries in LISTS.items()
@@ -323,28 +303,21 @@ def test_links_never_replace_images(lists, root, tmp_path, capsys):
     assert "--root" in fails(capsys, "imagenet-lt", "--out", lists, "--link", tmp_path / "out")
 
 
-def test_two_images_with_the_same_link_are_refused(lists, root, tmp_path, capsys, monkeypatch):
-    nested = [("a/outdoor/1.jpg", 0), ("b/outdoor/1.jpg", 1), ("c/2.jpg", 2)]
-    monkeypatch.setitem(LISTS, "train", nested)
-    for path, _ in nested:
-        (root / path).parent.mkdir(parents=True)
-        (root / path).touch()
-    about = json.loads(published.MANIFEST.read_text())
-    about["lists"]["inaturalist18"]["splits"]["train"] = facts("train", "iNaturalist18_train.txt")
-    published.MANIFEST.write_text(json.dumps(about))
-    (lists / "iNaturalist18_train.txt").write_bytes(content("train"))
-    command = ("inaturalist18", "--out", lists, "--root", root)
-    succeeds(capsys, *command)
-    assert "outdoor/1.jpg" in fails(capsys, *command, "--link", tmp_path / "out")
+def test_two_images_with_the_same_link_are_refused(tmp_path):
+    for folder in ("a/outdoor", "b/outdoor"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.jpg").touch()
+    (tmp_path / "train.txt").write_text("a/outdoor/1.jpg 0\nb/outdoor/1.jpg 1\n")
+    splits = find_splits(tmp_path, {}, ["train"])
+    with pytest.raises(UserError, match=r"--link .*outdoor/1\.jpg"):
+        link_tree(splits, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys):
-    command = ("inaturalist18", "--out", lists, "--root", root)
-    said = succeeds(capsys, *command)
+    said = succeeds(capsys, "inaturalist18", "--out", lists, "--root", root, "--link", tmp_path / "out")
     assert "its val list is used for test, and for validation" in said and "all 22 listed images" in said
-    assert said.count("iNaturalist18_val.txt") == 3  # verified once, and named for both splits
-    succeeds(capsys, *command, "--link", tmp_path / "out")
+    assert succeeds(capsys, "inaturalist18", "--out", lists).count("iNaturalist18_val.txt") == 3  # read once, for two
     found = find_splits(tmp_path / "out", {})
     assert [(len(found[split].images), found[split].missing) for split in LISTS] == [(10, ()), (6, ()), (6, ())]
 
@@ -357,16 +330,13 @@ def test_places_lt_keeps_its_nested_folders(lists, root, tmp_path, capsys):
     out = tmp_path / "out"
     assert "unsorted" in fails(capsys, *command)
     succeeds(capsys, *command, "--link", out)
-    for entries in LISTS.values():
-        assert all((out / path).is_symlink() and (out / path).read_text() == path for path, _ in entries)
-    assert not any(split.missing for split in find_splits(out, {}).values())
+    check_links(out, {path: path for entries in LISTS.values() for path, _ in entries})
 
 
 def test_checking_a_tree_needs_all_lists(lists, root, capsys):
     (lists / "ImageNet_LT_val.txt").unlink()
-    given = lists / "ImageNet_LT_train.txt"
-    error = fails(capsys, "imagenet-lt", "--out", lists, "--root", root, "--from", given)
-    assert "ImageNet_LT_val.txt" in error
+    command = ("imagenet-lt", "--out", lists, "--root", root)
+    assert "ImageNet_LT_val.txt" in fails(capsys, *command, "--from", lists / "ImageNet_LT_train.txt")
 
 
 # The user's own folder
@@ -380,11 +350,10 @@ def own_folder(root, **counts):
     return root
 
 
-def test_every_split_has_an_image_of_a_class_of_at_least_three():
-    for val, test in ((0.1, 0.1), (0.01, 0.01), (0.49, 0.5), (0.9, 0.05), (0.05, 0.9), (0.5, 0.25)):
-        for count in range(3, 60):
-            held_val, held_test = split_class(count, val, test)
-            assert held_val >= 1 and held_test >= 1 and held_val + held_test < count, (count, val, test)
+@given(st.integers(3, 60), st.floats(0.01, 0.9), st.floats(0.01, 0.9))
+def test_every_split_has_an_image_of_a_class_of_at_least_three(count, val, test):
+    held_val, held_test = split_class(count, val, test)
+    assert held_val >= 1 and held_test >= 1 and held_val + held_test < count
 
 
 @pytest.mark.parametrize(
@@ -439,14 +408,12 @@ def test_folder_splits_every_class(tmp_path, capsys):
     assert (tmp_path / "lists" / "train.txt").read_bytes() == text
 
 
-@pytest.mark.parametrize(("val", "test", "train"), [(0.25, 0.5, [10, 9, 1]), (5, 11, [24, 17, 1])])
-def test_folder_takes_shares_or_numbers_of_each_class(tmp_path, capsys, val, test, train):
-    root = own_folder(tmp_path / "photos", a=40, b=33, c=3)
+@pytest.mark.parametrize(("val", "test", "counts"), [(0.25, 0.5, (10, 10, 20)), (5, 11, (24, 5, 11))])
+def test_folder_takes_shares_or_numbers_of_each_class(tmp_path, capsys, val, test, counts):
+    root = own_folder(tmp_path / "photos", a=40, c=3)
     said = succeeds(capsys, "folder", root, "--val", val, "--test", test)
-    assert "test: 1 of 3 classes has fewer than 10 images" in said and ": c 1\n" in said
-    lists = read_lists(root)
-    assert [class_counts(lists[split])[0] for split in ("val", "test")] == ([10, 20] if val < 1 else [5, 11])
-    assert class_counts(lists["train"]) == train
+    assert "test: 1 of 2 classes has fewer than 10 images" in said and ": c 1\n" in said
+    assert [class_counts(entries) for entries in read_lists(root).values()] == [[count, 1] for count in counts]
 
 
 @pytest.mark.parametrize(("absent", "other"), [("val", "test"), ("test", "val")])
@@ -553,20 +520,19 @@ def test_without_earlier_lists_the_hash_of_a_photo_decides(tmp_path, capsys):
     assert said.count("drawn anew") == 1 and f"all splits are drawn anew: {lost} is missing" in said
 
 
-@pytest.mark.parametrize("declared", [False, True])
-def test_a_renamed_class_keeps_its_number_and_its_splits(tmp_path, capsys, declared):
+def test_a_class_that_classes_txt_renames_keeps_its_number_and_its_splits(tmp_path, capsys):
+    """Also where a photo is gone too."""
     root = own_folder(tmp_path / "photos", bee=30, cat=26, dog=41)
     succeeds(capsys, "folder", root)
     own_folder(root, bee=50)
     succeeds(capsys, "folder", root, "--overwrite")
     first = places(root)
     (root / "bee").rename(root / "wasp")
-    if declared:  # needed where a photo is gone too
-        (root / "wasp" / "photo 1.jpg").unlink()
-        (root / "classes.txt").write_text("wasp\nKatze\ndog\n")
+    (root / "wasp" / "photo 1.jpg").unlink()
+    (root / "classes.txt").write_text("wasp\nKatze\ndog\n")
     said = succeeds(capsys, "folder", root, "--overwrite")
     assert "wasp (was bee, and keeps its number): 0 new" in said
-    assert (root / "classes.txt").read_text().split() == ["wasp", "Katze" if declared else "cat", "dog"]
+    assert (root / "classes.txt").read_text().split() == ["wasp", "Katze", "dog"]
     after = places(root)
     assert moves(first["bee"], after["wasp"]) == [] and after["cat"] == first["cat"] and after["dog"] == first["dog"]
     assert {path.split("/")[0]: label for path, label in read_lists(root)["train"]} == {"wasp": 0, "cat": 1, "dog": 2}

@@ -57,19 +57,18 @@ def resnet18(data, out, *pretrained):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["DIR"], None),
-        (["--pretrained", "DIR"], "torchvision"),
-        (["DIR", "--pretrained"], "torchvision"),
-        (["--pretrained", "--cos", "DIR"], "torchvision"),
-        (["--pretrained", "torchvision", "DIR"], "torchvision"),
-        (["--pretrained=torchvision", "DIR"], "torchvision"),
-        (["--pretrained", "weights.pth", "DIR"], "weights.pth"),
-        (["--pretrained=weights.pth", "DIR"], "weights.pth"),
-        (["DIR", "--pretrained", "weights.pth"], "weights.pth"),
+        ("DIR", None),
+        ("--pretrained DIR", "torchvision"),
+        ("DIR --pretrained", "torchvision"),
+        ("--pretrained --cos DIR", "torchvision"),
+        ("--pretrained torchvision DIR", "torchvision"),
+        ("--pretrained weights.pth DIR", "weights.pth"),
+        ("--pretrained=weights.pth DIR", "weights.pth"),
+        ("DIR --pretrained weights.pth", "weights.pth"),
     ],
 )
 def test_dir_is_never_taken_for_the_weights(tmp_path, words, expected):
-    args = ssd_stage_i.get_parser().parse_args([word.replace("DIR", str(tmp_path)) for word in words])
+    args = ssd_stage_i.get_parser().parse_args(words.replace("DIR", str(tmp_path)).split())
     assert (args.pretrained, args.data) == (expected, str(tmp_path))
 
 
@@ -153,16 +152,16 @@ def test_files_of_other_programs_are_read(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "reason"),
     [
-        (lambda own: below("student.", own) | below("teacher.", own), ["student. and teacher."]),
-        (lambda own: {"student": own, "teacher": own}, ["several networks, student, teacher"]),
-        (lambda own: {"resnet.embedder.weight": own["conv1.weight"]}, ["does not fit", "resnet.embedder.weight"]),
+        (lambda own: below("student.", own) | below("teacher.", own), "student. and teacher."),
+        (lambda own: {"student": own, "teacher": own}, "several networks, student, teacher"),
+        (lambda own: {"resnet.embedder.weight": own["conv1.weight"]}, "names are such as resnet.embedder.weight"),
     ],
 )
-def test_a_prefix_that_is_not_clear_is_named(tmp_path, content, words):
+def test_a_prefix_that_is_not_clear_is_named(tmp_path, content, reason):
     torch.save(content(torchvision_state()), tmp_path / "weights.pth")
-    assert_refused(tmp_path / "weights.pth", *words)
+    assert_refused(tmp_path / "weights.pth", reason)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -182,11 +181,6 @@ def test_a_resumed_run_needs_no_weights(trained, plain_tree, tmp_path, no_networ
     words = ["--epochs", 3, "--resume", "auto", "--pretrained", tmp_path / "gone.pth"]
     outcome = run_stage("i", plain_tree, folder, *words)
     assert outcome.status == 0 and "gone.pth" not in outcome.out + outcome.err
-
-
-def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path, "--epochs", 1)
-    assert outcome.status == 0 and "backbone starts" not in outcome.out
 
 
 # ---- mistakes
@@ -211,19 +205,17 @@ def test_networks_without_torchvision_weights_are_refused(no_network):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "reason"),
     [
-        ({"conv1.weight": None}, ["conv1.weight is missing"]),
-        ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, ["conv1.weight has the shape (64, 1, 7, 7), not (64, 3, 7, 7)"]),
-        ({"layer4.2.conv1.weight": torch.zeros(1)}, ["layer4.2.conv1.weight is unknown"]),
-        ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, ["conv1.weight", "not finite"]),
-        ({"n_averaged": 3}, ["n_averaged", "no tensor"]),
+        ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, "conv1.weight has the shape (64, 1, 7, 7), not (64, 3, 7, 7)"),
+        ({"layer4.2.conv1.weight": torch.zeros(1)}, "layer4.2.conv1.weight is unknown"),
+        ({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "conv1.weight holds values that are not finite"),
+        ({"n_averaged": 3}, "n_averaged among its weights is no tensor"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused(tmp_path, change, words):
-    state_dict = {name: value for name, value in (torchvision_state() | change).items() if value is not None}
-    torch.save(state_dict, tmp_path / "weights.pth")
-    assert_refused(tmp_path / "weights.pth", *words)
+def test_a_state_dict_that_does_not_fit_is_refused(tmp_path, change, reason):
+    torch.save(torchvision_state() | change, tmp_path / "weights.pth")
+    assert_refused(tmp_path / "weights.pth", reason)
 
 
 def test_files_that_are_not_weights_and_weights_of_another_backbone_are_refused(trained, tmp_path):

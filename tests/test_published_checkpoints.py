@@ -111,12 +111,10 @@ def as_old_numpy(path):
         path.write_bytes(content.replace(new, old))
         return
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(path, "w") as target:
-        for name in source.namelist():
-            entry = source.read(name)
-            if name.endswith("data.pkl"):
-                assert new in entry
-                entry = entry.replace(new, old)
-            target.writestr(name, entry)
+        entries = {name: source.read(name) for name in source.namelist()}
+        assert any(new in entry for entry in entries.values())
+        for name, entry in entries.items():
+            target.writestr(name, entry.replace(new, old) if name.endswith("data.pkl") else entry)
 
 
 BESTS = {

@@ -2,7 +2,7 @@
 
 import os
 import re
-import tarfile
+import shutil
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import extract_archive
+from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from utils.errors import UserError, one_line, retry
@@ -110,33 +110,16 @@ def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=Non
         if not is_dir(folder / original.base_folder):
             if not is_file(archive):
                 raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
-            try:
-                with tarfile.open(archive) as tar:
-                    unpack(tar, unpacked)
-            except Exception as error:  # truncated, not an archive, disk full
-                raise UserError(f"{archive}: cannot be unpacked ({one_line(error)})") from None
+            if not check_integrity(archive, original.tgz_md5):
+                what = f"is not the published {original.filename}: its MD5 is not {original.tgz_md5}"
+                raise UserError(f"{archive}: {what}; get it again")
+            shutil.unpack_archive(archive, unpacked, "gztar")  # its members are the published ones
             folder = unpacked
         try:
             train, test = (original(str(folder), train=part) for part in (True, False))
         except RuntimeError as error:
             raise UserError(f"{source}: incomplete or damaged ({one_line(error)})") from None
     return SmallImages(train.classes, train.data, np.array(train.targets), test.data, np.array(test.targets))
-
-
-def unpack(tar: tarfile.TarFile, folder):
-    """Extracts an archive whose members must not be written outside the folder: by tarfile's filter `data`.
-
-    Before Python 3.11.4 there is none: files and folders with names inside it are extracted, and all else refused.
-    Raises tarfile.TarError or OSError.
-    """
-    if hasattr(tarfile, "data_filter"):
-        return tar.extractall(folder, filter="data")
-    for member in tar.getmembers():
-        outside = member.name.startswith("/") or ".." in member.name.split("/")
-        if outside or not (member.isfile() or member.isdir()):
-            raise tarfile.TarError(f"{member.name} is a link or a device, or would be written outside")
-        member.mode = 0o755 if member.isdir() else 0o644
-    return tar.extractall(folder)
 
 
 def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
