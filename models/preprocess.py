@@ -70,20 +70,20 @@ def eval_view(size: int) -> T.Compose:
     return T.Compose([CropEnds(), T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
 
 
-def normalize(images: torch.Tensor, mean=MEAN, std=STD, dtype=torch.float32) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
     """Images (..., 3, H, W), uint8 or floats in [0, 1], minus the mean, divided by the standard deviation.
 
-    mean, std: three numbers each, for red, green and blue in [0, 1]. The result is on the images' device.
+    mean, std: three numbers each, for red, green and blue in [0, 1]. The result is float32, on the images' device.
     """
-    mean, std = _statistics(tuple(mean), tuple(std), dtype, images.device)
-    images = images.to(dtype).div_(255).sub_(mean) if images.dtype == torch.uint8 else images.to(dtype).sub(mean)
+    mean, std = _statistics(tuple(mean), tuple(std), images.device)
+    images = images.float().div_(255).sub_(mean) if images.dtype == torch.uint8 else images.float().sub(mean)
     return images.div_(std)
 
 
 @functools.lru_cache(maxsize=16)
-def _statistics(mean, std, dtype, device):
+def _statistics(mean, std, device):
     """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU waits for it."""
-    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (mean, std))
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
 
 class EvalTransform:
