@@ -11,18 +11,7 @@ import time
 
 import pytest
 
-from tests.helpers import (
-    LAST,
-    PARSERS,
-    ROOT,
-    TWO,
-    Interruption,
-    assert_one_line,
-    call,
-    checkpoint,
-    log_of,
-    stage_flags,
-)
+from tests.helpers import LAST, PARSERS, ROOT, TWO, Interruption, assert_one_line, call, checkpoint, log_of, stage_flags
 from tests.helpers_processes import PATIENCE, free_port
 from utils.distributed import STOP_SIGNALS, defer_stop
 from utils.errors import UserError
@@ -164,8 +153,7 @@ def test_further_signals_are_ignored_by_a_process_that_is_about_to_exit_alone(pl
 
 
 @pytest.mark.parametrize(
-    ("flags", "ignored", "status"),
-    [(["--epochs", 999], [], 75), (["-p", 1, "-j", 1], [signal.SIGHUP], 0)],
+    ("flags", "ignored", "status"), [(["--epochs", 999], [], 75), (["-p", 1, "-j", 1], [signal.SIGHUP], 0)]
 )
 def test_a_closed_terminal_stops_the_run_unless_its_signal_is_ignored(plain_tree, tmp_path, flags, ignored, status):
     """Ignored, as by nohup, it stays ignored, also in data workers."""
