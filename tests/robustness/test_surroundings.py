@@ -127,7 +127,7 @@ def test_processes_of_env_that_do_not_meet_say_what_to_set(plain_tree, tmp_path,
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_each_signal_saves_and_stops(plain_tree, tmp_path, number):
-    out = Interruption("epoch 1/2 [1/", number)
+    out = Interruption("epoch 1/2 [1/", lambda: signal.raise_signal(number))
     outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", ["--con-weight", 0, "-p", 1]), out=out)
     assert_one_line(outcome, 75, "stopped on request at epoch 1, step 2", "--resume auto")
     assert (checkpoint(tmp_path / "run")["epoch"], checkpoint(tmp_path / "run")["step"]) == (0, 2)
