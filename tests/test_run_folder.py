@@ -52,9 +52,7 @@ def folder(trained, tmp_path):
     ("run", "stage", "flag", "before"),
     [("iii", "iii", "teacher_ckpt", "ii"), ("tuned", "ii", "last_stage_ckpt", "iii")],
 )
-def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(
-    trained, plain_tree, tmp_path, run, stage, flag, before
-):
+def test_a_resumed_run_names_the_checkpoint_it_started_from(trained, plain_tree, tmp_path, run, stage, flag, before):
     folder = copied(trained[run], tmp_path / run)
     outcome = run_stage(stage, plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
     assert outcome.status == 0, outcome.err
@@ -205,9 +203,7 @@ def test_a_second_run_does_not_touch_what_a_running_one_set_aside(folder, plain_
         os.waitpid(pid, 0)
 
 
-def test_a_run_that_starts_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(
-    folder, trained, plain_tree
-):
+def test_a_run_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(folder, trained, plain_tree):
     train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", trained["i"] / LAST, "--overwrite")
     assert [record["epoch"] for record in log_of(folder)] == [2]
 
@@ -266,9 +262,7 @@ def test_a_missing_package_costs_no_earlier_run(folder, trained, plain_tree, mon
     assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
 
 
-def test_a_file_system_without_locks_gets_a_warning_and_what_another_run_may_have_set_aside_stays(
-    folder, tmp_path, monkeypatch, capsys
-):
+def test_a_file_system_without_locks_gets_a_warning_and_keeps_runs_set_aside(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     assert lock_folder(tmp_path) is None
     said = capsys.readouterr().out
@@ -282,9 +276,7 @@ def test_a_file_system_without_locks_gets_a_warning_and_what_another_run_may_hav
         lock_folder(tmp_path)
 
 
-def test_more_epochs_continue_a_finished_run_in_its_folder_also_if_its_checkpoint_is_a_link(
-    folder, trained, plain_tree, tmp_path
-):
+def test_more_epochs_continue_a_finished_run_whose_checkpoint_is_a_link(folder, trained, plain_tree, tmp_path):
     (folder / LAST).rename(tmp_path / "elsewhere")
     (folder / LAST).symlink_to(tmp_path / "elsewhere")
     train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")

@@ -1,5 +1,7 @@
 """A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,6 @@ from models import SDL, SLG, SSFL
 from tests.helpers import COUNTS, SCRIPTS, STAGES, on_ranks, stage_flags
 from utils.arguments import settle_defaults
 from utils.distributed import DistInfo, distribute, set_dist_info
-from utils.errors import UserError
 from utils.memory import step_memory
 from utils.train_state import TrainState, convert_sync_batchnorm
 
@@ -159,22 +160,21 @@ def test_ranks_average_their_gradients_once_per_step(runs, stage):
 # ---- --sync-bn
 
 
-def sync_model():
-    model = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
+def with_sync_bn(model):
+    """A copy of a network, converted."""
+    model = copy.deepcopy(model)
     convert_sync_batchnorm(model, torch.device("cuda"))
     return model
 
 
+def norms_of(model) -> set:
+    return {type(module) for module in model.modules() if hasattr(module, "running_mean")}
+
+
 def test_sync_bn_converts_all_but_the_momentum_encoder_and_keeps_names_and_parameters():
-    torch.manual_seed(0)
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    torch.manual_seed(0)
-    model = sync_model()
-    kinds = {
-        name: {type(m) for m in getattr(model, name).modules() if hasattr(m, "running_mean")}
-        for name in ("encoder_q", "encoder_k")
-    }
-    assert kinds == {"encoder_q": {nn.SyncBatchNorm}, "encoder_k": {nn.BatchNorm2d}}
+    model = with_sync_bn(plain)
+    assert (norms_of(model.encoder_q), norms_of(model.encoder_k)) == ({nn.SyncBatchNorm}, {nn.BatchNorm2d})
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
     flags = [[p.requires_grad for p in m.parameters()] for m in (model, plain)]
@@ -183,23 +183,15 @@ def test_sync_bn_converts_all_but_the_momentum_encoder_and_keeps_names_and_param
     assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
-@pytest.mark.parametrize("network", [lambda: SLG("resnet8", CLASSES), lambda: SDL("resnet8", CLASSES)])
+@pytest.mark.parametrize("network", [SLG, SDL])
 def test_sync_bn_converts_the_frozen_networks_too(network):
-    model = network()
-    convert_sync_batchnorm(model, torch.device("cuda"))
-    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
-    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert norms_of(with_sync_bn(network("resnet8", CLASSES))) == {nn.SyncBatchNorm}
 
 
 def memory_of_both(rank):
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    return [step_memory(model, 4, 32, device=CPU) for model in (plain, sync_model())]
+    return [step_memory(model, 4, 32, device=CPU) for model in (plain, with_sync_bn(plain))]
 
 
 def test_the_memory_check_counts_sync_bn_like_batchnorm_without_the_other_ranks():
     assert all(plain == synchronized for plain, synchronized in on_ranks(2, memory_of_both))
-
-
-def test_sync_bn_is_refused_without_cuda():
-    with pytest.raises(UserError, match="--no-sync-bn"):
-        convert_sync_batchnorm(SLG("resnet8", CLASSES), CPU)

@@ -39,6 +39,7 @@ from tests.helpers import (
     checkpoint,
     on_ranks,
     run_ranks,
+    run_shell,
     run_stage,
     stage_flags,
     train,
@@ -92,9 +93,8 @@ def test_a_signal_to_all_processes_stops_the_run(trained, plain_tree, tmp_path, 
         *(pytest.param(n, None, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
     ],
 )
-def test_a_signal_to_one_of_two_processes_stops_both(
-    run_of_two_processes, plain_tree, tmp_path, number, rank, interface_is_chosen_by_the_run
-):
+@pytest.mark.usefixtures("interface_is_chosen_by_the_run")
+def test_a_signal_to_one_of_two_processes_stops_both(run_of_two_processes, plain_tree, tmp_path, number, rank):
     """If rank is None, the signal goes to their parent."""
     run = tmp_path / "run"
     with Job("i", plain_tree, run, "--cos", *TWO, *SEVERAL_WORKERS, gate=2) as job:
@@ -136,6 +136,13 @@ def test_a_second_interrupt_ends_the_run_at_once(plain_tree, tmp_path, flags):
         outcome = job.end()
     assert_one_line(outcome, 130, "interrupted", "--resume auto")
     assert checkpoint(tmp_path / "run")["step"] > 0
+
+
+@pytest.mark.full
+def test_the_last_words_of_torchrun_name_the_mistake(tmp_path):
+    outcome = run_shell("i", tmp_path / "missing", tmp_path / "run", launcher=TORCHRUN)
+    assert outcome.status == 1  # torchrun's own
+    assert "missing: no such folder" in outcome.err.split("Root Cause")[1]
 
 
 @pytest.mark.full
