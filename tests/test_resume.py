@@ -115,10 +115,6 @@ def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, 
 # ---- --resume auto
 
 
-def test_auto_starts_from_scratch_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
-    assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
-
-
 def test_auto_skips_a_damaged_checkpoint_and_renames_it(trained, plain_tree, tmp_path):
     folder = copied(trained["i"], tmp_path / "run")
     half = (folder / LAST).read_bytes()[:10_000]

@@ -32,6 +32,7 @@ from tests.helpers import (
     stage_flags,
     train,
 )
+from tests.helpers_prepare import everything
 from tests.helpers_processes import wait_until
 from utils import checkpoint as under_test
 from utils import pretrained
@@ -71,12 +72,6 @@ def test_a_run_that_goes_on_removes_the_earlier_results(folder, plain_tree):
 # ---- --overwrite: the old run as a whole, or the new one
 
 
-def content(folder) -> dict:
-    """name -> bytes of all files in and below a folder, without the lock."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -87,9 +82,9 @@ def content(folder) -> dict:
 def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(folder, plain_tree, flags, words):
     (folder / "plots").mkdir()
     (folder / "plots" / "losses.png").touch()
-    before = content(folder)
+    before = everything(folder)
     assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", *flags.split()), words)
-    assert content(folder) == before
+    assert everything(folder) == before
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", None])
@@ -104,12 +99,11 @@ def killed_at(number, work) -> bool:
     """Whether work() is killed, in a fork, when it is about to change a folder for the number-th time."""
     pid = os.fork()
     if pid == 0:
-        left = [number]
+        changes = itertools.count()
 
         def deadly(change):
             def function(*args, **options):
-                left[0] -= 1
-                if left[0] < 0:
+                if next(changes) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return change(*args, **options)
 
@@ -127,8 +121,8 @@ def killed_at(number, work) -> bool:
 @pytest.mark.parametrize("ends", ["with a checkpoint", "without", "without, twice"])
 def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_path, ends):
     """Never files of both; a kill while the old run is brought back is one of these moments, too."""
-    old, saved = content(trained["i"]), checkpoint(trained["i"])
-    new = {LAST, "best_checkpoint.pth.tar", "args.json", "log.txt"}
+    old, saved = everything(trained["i"]), checkpoint(trained["i"])
+    new = {LAST, "best_checkpoint.pth.tar", "args.json", "log.txt", ".lock"}
 
     def start_over(folder):
         under_test.set_aside(folder)
@@ -144,7 +138,7 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_pat
         if ends == "without, twice":
             killed_at(2, lambda folder=folder: under_test.settle(folder))
         under_test.settle(folder)
-        found = content(folder)
+        found = everything(folder)
         is_new = found.keys() == new and found["args.json"] == b"new" and checkpoint(folder)["epoch"] == 7
         assert found == old or is_new, (number, sorted(found))
         assert killed or is_new == (ends == "with a checkpoint")
@@ -164,10 +158,10 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_pat
     ],
 )
 def test_the_old_run_is_found_again_after_a_kill(folder, plain_tree, use):
-    before = content(folder)
+    before = everything(folder)
     under_test.set_aside(folder)
     (folder / "args.json").write_text("{}")
-    assert use(plain_tree, folder) and content(folder) == before
+    assert use(plain_tree, folder) and everything(folder) == before
 
 
 def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(folder, plain_tree, tmp_path, monkeypatch):
@@ -187,7 +181,7 @@ def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(folder, plain
 
 def test_a_second_run_does_not_touch_what_a_running_one_set_aside(folder, plain_tree, tmp_path):
     under_test.set_aside(folder)
-    before = content(folder)
+    before = everything(folder)
     pid = os.fork()
     if pid == 0:
         lock = (folder / ".lock").open("w")
@@ -197,7 +191,7 @@ def test_a_second_run_does_not_touch_what_a_running_one_set_aside(folder, plain_
     try:
         wait_until((tmp_path / "locked").exists, "the lock")
         assert_mistake(run_stage("i", plain_tree, folder, "--resume", "auto"), f"--output_dir {folder}", "another run")
-        assert content(folder) == before
+        assert everything(folder) == before
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -268,9 +262,9 @@ def test_a_file_system_without_locks_gets_a_warning_and_keeps_runs_set_aside(fol
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and "cannot be locked (No locks available)" in said
     under_test.set_aside(folder)
-    before = content(folder)
+    before = everything(folder)
     under_test.settle_unless_in_use(folder)
-    assert content(folder) == before
+    assert everything(folder) == before
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         lock_folder(tmp_path)

@@ -25,8 +25,8 @@ STAGES = {"stage_i": "i", "stage_ii": "ii", "stage_iii": "iii", "stage_iii_tuned
 ENVIRONMENT = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
 
-def start(*words, launch=None) -> subprocess.Popen:
-    environment = {"LAUNCH": str(launch), "PYTHONPATH": str(ROOT)} if launch else {}
+def start(*words, launch=None, **environment) -> subprocess.Popen:
+    environment |= {"LAUNCH": str(launch), "PYTHONPATH": str(ROOT)} if launch else {}
     return subprocess.Popen(
         ["bash", ROOT / "scripts" / "train.sh", *map(str, words)], text=True, env=ENVIRONMENT | environment, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -57,15 +57,15 @@ def test_stopped_or_killed_within_a_stage_it_ends_with_the_same_results(trained,
     out = words[-1]
     for stage in ("stage_i", "stage_ii"):
         copied(trained[STAGES[stage]], out / stage)
-    (out / "stage_iii_tuned.waiting").touch()  # is not interrupted
-    launch = f"{sys.executable} {ROOT}/tests/gated_launch.py"
-    run = start(*words, launch=launch)
-    wait_until(lambda: (out / "stage_iii.waiting").exists() or run.poll() is not None, "stage III")
+    gate = {"launch": f"{sys.executable} {ROOT}/tests/gated_stage.py", "GATE": "12", "GATE_FILE": f"{out.parent}/gate"}
+    run = start(*words, **gate)
+    wait_until(lambda: [*out.parent.glob("gate.*")] or run.poll() is not None, "stage III in its second epoch")
     os.kill(-run.pid if number == signal.SIGKILL else run.pid, number)  # SIGTERM to the shell alone
     output, _ = run.communicate()
     assert run.returncode == (-number if number == signal.SIGKILL else 75), output
     assert "== stage II on stage III" not in output
-    run = start(*words, launch=launch)
+    (out.parent / "gate").touch()  # nobody waits any more
+    run = start(*words, **gate)
     output, _ = run.communicate()
     assert run.returncode == 0, output
     assert output.startswith("plan: 154 train, 24 val, 30 test images; up to ") and output.count(": done, in ") == 2

@@ -17,9 +17,6 @@ from utils.train_state import TrainState, convert_sync_batchnorm
 CPU, CLASSES = torch.device("cpu"), len(COUNTS["train"])
 QUEUE, QUEUE_BUFFERS = 40, ("queue", "label_queue", "queue_ptr")  # wraps around in the second step
 IMAGES, BATCH, STEPS = 58, 24, 2  # four processes pad the epoch to 60 images; the last ones fill no step
-SPLITS = pytest.mark.parametrize(
-    ("world", "accum_steps"), [(4, 1), pytest.param(1, 4, marks=pytest.mark.method), (2, 3)]
-)
 
 
 class Recorder(TrainState):
@@ -103,9 +100,9 @@ def runs(plain_tree, tmp_path_factory):
     return run
 
 
-@SPLITS
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
+@pytest.mark.parametrize(("world", "accum_steps"), [(4, 1), pytest.param(1, 4, marks=pytest.mark.method), (2, 3)])
+def test_steps_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
     (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
     for number, expected in enumerate(whole["steps"]):
         steps = [rank["steps"][number] for rank in parts]
@@ -115,39 +112,39 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage
             difference = (step["gradients"] - expected["gradients"]).abs().max()
             assert difference <= 1e-10 * expected["gradients"].norm()
             assert torch.equal(step["gradients"], steps[0]["gradients"])
+        if stage != "ii":
+            assert_same_images(steps, expected, views=3 if stage == "i" else 2)
+        if stage == "i":
+            assert_same_queue(steps, expected, number)
     for name, mean in whole["means"].items():
         assert all(rank["means"][name] == pytest.approx(mean, rel=1e-6) for rank in parts), name
 
 
-@SPLITS
-@pytest.mark.parametrize("stage", ["i", "iii"])
-def test_images_and_augmentations_of_a_step_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
-    (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
-    for number, expected in enumerate(whole["steps"]):
-        steps = [rank["steps"][number] for rank in parts]
-        views = [name for name in expected if name.startswith("view")]
-        given = [torch.cat([step[name] for step in steps]) for name in views]
-        assert len(views) == (3 if stage == "i" else 2) and len(given[0].unique()) == BATCH
-        order, reference = given[0].argsort(), expected[views[0]].argsort()
-        for name, values in zip(views, given, strict=True):
-            assert torch.equal(values[order], expected[name][reference])
+def assert_same_images(steps, expected, views):
+    """Compares the images of a step and their augmentations; the first `view` holds their numbers."""
+    names = [name for name in expected if name.startswith("view")]
+    given = [torch.cat([step[name] for step in steps]) for name in names]
+    assert len(names) == views and len(given[0].unique()) == BATCH
+    order, reference = given[0].argsort(), expected[names[0]].argsort()
+    for name, values in zip(names, given, strict=True):
+        assert torch.equal(values[order], expected[name][reference])
 
 
-@SPLITS
-def test_the_queue_holds_the_same_keys_and_labels_on_every_rank_and_for_every_split(runs, world, accum_steps):
-    """The keys of a step in another order: a queue that wraps within a step keeps other keys of an earlier one."""
-    (whole,), parts = runs("i", 1, 1), runs("i", world, accum_steps)
-    for number, expected in enumerate(whole["steps"]):
-        for rank in parts:
-            assert all(torch.equal(rank["steps"][number][n], parts[0]["steps"][number][n]) for n in QUEUE_BUFFERS)
-        queue, labels, position = (parts[0]["steps"][number][name] for name in QUEUE_BUFFERS)
-        newest = (position - BATCH + torch.arange(BATCH)) % QUEUE
-        distances = (queue[:, newest, None] - expected["queue"][:, None, newest]).abs().amax(dim=0)
-        distance, nearest = distances.min(dim=1)
-        assert distance.max() < 1e-10 and len(nearest.unique()) == BATCH
-        assert torch.equal(labels[newest], expected["label_queue"][newest][nearest])
-        assert position == expected["queue_ptr"] == (number + 1) * BATCH % QUEUE
-        assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
+def assert_same_queue(steps, expected, number):
+    """Compares the queue, which has the same keys and labels on every rank.
+
+    The keys of a step come in another order: a queue that wraps within a step keeps other keys of an earlier one.
+    """
+    for step in steps:
+        assert all(torch.equal(step[name], steps[0][name]) for name in QUEUE_BUFFERS)
+    queue, labels, position = (steps[0][name] for name in QUEUE_BUFFERS)
+    newest = (position - BATCH + torch.arange(BATCH)) % QUEUE
+    distances = (queue[:, newest, None] - expected["queue"][:, None, newest]).abs().amax(dim=0)
+    distance, nearest = distances.min(dim=1)
+    assert distance.max() < 1e-10 and len(nearest.unique()) == BATCH
+    assert torch.equal(labels[newest], expected["label_queue"][newest][nearest])
+    assert position == expected["queue_ptr"] == (number + 1) * BATCH % QUEUE
+    assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -25,6 +25,7 @@ from tests.helpers import (
     stage_flags,
     train,
 )
+from tests.helpers_prepare import everything
 from utils import checkpoint as under_test
 from utils.errors import UserError
 from utils.log import write_json
@@ -43,10 +44,6 @@ def folder(tmp_path):
     for number in (1, 2, 3):
         under_test.write(tmp_path, state(number), is_best=number == 2)
     return tmp_path
-
-
-def contents(folder) -> dict:
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def epochs(folder) -> dict:
@@ -103,13 +100,13 @@ def failing(number):
     [("builtins.open", "EROFS"), ("os.fsync", "ENOSPC"), ("os.replace", "ENOSPC"), ("os.fsync", "EIO")],
 )
 def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, place, error):
-    before, number = contents(folder), getattr(errno, error)
+    before, number = everything(folder), getattr(errno, error)
     with monkeypatch.context() as patch:
         patch.setattr(place, failing(number))
         with pytest.raises(UserError, match=os.strerror(number)) as caught:
             under_test.write(folder, state(4), is_best=True)
     assert str(folder / LAST) in str(caught.value)
-    assert "\n" not in str(caught.value) and contents(folder) == before
+    assert "\n" not in str(caught.value) and everything(folder) == before
 
 
 @contextlib.contextmanager
@@ -126,11 +123,11 @@ def file_size_limit(size):
 @pytest.mark.parametrize("size", [0, 50_000])
 def test_a_write_that_stops_half_way_leaves_every_earlier_checkpoint(folder, size):
     """As on a disk that is full; with room again, the next one succeeds."""
-    before = contents(folder)
+    before = everything(folder)
     with pytest.raises(UserError, match="File too large") as caught, file_size_limit(size):
         under_test.write(folder, state(4))
     assert str(folder / LAST) in str(caught.value) and "\n" not in str(caught.value)
-    assert contents(folder) == before
+    assert everything(folder) == before
     under_test.write(folder, state(4))
     assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 2}
 
@@ -138,17 +135,17 @@ def test_a_write_that_stops_half_way_leaves_every_earlier_checkpoint(folder, siz
 @pytest.mark.parametrize("moment", ["os.fsync", "os.link", "os.replace"])
 def test_a_kill_during_a_save_loses_nothing_and_its_leftovers_are_removed(folder, monkeypatch, moment):
     """The kills come before the flush, before the link to previous, and before the rename to last."""
-    before = contents(folder)
+    before = everything(folder)
     pid = os.fork()
     if pid == 0:
         monkeypatch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         under_test.write(folder, state(4))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert set(contents(folder)) - set(before), "the kill must leave a file for this test to mean anything"
-    assert {name: contents(folder)[name] for name in before} == before
+    assert set(everything(folder)) - set(before), "the kill must leave a file for this test to mean anything"
+    assert {name: everything(folder)[name] for name in before} == before
     under_test.settle(folder)
-    assert contents(folder) == before
+    assert everything(folder) == before
     assert under_test.find_latest(folder) == folder / LAST
 
 
@@ -156,11 +153,11 @@ def test_only_temporary_files_are_removed(folder):
     keep = ("log.txt", "args.json", "results.json", ".lock", "notes.tar", ".last_checkpoint.pth.tar", "model.link")
     for name in keep:
         (folder / name).touch()
-    before = set(contents(folder))
+    before = set(everything(folder))
     for name in (LAST, BEST, "args.json", "log.txt"):
         (folder / f".{name}.abcd_123").touch()
     under_test.settle(folder)
-    assert set(contents(folder)) == before
+    assert set(everything(folder)) == before
 
 
 # ---- which checkpoint --resume auto takes
@@ -187,10 +184,10 @@ def test_no_readable_checkpoint_is_an_error(folder, tmp_path):
 
 
 def test_a_damaged_last_checkpoint_never_becomes_the_previous_one(folder):
-    before = contents(folder)
+    before = everything(folder)
     for name in (LAST, PREVIOUS):  # a readable one is not renamed
         under_test.quarantine_unreadable(folder, folder / name)
-    assert contents(folder) == before
+    assert everything(folder) == before
     (folder / LAST).write_bytes(before[LAST][:1000])
     under_test.quarantine_unreadable(folder, folder / PREVIOUS)
     with pytest.raises(UserError), file_size_limit(1000):
@@ -249,7 +246,7 @@ def test_two_processes_with_a_full_disk_end_in_one_line(plain_tree, tmp_path):
 
 def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monkeypatch):
     """The last checkpoint says how good the best is: it must not be ahead of the file."""
-    before = contents(folder)
+    before = everything(folder)
 
     def link(source, target, real=under_test.link):
         if target.name == BEST:
@@ -259,4 +256,4 @@ def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monk
     monkeypatch.setattr(under_test, "link", link)
     with pytest.raises(UserError, match="No space left on device"):
         under_test.write(folder, state(4), is_best=True)
-    assert {name: contents(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}
+    assert {name: everything(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}

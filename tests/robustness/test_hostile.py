@@ -303,12 +303,8 @@ def test_a_message_is_one_line_whatever_it_quotes():
 # ---- through the shell
 
 
-@pytest.mark.parametrize(("flag", "case"), [("--train-list", "terminal commands in a path"), ("--resume", "os.system")])
-def test_hostile_input_through_the_shell_ends_in_one_line(midway, tree, tmp_path, flag, case):
-    content, reason = (LISTS_OF_FILES | CHECKPOINTS)[case]
-    if flag == "--resume":
-        content(midway, tmp_path / "input")
-    else:
-        (tmp_path / "input").write_bytes(content)
-    assert_mistake(run_shell("i", tree, tmp_path / "run", flag, tmp_path / "input"), reason)
+def test_a_hostile_checkpoint_through_the_shell_ends_in_one_line(midway, plain_tree, tmp_path):
+    write, reason = CHECKPOINTS["os.system"]
+    write(midway, tmp_path / "hostile.tar")
+    assert_mistake(run_shell("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "hostile.tar"), reason)
     assert not Path("/tmp/harm").exists()

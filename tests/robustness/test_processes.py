@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -230,11 +231,8 @@ def test_a_process_that_is_killed_ends_the_run(plain_tree, tmp_path, rank):
 @pytest.mark.parametrize("flags", [[], pytest.param(TWO, marks=pytest.mark.full)])
 def test_a_data_worker_that_is_killed_ends_the_run(plain_tree, tmp_path, flags):
     """One line, also on a single core, for which torch warns of too many workers."""
-
-    def on_one_core():
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, *SEVERAL_WORKERS, limit=on_one_core) as job:
+    on_one_core = ("taskset", "-c", min(os.sched_getaffinity(0)), sys.executable)
+    with Job("i", plain_tree, tmp_path / "run", *LONG, *flags, *SEVERAL_WORKERS, launcher=on_one_core) as job:
         job.wait_for(r"epoch 1/1000 \[2/")
         victim = job.workers()[-1]
         outcome = job.send(signal.SIGKILL, victim).end()

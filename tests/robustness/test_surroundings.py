@@ -59,14 +59,12 @@ def test_a_task_of_another_step_is_refused_at_a_shared_port_and_a_rank_joins_onc
 @pytest.mark.parametrize(
     ("env", "flags", "text"),
     [
-        ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"],
-         "rank 1 waits at tcp://a:1 for the 3 processes of this command, given on 3 nodes with --rank 0 to 2"),
         (TASK, [], "rank 1 waits at tcp://127.0.0.1:20007 for the 2 processes of the srun step"),
         (PODS, ["--dist-url", "env://"], "rank 1 waits at job-master-0:2345 for the 4 processes of WORLD_SIZE"),
     ],
 )  # fmt: skip
 def test_a_process_that_waits_says_where_and_for_whom(detect, monkeypatch, capsys, env, flags, text):
-    """tests/robustness/test_processes.py sees it in a run."""
+    """Nodes that are given by flags: tests/robustness/test_processes.py, in a run."""
     monkeypatch.setattr(rendezvous, "PATIENCE", 0.01)
     with rendezvous.say_if_waiting(None, detect(env, *flags)):
         time.sleep(0.2)
