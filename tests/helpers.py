@@ -290,15 +290,15 @@ def assert_same_results(folder, reference):
 
 
 class Interruption(io.StringIO):
-    """A stdout that raises a signal when a certain line is printed."""
+    """A stdout that calls act() when a certain line is printed: by default, one that raises SIGTERM."""
 
-    def __init__(self, line, number=signal.SIGTERM):
+    def __init__(self, line, act=lambda: signal.raise_signal(signal.SIGTERM)):
         super().__init__()
-        self.line, self.number = line, number
+        self.line, self.act = line, act
 
     def write(self, text):
         if text.startswith(self.line):
-            signal.raise_signal(self.number)
+            self.act()
         return super().write(text)
 
 

@@ -64,27 +64,24 @@ def alive(pid) -> bool:
 class Job:
     """A small run of a stage in a separate process; its output goes to files.
 
-    gate: where its processes wait, see tests/gated_stage_i.py; gate_file: shared by the jobs of a run.
+    gate: where its processes wait, see tests/gated_stage.py; gate_file: shared by the jobs of a run.
     """
 
-    def __init__(
-        self, stage, data, out, *flags, gate=None, gate_file=None, launcher=(sys.executable,), env=None, cwd=ROOT,
-        limit=None,
-    ):  # fmt: skip
+    def __init__(self, stage, data, out, *flags, gate=None, gate_file=None, launcher=(sys.executable,), env=None):
         self.out = Path(out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.files = [self.out.with_name(f"{self.out.name}.{name}") for name in ("stdout", "stderr")]
-        script = ROOT / f"ssd_stage_{stage}.py"
+        scripts = [ROOT / f"ssd_stage_{stage}.py"]
         environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}  # of torchrun; 30 s otherwise
         if gate:
-            script = ROOT / "tests" / "gated_stage_i.py"
+            scripts.insert(0, ROOT / "tests" / "gated_stage.py")
             environment |= {"GATE": str(gate), "GATE_FILE": str(gate_file or f"{out}.gate"), "PYTHONPATH": str(ROOT)}
-        command = [*launcher, script, *stage_flags(stage, data, out, ("-p", 1, *flags))]
+        environment |= env or {}
+        command = list(map(str, [*launcher, *scripts, *stage_flags(stage, data, out, ("-p", 1, *flags))]))
         with open(self.files[0], "w") as stdout, open(self.files[1], "w") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=cwd, stdout=stdout, stderr=stderr, env=environment | (env or {}),
-                start_new_session=True, preexec_fn=limit,
-            )  # fmt: skip
+                command, cwd=ROOT, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
+            )
         self.pid = self.process.pid
         self.seen = set()
 

@@ -106,7 +106,7 @@ def test_what_a_checkpoint_keeps_of_a_flag_is_taken_back_and_nothing_else(stage)
         parser.check_value(action, value)
         wrong = [{}, "--help", ["--help"], [[value]], "no such value", object()]
         wrong += [] if isinstance(value, str) else [str(value)]
-        wrong += [value + 0.5] if type(value) is int else []
+        wrong += [value + 0.5] if type(value) is int else [3] if type(value) is list else []
         for other in wrong:
             with pytest.raises(UserError, match=option_name(action)):
                 parser.check_value(action, other)

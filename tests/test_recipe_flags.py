@@ -1,7 +1,5 @@
 """The flags that recipes use: warm-up and schedule, validation every N epochs, strength of the jitter."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -9,39 +7,12 @@ from PIL import Image
 
 import ssd_stage_i
 from datasets.transforms import Views
-from tests.helpers import (
-    BEST,
-    LAST,
-    PREVIOUS,
-    assert_mistake,
-    assert_same_run,
-    call,
-    checkpoint,
-    copied,
-    log_of,
-    results_of,
-    same,
-    train,
-)
+from tests.helpers import BEST, LAST, assert_mistake, call, checkpoint, log_of, results_of, same, train
 from utils.train_state import learning_rate
-
-FIVE = ["--cos", "--warmup-epochs", 2, "--con-weight", 0, "--epochs", 5]
-
-
-@pytest.fixture(scope="module")
-def every_epoch(plain_tree, tmp_path_factory):
-    return train("i", plain_tree, tmp_path_factory.mktemp("every"), *FIVE)
-
-
-@pytest.fixture(scope="module")
-def every_second(plain_tree, tmp_path_factory):
-    return train("i", plain_tree, tmp_path_factory.mktemp("second"), *FIVE, "--eval-freq", 2)
-
 
 # ---- warm-up and schedule
 
 RATES = [  # of lr 0.8 in 8 epochs
-    ("", [0.8] * 8),
     ("--schedule 3 6", [0.8] * 3 + [0.08] * 3 + [0.008] * 2),
     ("--schedule 3 6 --schedule-factor 0.5", [0.8] * 3 + [0.4] * 3 + [0.2] * 2),
     ("--schedule 3 --warmup-epochs 4", [0.2, 0.4, 0.6, 0.8, 0.08, 0.08, 0.08, 0.08]),  # the warm-up comes first
@@ -58,10 +29,6 @@ def test_warmup_and_schedule_give_these_rates(flags, rates, tmp_path):
     assert [learning_rate(epoch, args) for epoch in range(8)] == pytest.approx(rates, rel=1e-5)
 
 
-def test_a_training_uses_the_warmup_and_the_schedule(every_epoch):
-    assert [record["lr"] for record in log_of(every_epoch)] == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.025])
-
-
 def test_the_warmup_of_a_resumed_run_is_held_against_its_own_epochs(plain_tree, tmp_path):
     folder = train("i", plain_tree, tmp_path / "run", "--con-weight", 0, "--epochs", 1)
     flags = ["--resume", folder / LAST, "--warmup-epochs", 1]
@@ -69,18 +36,16 @@ def test_the_warmup_of_a_resumed_run_is_held_against_its_own_epochs(plain_tree, 
     assert_mistake(call("i", given), "--warmup-epochs 1", "below --epochs 1")  # not the default of 135
 
 
-# ---- --eval-freq
-
-
-def test_eval_freq_validates_every_n_epochs_and_after_the_last(every_epoch, every_second):
+def test_a_training_uses_the_warmup_and_eval_freq_validates_every_n_epochs_and_after_the_last(plain_tree, tmp_path):
+    flags = ["--cos", "--warmup-epochs", 2, "--con-weight", 0, "--epochs", 5]
+    every_epoch = train("i", plain_tree, tmp_path / "every", *flags)
+    every_second = train("i", plain_tree, tmp_path / "second", *flags, "--eval-freq", 2)
+    assert [record["lr"] for record in log_of(every_epoch)] == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.025])
     validated = [bool(record["val"]) for record in log_of(every_second)]
     assert validated == [False, True, False, True, True]
     for one, other, due in zip(log_of(every_epoch), log_of(every_second), validated, strict=True):
         assert not due or one["val"] == other["val"]
         assert one["loss"] == other["loss"]
-
-
-def test_eval_freq_keeps_the_last_and_the_best_right(every_epoch, every_second):
     assert same(checkpoint(every_epoch)["state_dict"], checkpoint(every_second)["state_dict"])
     assert results_of(every_epoch) == results_of(every_second)
     means = {r["epoch"] + 1: r["val"]["linear"]["class_mean"] for r in log_of(every_second) if r["val"]}
@@ -89,21 +54,7 @@ def test_eval_freq_keeps_the_last_and_the_best_right(every_epoch, every_second):
     assert float(checkpoint(every_second)["best_acc1"]) == max(means.values())
 
 
-def test_eval_freq_resumes_bit_for_bit(plain_tree, tmp_path, every_second):
-    again = copied(every_second, tmp_path / "again")
-    (again / "results.json").unlink()
-    shutil.copy(every_second / PREVIOUS, again / LAST)
-    if checkpoint(again, BEST)["epoch"] == 5:
-        (again / BEST).unlink()
-    train("i", plain_tree, again, "--con-weight", 0, "--epochs", 5, "--resume", "auto")  # --eval-freq as saved
-    assert_same_run(again, every_second)
-
-
 # ---- --jitter
-
-
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("augment", ["pil", "device"])
@@ -119,8 +70,9 @@ def test_without_jitter_the_query_view_only_crops_and_flips(augment):
 
 
 def test_the_strength_of_the_jitter_is_that_of_the_query_view_alone():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     weak, strong = (Views(("query", "key"), 32, 0, jitter=strength) for strength in (0.1, 0.9))
-    (query_1, key_1), (query_2, key_2) = (views(picture(), (0, 3, 0)) for views in (weak, strong))
+    (query_1, key_1), (query_2, key_2) = (views(picture, (0, 3, 0)) for views in (weak, strong))
     assert torch.equal(key_1, key_2) and not torch.equal(query_1, query_2)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import models
 from datasets.transforms import Views
-from tests.helpers import LAST, PARSERS, ROOT, SCRIPTS, args_of, assert_mistake, call, checkpoint, run_stage, train
+from tests.helpers import LAST, PARSERS, ROOT, args_of, assert_mistake, call, checkpoint, run_stage, train
 from utils.command_line import expand_recipes
 from utils.errors import UserError
 
@@ -18,7 +18,7 @@ SETS = {"cifar100_lt", "cifar100_lt_50", "cifar100_lt_10", "fashion_mnist_lt", "
 
 
 def parse_words(stage, *words):
-    return SCRIPTS[stage].get_parser().parse_args(list(map(str, words)))
+    return PARSERS[stage]().parse_args(list(map(str, words)))
 
 
 def parse(tmp_path, text, *words):
@@ -67,14 +67,6 @@ def test_home_and_variables_are_expanded_as_in_a_shell(tmp_path, monkeypatch):
     assert args.recipes == [f"{tmp_path}/home.txt"]
 
 
-def test_args_json_holds_what_was_resolved(plain_tree, tmp_path):
-    (tmp_path / "recipe.txt").write_text("--con-weight 0 --epochs 3 --jitter 0\n--schedule 1 2")
-    folder = train("i", plain_tree, tmp_path / "run", f"@{tmp_path}/recipe.txt", "--epochs", 1)
-    args = args_of(folder)
-    assert (args["con_weight"], args["epochs"], args["jitter"], args["schedule"]) == (0, 1, 0, [1, 2])
-    assert not [name for name in args if "recipe" in name or "=" in name]
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -110,11 +102,14 @@ def test_a_recipe_of_another_stage_is_refused(tmp_path, monkeypatch):
     parse_words("ii", f"@{ROOT}/configs/cifar100_lt/stage_iii_tuned.txt", tmp_path)
 
 
-def test_the_next_command_names_the_recipe_of_the_next_stage(plain_tree, tmp_path):
+def test_args_json_holds_what_was_resolved_and_the_next_command_the_next_recipe(plain_tree, tmp_path):
     """Flags of the recipe are not repeated, those that were given next to it are."""
     for name in ("stage_i", "stage_ii"):
-        (tmp_path / f"{name}.txt").write_text("--channels-last --lr 0.3")
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--epochs", 1, "--jitter", 0.1, f"@{tmp_path}/stage_i.txt")
+        (tmp_path / f"{name}.txt").write_text("--channels-last --lr 0.3 --epochs 3\n--schedule 1 2")
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--jitter", 0.1, f"@{tmp_path}/stage_i.txt", "--epochs", 1)
+    args = args_of(tmp_path / "run")
+    assert (args["lr"], args["epochs"], args["jitter"], args["schedule"]) == (0.3, 1, 0.1, [1, 2])
+    assert not [name for name in args if "recipe" in name or "=" in name]
     (command,) = [line for line in outcome.out.splitlines() if line.startswith("  python ssd_stage_ii.py")]
     assert f"@{tmp_path}/stage_ii.txt" in command and "--jitter 0.1" in command
     assert "--channels-last" not in command and "--lr" not in command

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is bit for bit the same as one that was not stopped."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -54,26 +55,26 @@ def saved_often(trained, plain_tree, tmp_path_factory):
     return {stage: train(stage, plain_tree, root / stage, *flags, *source(stage, trained)) for stage in STAGES}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_saving_within_epochs_changes_nothing(trained, saved_often, stage):
-    assert_same_run(saved_often[stage], trained[stage])
-
-
 @pytest.mark.parametrize(("stage", "workers"), [("i", 0), ("i", 2), ("ii", 0), ("iii", 1)])
-def test_resuming_within_an_epoch_changes_nothing(saved_often, plain_tree, tmp_path, stage, workers):
-    stopped = checkpoint(saved_often[stage], PREVIOUS)
-    assert (stopped["epoch"], stopped["step"]) == (1, 5)
-    again = resumed(stage, plain_tree, saved_often[stage], tmp_path / "again", "-j", workers)
-    assert_same_run(again, saved_often[stage])
+def test_saving_and_resuming_within_an_epoch_change_nothing(trained, saved_often, plain_tree, tmp_path, stage, workers):
+    often = saved_often[stage]
+    assert_same_run(often, trained[stage])
+    assert (checkpoint(often, PREVIOUS)["epoch"], checkpoint(often, PREVIOUS)["step"]) == (1, 5)
+    assert_same_run(resumed(stage, plain_tree, often, tmp_path / "again", "-j", workers), often)
 
 
 def test_resuming_two_processes_changes_nothing(run_of_two_processes, plain_tree, tmp_path):
     often = train_ranks("i", plain_tree, tmp_path / "often", "--cos", "--save-every-steps", 5)
     for run, step in ((often, 5), (run_of_two_processes, 0)):
         assert (checkpoint(run, PREVIOUS)["epoch"], checkpoint(run, PREVIOUS)["step"]) == (1, step)
-        assert_same_run(
-            resumed("i", plain_tree, run, tmp_path / f"from {step}", start=train_ranks), run_of_two_processes
-        )
+        again = resumed("i", plain_tree, run, tmp_path / f"from {step}", start=train_ranks)
+        assert_same_run(again, run_of_two_processes)
+
+
+def test_resuming_a_run_that_validates_every_second_epoch_changes_nothing(plain_tree, tmp_path):
+    flags = ["--cos", "--warmup-epochs", 2, "--con-weight", 0, "--epochs", 5]
+    whole = train("i", plain_tree, tmp_path / "whole", *flags, "--eval-freq", 2)
+    assert_same_run(resumed("i", plain_tree, whole, tmp_path / "again", "--epochs", 5), whole)
 
 
 # ---- --accum-steps
@@ -91,33 +92,18 @@ def test_resuming_within_an_epoch_of_micro_batches_changes_nothing(trained, plai
     assert not same(checkpoint(whole)["state_dict"], checkpoint(trained[stage])["state_dict"])  # BatchNorm of 4 images
 
 
-def in_micro_batch(number, action, monkeypatch):
-    """Calls action() in the training's micro-batch with this number, from 1."""
-    calls, backward = [], TrainState.backward
-
-    def counting(self, loss):
-        calls.append(None)
-        if len(calls) == number:
-            action()
-        backward(self, loss)
-
-    monkeypatch.setattr(TrainState, "backward", counting)
-
-
-@pytest.fixture(scope="module")
-def in_micro_batches(plain_tree, tmp_path_factory):
-    """A run of stage I with four micro-batches per step, and its flags."""
+def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, tmp_path, monkeypatch):
     flags = ["--cos", "--accum-steps", 4, "--no-memory-check"]
-    return train("i", plain_tree, tmp_path_factory.mktemp("micro") / "whole", *flags), flags
+    whole = train("i", plain_tree, tmp_path / "whole", *flags)
+    numbers, backward = itertools.count(1), TrainState.backward
 
+    def stopped_in_the_fifth(state, loss):
+        if next(numbers) == 5:  # the first of the second step
+            signal.raise_signal(signal.SIGTERM)
+        backward(state, loss)
 
-@pytest.mark.parametrize("number", [5, 8])
-def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(
-    in_micro_batches, plain_tree, tmp_path, monkeypatch, number
-):
-    whole, flags = in_micro_batches
     with monkeypatch.context() as patch:
-        in_micro_batch(number, lambda: signal.raise_signal(signal.SIGTERM), patch)
+        patch.setattr(TrainState, "backward", stopped_in_the_fifth)
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
     assert outcome.status == 75 and "step 2" in outcome.err
     stopped = checkpoint(tmp_path / "run")
@@ -127,10 +113,6 @@ def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(
 
 
 # ---- --resume auto
-
-
-def test_auto_starts_from_scratch_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
-    assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
 
 
 def test_auto_skips_a_damaged_checkpoint_and_renames_it(trained, plain_tree, tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import signal
 import stat
 import sys
-import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ from tests.helpers import (
     stage_flags,
     train,
 )
+from tests.helpers_prepare import everything
+from tests.helpers_processes import wait_until
 from utils import checkpoint as under_test
 from utils import pretrained
 from utils.arguments import settle_defaults
@@ -41,13 +43,17 @@ from utils.log import append_epoch, environment
 from utils.results.records import read_runs, run_folders
 
 
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of a run of stage I, for a test to change."""
+    return copied(trained["i"], tmp_path / "i")
+
+
 @pytest.mark.parametrize(
     ("run", "stage", "flag", "before"),
     [("iii", "iii", "teacher_ckpt", "ii"), ("tuned", "ii", "last_stage_ckpt", "iii")],
 )
-def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(
-    trained, plain_tree, tmp_path, run, stage, flag, before
-):
+def test_a_resumed_run_names_the_checkpoint_it_started_from(trained, plain_tree, tmp_path, run, stage, flag, before):
     folder = copied(trained[run], tmp_path / run)
     outcome = run_stage(stage, plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
     assert outcome.status == 0, outcome.err
@@ -57,19 +63,13 @@ def test_a_resumed_run_still_names_the_checkpoint_that_it_started_from(
         assert "next:\n  python -m utils.report" in outcome.out  # and not stage III, of which it is the end
 
 
-def test_a_run_that_goes_on_removes_the_earlier_results(trained, plain_tree, tmp_path):
-    folder, flags = copied(trained["i"], tmp_path / "i"), ["--epochs", 3, "--resume", "auto", "--lr", "1e6"]
+def test_a_run_that_goes_on_removes_the_earlier_results(folder, plain_tree):
+    flags = ["--epochs", 3, "--resume", "auto", "--lr", "1e6"]
     assert_mistake(run_stage("i", plain_tree, folder, *flags), "not finite")
     assert not (folder / "results.json").exists()
 
 
 # ---- --overwrite: the old run as a whole, or the new one
-
-
-def content(folder) -> dict:
-    """name -> bytes of all files in and below a folder, without the lock."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,12 @@ def content(folder) -> dict:
         ("-b 1000", "--batch-size 1000"), ("--arch none", "--arch"), ("--resume none", "--resume"),
     ],
 )  # fmt: skip
-def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(trained, plain_tree, tmp_path, flags, words):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(folder, plain_tree, flags, words):
     (folder / "plots").mkdir()
     (folder / "plots" / "losses.png").touch()
-    before = content(folder)
+    before = everything(folder)
     assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", *flags.split()), words)
-    assert content(folder) == before
+    assert everything(folder) == before
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", None])
@@ -100,12 +99,11 @@ def killed_at(number, work) -> bool:
     """Whether work() is killed, in a fork, when it is about to change a folder for the number-th time."""
     pid = os.fork()
     if pid == 0:
-        left = [number]
+        changes = itertools.count()
 
         def deadly(change):
             def function(*args, **options):
-                left[0] -= 1
-                if left[0] < 0:
+                if next(changes) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return change(*args, **options)
 
@@ -123,8 +121,8 @@ def killed_at(number, work) -> bool:
 @pytest.mark.parametrize("ends", ["with a checkpoint", "without", "without, twice"])
 def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_path, ends):
     """Never files of both; a kill while the old run is brought back is one of these moments, too."""
-    old, saved = content(trained["i"]), checkpoint(trained["i"])
-    new = {LAST, "best_checkpoint.pth.tar", "args.json", "log.txt"}
+    old, saved = everything(trained["i"]), checkpoint(trained["i"])
+    new = {LAST, "best_checkpoint.pth.tar", "args.json", "log.txt", ".lock"}
 
     def start_over(folder):
         under_test.set_aside(folder)
@@ -140,7 +138,7 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_pat
         if ends == "without, twice":
             killed_at(2, lambda folder=folder: under_test.settle(folder))
         under_test.settle(folder)
-        found = content(folder)
+        found = everything(folder)
         is_new = found.keys() == new and found["args.json"] == b"new" and checkpoint(folder)["epoch"] == 7
         assert found == old or is_new, (number, sorted(found))
         assert killed or is_new == (ends == "with a checkpoint")
@@ -150,25 +148,23 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(trained, tmp_pat
     assert number > 10
 
 
-@pytest.mark.parametrize("resume", ["auto", LAST])
-def test_the_old_run_is_found_again_after_a_kill(trained, plain_tree, tmp_path, resume):
-    folder = copied(trained["i"], tmp_path / "i")
-    before = content(folder)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda data, folder: train("i", data, folder, "--cos", "--resume", "auto"),
+        lambda data, folder: train("i", data, folder, "--cos", "--resume", folder / LAST),
+        lambda data, folder: under_test.read_weights(folder / LAST, "CKPT"),
+        lambda data, folder: read_runs([folder]),
+    ],
+)
+def test_the_old_run_is_found_again_after_a_kill(folder, plain_tree, use):
+    before = everything(folder)
     under_test.set_aside(folder)
     (folder / "args.json").write_text("{}")
-    train("i", plain_tree, folder, "--cos", "--resume", resume if resume == "auto" else folder / resume)
-    assert content(folder) == before
+    assert use(plain_tree, folder) and everything(folder) == before
 
 
-@pytest.mark.parametrize("read", [lambda f: under_test.read_weights(f / LAST, "CKPT"), lambda f: read_runs([f])])
-def test_the_old_run_is_read_after_a_kill(trained, tmp_path, read):
-    folder = copied(trained["i"], tmp_path / "i")
-    before = content(folder)
-    under_test.set_aside(folder)
-    assert read(folder) and content(folder) == before
-
-
-def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(trained, plain_tree, tmp_path, monkeypatch):
+def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(folder, plain_tree, tmp_path, monkeypatch):
     found = []
 
     def read(path, *_):
@@ -177,37 +173,31 @@ def test_the_old_run_is_there_before_any_rank_reads_its_checkpoint(trained, plai
 
     monkeypatch.setattr(under_test, "read_stage", read)
     monkeypatch.setattr(pretrained, "read_backbone", read)
-    folder = copied(trained["i"], tmp_path / "i")
     for stage, flag in (("i", "--pretrained"), ("ii", "--last-stage-ckpt")):
         under_test.set_aside(folder)
         assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", flag, folder / LAST), "read")
     assert found == [True, True]
 
 
-def test_a_second_run_does_not_touch_what_a_running_one_set_aside(trained, plain_tree, tmp_path):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_a_second_run_does_not_touch_what_a_running_one_set_aside(folder, plain_tree, tmp_path):
     under_test.set_aside(folder)
-    before = content(folder)
+    before = everything(folder)
     pid = os.fork()
     if pid == 0:
         lock = (folder / ".lock").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX)
         (tmp_path / "locked").touch()
         signal.pause()
-    while not (tmp_path / "locked").exists():
-        time.sleep(0.01)
     try:
+        wait_until((tmp_path / "locked").exists, "the lock")
         assert_mistake(run_stage("i", plain_tree, folder, "--resume", "auto"), f"--output_dir {folder}", "another run")
-        assert content(folder) == before
+        assert everything(folder) == before
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
-def test_a_run_that_starts_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(
-    trained, plain_tree, tmp_path
-):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_a_run_from_another_folder_s_checkpoint_keeps_no_line_of_the_earlier_run(folder, trained, plain_tree):
     train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", trained["i"] / LAST, "--overwrite")
     assert [record["epoch"] for record in log_of(folder)] == [2]
 
@@ -218,15 +208,10 @@ def test_a_run_needs_no_git(monkeypatch):
 
 
 def test_an_evaluation_looks_for_no_training_image(trained, plain_tree, tmp_path, monkeypatch):
-    looked_for, find_files = [], splits.find_files
-
-    def noting(split, progress):
-        looked_for.append(split.name)
-        return find_files(split, progress)
-
-    monkeypatch.setattr(splits, "find_files", noting)
+    find_files = Mock(side_effect=splits.find_files)
+    monkeypatch.setattr(splits, "find_files", find_files)
     train("i", plain_tree, tmp_path / "evaluation", "--evaluate", "--resume", trained["i"] / LAST)
-    assert looked_for == ["test"]
+    assert [call.args[0].name for call in find_files.call_args_list] == ["test"]
 
 
 def test_a_damaged_args_json_does_not_keep_a_run_from_being_resumed(trained, plain_tree, tmp_path):
@@ -236,8 +221,7 @@ def test_a_damaged_args_json_does_not_keep_a_run_from_being_resumed(trained, pla
     assert args_of(folder)["epochs"] == 3
 
 
-def test_an_evaluation_does_not_replace_the_results_of_a_training(trained, plain_tree, tmp_path):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_an_evaluation_does_not_replace_the_results_of_a_training(folder, trained, plain_tree):
     flags = ["--evaluate", "--resume", trained["i"] / LAST, "--test-list", plain_tree / "val.txt"]
     assert_mistake(run_stage("i", plain_tree, folder, *flags), str(folder), "--overwrite", "another folder")
     assert results_of(folder) == results_of(trained["i"])
@@ -252,8 +236,7 @@ def test_the_untrained_soft_classifier_of_a_run_without_a_teacher_is_refused(tra
     assert_mistake(run_stage("ii", plain_tree, tmp_path / "ii", *flags), "--classifier soft", "--kd-weight 0")
 
 
-def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_path):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_results_whose_checkpoints_are_gone_are_kept(folder, plain_tree):
     for file in folder.glob("*.pth.tar"):
         file.unlink()
     results = (folder / "results.json").read_bytes()
@@ -267,41 +250,27 @@ def test_results_whose_checkpoints_are_gone_are_kept(trained, plain_tree, tmp_pa
     ("flag", "module", "package"),
     [("--tensorboard", "torch.utils.tensorboard", "tensorboard"), ("--plots", "matplotlib.figure", "matplotlib")],
 )
-def test_a_missing_package_costs_no_earlier_run(trained, plain_tree, tmp_path, monkeypatch, flag, module, package):
+def test_a_missing_package_costs_no_earlier_run(folder, trained, plain_tree, monkeypatch, flag, module, package):
     monkeypatch.setitem(sys.modules, module, None)
-    folder = copied(trained["i"], tmp_path / "i")
     assert_mistake(run_stage("i", plain_tree, folder, "--overwrite", flag), flag, f"pip install {package}")
     assert {file.name for file in folder.iterdir()} == {file.name for file in trained["i"].iterdir()}
 
 
-def test_a_file_system_without_locks_gets_a_warning_and_what_another_run_may_have_set_aside_stays(
-    trained, tmp_path, monkeypatch, capsys
-):
-    def lockf(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", lockf)
+def test_a_file_system_without_locks_gets_a_warning_and_keeps_runs_set_aside(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     assert lock_folder(tmp_path) is None
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and "cannot be locked (No locks available)" in said
-    folder = copied(trained["i"], tmp_path / "i")
     under_test.set_aside(folder)
-    before = content(folder)
+    before = everything(folder)
     under_test.settle_unless_in_use(folder)
-    assert content(folder) == before
-
-    def fail(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr("fcntl.lockf", fail)
+    assert everything(folder) == before
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         lock_folder(tmp_path)
 
 
-def test_more_epochs_continue_a_finished_run_in_its_folder_also_if_its_checkpoint_is_a_link(
-    trained, plain_tree, tmp_path
-):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_more_epochs_continue_a_finished_run_whose_checkpoint_is_a_link(folder, trained, plain_tree, tmp_path):
     (folder / LAST).rename(tmp_path / "elsewhere")
     (folder / LAST).symlink_to(tmp_path / "elsewhere")
     train("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
@@ -323,8 +292,7 @@ def test_a_run_can_start_at_a_later_epoch(plain_tree, tmp_path):
     assert (record["epoch"], record["lr"]) == (1, pytest.approx(0.05))  # half of a cosine of 2 epochs
 
 
-def test_a_log_that_is_no_text_ends_in_one_line(trained, plain_tree, tmp_path):
-    folder = copied(trained["i"], tmp_path / "i")
+def test_a_log_that_is_no_text_ends_in_one_line(folder, plain_tree):
     (folder / "log.txt").write_bytes(b"\xff\xfe")
     outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")
     assert_mistake(outcome, str(folder / "log.txt"))
@@ -343,18 +311,12 @@ def test_a_flag_without_effect_is_named(plain_tree, tmp_path, capsys, stage, fla
     assert words in capsys.readouterr().out
 
 
-def test_starting_over_contradicts_continuing(plain_tree, tmp_path):
-    said = refusal("i", plain_tree, tmp_path, "--overwrite", "--resume", "auto")
-    assert "--overwrite" in said and "--resume auto" in said
-
-
-def test_a_list_that_has_changed_since_the_checkpoint_is_named(trained, plain_tree, tmp_path):
+def test_a_list_that_has_changed_since_the_checkpoint_is_named(folder, trained, plain_tree, tmp_path):
     """Images that were trained on may be test images now."""
     words = "last_checkpoint.pth.tar was trained with another training list"
     shorter = tmp_path / "shorter.txt"
     shorter.write_text((plain_tree / "train.txt").read_text().partition("\n")[2])
     other = ["--train-list", shorter]
-    folder = copied(trained["i"], tmp_path / "i")
     assert words not in run_stage("i", plain_tree, folder, "--cos", "--resume", "auto").out
     outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto", *other)
     assert outcome.status == 0 and f"warning: {folder}/{words}" in outcome.out
@@ -376,8 +338,8 @@ def test_lists_that_may_not_be_meant_are_named(trained, plain_tree, tmp_path):
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("fsync of folders", "EINVAL"), ("fsync of folders", "ENOTSUP"), ("fsync of folders", "EBADF"),
-        ("fsync of folders", "EIO"), ("fsync", "ENOSYS"), ("open of folders", "EACCES"),
+        ("fsync of folders", "EINVAL"), ("fsync of folders", "EBADF"), ("fsync of folders", "EIO"), ("fsync", "ENOSYS"),
+        ("open of folders", "EACCES"),
     ],
 )  # fmt: skip
 def test_what_a_file_system_need_not_offer_is_done_without(tmp_path, monkeypatch, error, place):

@@ -22,16 +22,11 @@ from tests.helpers import (
     stage_flags,
     train,
 )
-from utils.checkpoint import load_resume, read
+from utils.checkpoint import load_resume
 
 
 def evaluate(stage, trained, data, *flags):
     return call(stage, ["--resume", trained[stage] / LAST, "--evaluate", "-j", 0, "--device", "cpu", *flags, data])
-
-
-def bare(data, out, *flags):
-    """A run without any of the flags that a checkpoint keeps."""
-    return call("i", ["-j", 0, "--device", "cpu", "-p", 1000, "--output_dir", out, *flags, data])
 
 
 # ---- taken from the checkpoint
@@ -50,7 +45,8 @@ def test_an_evaluation_takes_backbone_size_and_queue(trained, plain_tree, tmp_pa
 def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
     kept = "--cos --lr 0.05 --momentum 0.8 --wd 0.001 --moco-t 0.3 --con-weight 0.5 --augment device"
     run = train("i", plain_tree, tmp_path / "run", *kept.split())
-    outcome = bare(plain_tree, tmp_path / "again", "--resume", run / PREVIOUS)
+    given = ["-j", 0, "--device", "cpu", "--output_dir", tmp_path / "again", "--resume", run / PREVIOUS]
+    outcome = call("i", [*given, plain_tree])
     assert (outcome.status, outcome.err) == (0, "")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("as saved: ")]
     for flag in (*kept.split(" --"), "seed 3", "epochs 2", "batch-size 16"):
@@ -69,21 +65,20 @@ def test_a_resumed_run_needs_no_flag_again(trained, plain_tree, tmp_path):
              "--con-weight 2.0", "--augment device", "--batch-size 12", "--seed 4", "--schedule 1 2", ""],
 )  # fmt: skip
 def test_every_given_flag_that_differs_gives_one_warning_and_holds(trained, plain_tree, tmp_path, capsys, flag):
-    flags = ["--cos", *flag.split(), "--resume", trained["i"] / PREVIOUS]
+    file, content = tmp_path / LAST, checkpoint(trained["i"], PREVIOUS)
+    torch.save(content | {"args": content["args"] | {"a_flag_to_come": 5}}, file)  # which is ignored
+    flags = ["--cos", *flag.split(), "--resume", file]
     args = PARSERS["i"]().parse_args(stage_flags("i", plain_tree, tmp_path, flags))
     before = dict(vars(args))
     load_resume(args, PARSERS["i"](), SSFL)
     said = capsys.readouterr().out.splitlines()
     assert vars(args) == before and len(said) == bool(flag)
     for line in said:
-        assert line.startswith(f"warning: {flag} is given, {trained['i'] / PREVIOUS} was saved with --")
+        assert line.startswith(f"warning: {flag} is given, {file} was saved with --")
 
 
-def test_another_backbone_is_refused(trained, plain_tree):
+def test_another_backbone_is_refused_and_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
     assert_mistake(evaluate("iii", trained, plain_tree, "--arch", "resnet20"), "resnet8", "--arch")
-
-
-def test_another_image_size_gives_a_warning(trained, plain_tree, tmp_path):
     size = "--image-size 24"
     assert f"warning: {size}" in evaluate("iii", trained, plain_tree, *size.split()).out
     outcome = run_stage("ii", plain_tree, tmp_path, *size.split(), "--last_stage_ckpt", trained["i"] / LAST)
@@ -152,18 +147,3 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     args = checkpoint(trained["iii"])["args"]
     assert args["cos"] is True and args["lr"] == 0.1 and args["schedule"] == [120, 160]
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
-
-
-def test_the_saved_seed_is_taken_and_arguments_of_unknown_flags_are_ignored(trained, plain_tree, tmp_path):
-    content = checkpoint(trained["i"], PREVIOUS)
-    torch.save(content | {"args": content["args"] | {"a_flag_to_come": 5}}, tmp_path / "later.tar")
-    flags = stage_flags("i", plain_tree, tmp_path / "run", ["--cos", "--resume", tmp_path / "later.tar"])
-    at = flags.index("--seed")
-    outcome = call("i", flags[:at] + flags[at + 2 :])
-    assert outcome.status == 0 and "as saved: --seed 3" in outcome.out
-    assert same(checkpoint(tmp_path / "run"), checkpoint(trained["i"]))
-
-
-def test_a_seed_of_63_bits_resumes(trained, tmp_path):
-    torch.save(checkpoint(trained["i"]) | {"run": {"seed": 2**63 - 1}}, tmp_path / LAST)
-    assert read(tmp_path / LAST, "--resume")["run"]["seed"] == 2**63 - 1

@@ -77,11 +77,7 @@ def test_control_c_is_acknowledged_at_once(plain_tree, tmp_path):
         os.killpg(terminal.process.pid, 2)
         wait_until(terminal.read, "the run to end")
         assert terminal.process.returncode == 75, terminal.screen
-    acknowledged, stopped = (
-        terminal.screen.index("stopping after this step"),
-        terminal.screen.index("stopped on request"),
-    )
-    assert acknowledged < stopped
+    assert terminal.screen.index("stopping after this step") < terminal.screen.index("stopped on request")
     last = [line for line in shown_lines(terminal.screen) if line.strip()][-1]
     assert last.startswith("ssd_stage_i.py: stopped on request")  # the bar is not on that line
 
@@ -105,9 +101,7 @@ def test_a_run_prints_settings_steps_and_a_note_on_a_queue_far_larger_than_the_d
 
 def test_the_commands_at_the_end_run(plain_tree, tmp_path):
     """Starting with stage I, the last lines of each run give the command of the next."""
-    stages = []
-    words = stage_flags("i", plain_tree, tmp_path / "stage_i", ["--epochs", 1])
-    stage = "i"
+    stages, stage, words = [], "i", stage_flags("i", plain_tree, tmp_path / "stage_i", ["--epochs", 1])
     while stage:
         outcome = call(stage, words)
         assert outcome.status == 0 and "take about" not in outcome.out, outcome

@@ -22,20 +22,13 @@ from utils.train_state import TrainState
 STAGES = {"stage_i": "i", "stage_ii": "ii", "stage_iii": "iii", "stage_iii_tuned": "tuned"}  # keys of `trained`
 
 
-def write_recipes(folder):
-    folder.mkdir()
-    (folder / "common.txt").write_text(f"{SMALL}  # as in the fixture\n--cos")
-    for stage in STAGES:
-        more = QUEUE if stage == "stage_i" else ""
-        (folder / f"{stage}.txt").write_text(f"@common.txt\n{more}\n")
-    return folder
+ENVIRONMENT = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
 
-def start(*words, launch=None) -> subprocess.Popen:
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+def start(*words, launch=None, **environment) -> subprocess.Popen:
     environment |= {"LAUNCH": str(launch), "PYTHONPATH": str(ROOT)} if launch else {}
     return subprocess.Popen(
-        ["bash", ROOT / "scripts" / "train.sh", *map(str, words)], text=True, env=environment, cwd=ROOT,
+        ["bash", ROOT / "scripts" / "train.sh", *map(str, words)], text=True, env=ENVIRONMENT | environment, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
@@ -51,7 +44,12 @@ def stand_in(folder, code, interpreter="/bin/bash"):
 @pytest.fixture
 def words(plain_tree, tmp_path):
     """CONFIG, DIR and OUT."""
-    return write_recipes(tmp_path / "config"), plain_tree, tmp_path / "runs with space"
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "common.txt").write_text(f"{SMALL}  # as in the fixture\n--cos")
+    for stage in STAGES:
+        (config / f"{stage}.txt").write_text(f"@common.txt\n{QUEUE if stage == 'stage_i' else ''}\n")
+    return config, plain_tree, tmp_path / "runs with space"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)])
@@ -59,18 +57,15 @@ def test_stopped_or_killed_within_a_stage_it_ends_with_the_same_results(trained,
     out = words[-1]
     for stage in ("stage_i", "stage_ii"):
         copied(trained[STAGES[stage]], out / stage)
-    (out / "stage_iii_tuned.waiting").touch()  # is not interrupted
-    launch = f"{sys.executable} {ROOT}/tests/gated_launch.py"
-    run = start(*words, launch=launch)
-    wait_until(lambda: (out / "stage_iii.waiting").exists() or run.poll() is not None, "stage III")
-    if number == signal.SIGKILL:
-        os.killpg(run.pid, number)
-    else:
-        run.send_signal(number)  # to the shell alone
+    gate = {"launch": f"{sys.executable} {ROOT}/tests/gated_stage.py", "GATE": "12", "GATE_FILE": f"{out.parent}/gate"}
+    run = start(*words, **gate)
+    wait_until(lambda: [*out.parent.glob("gate.*")] or run.poll() is not None, "stage III in its second epoch")
+    os.kill(-run.pid if number == signal.SIGKILL else run.pid, number)  # SIGTERM to the shell alone
     output, _ = run.communicate()
     assert run.returncode == (-number if number == signal.SIGKILL else 75), output
     assert "== stage II on stage III" not in output
-    run = start(*words, launch=launch)
+    (out.parent / "gate").touch()  # nobody waits any more
+    run = start(*words, **gate)
     output, _ = run.communicate()
     assert run.returncode == 0, output
     assert output.startswith("plan: 154 train, 24 val, 30 test images; up to ") and output.count(": done, in ") == 2
@@ -111,8 +106,7 @@ def test_a_signal_that_comes_too_late_for_a_stage_stops_before_the_next(words, t
 def test_it_goes_on_with_closed_streams(words, tmp_path):
     stage = stand_in(tmp_path, f"touch {tmp_path}/started\nexit 75")
     command = f"LAUNCH={stage} exec bash {ROOT}/scripts/train.sh {shlex.join(map(str, words))} >&- 2>&-"
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    assert subprocess.run(["bash", "-c", command], env=environment).returncode == 75
+    assert subprocess.run(["bash", "-c", command], env=ENVIRONMENT).returncode == 75
     assert (tmp_path / "started").exists()
 
 
@@ -161,9 +155,7 @@ def refused(words, capsys):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_flags_or_lists_are_refused_for_a_stage_that_was_stopped_as_for_a_finished_one(
-    trained, words, refused, tmp_path, finished
-):
+def test_other_flags_or_lists_are_refused_for_stopped_and_finished_stages(trained, words, refused, tmp_path, finished):
     run = copied(trained["i"], words[-1] / "stage_i")
     if not finished:
         (run / "results.json").unlink()

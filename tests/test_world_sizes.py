@@ -1,5 +1,7 @@
 """A step has the same result however its images are split: over 1, 2 or 4 processes, or into micro-batches."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,16 +11,12 @@ from models import SDL, SLG, SSFL
 from tests.helpers import COUNTS, SCRIPTS, STAGES, on_ranks, stage_flags
 from utils.arguments import settle_defaults
 from utils.distributed import DistInfo, distribute, set_dist_info
-from utils.errors import UserError
 from utils.memory import step_memory
 from utils.train_state import TrainState, convert_sync_batchnorm
 
 CPU, CLASSES = torch.device("cpu"), len(COUNTS["train"])
 QUEUE, QUEUE_BUFFERS = 40, ("queue", "label_queue", "queue_ptr")  # wraps around in the second step
 IMAGES, BATCH, STEPS = 58, 24, 2  # four processes pad the epoch to 60 images; the last ones fill no step
-SPLITS = pytest.mark.parametrize(
-    ("world", "accum_steps"), [(4, 1), pytest.param(1, 4, marks=pytest.mark.method), (2, 3)]
-)
 
 
 class Recorder(TrainState):
@@ -102,9 +100,9 @@ def runs(plain_tree, tmp_path_factory):
     return run
 
 
-@SPLITS
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
+@pytest.mark.parametrize(("world", "accum_steps"), [(4, 1), pytest.param(1, 4, marks=pytest.mark.method), (2, 3)])
+def test_steps_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
     (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
     for number, expected in enumerate(whole["steps"]):
         steps = [rank["steps"][number] for rank in parts]
@@ -114,39 +112,39 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_batch(runs, stage
             difference = (step["gradients"] - expected["gradients"]).abs().max()
             assert difference <= 1e-10 * expected["gradients"].norm()
             assert torch.equal(step["gradients"], steps[0]["gradients"])
+        if stage != "ii":
+            assert_same_images(steps, expected, views=3 if stage == "i" else 2)
+        if stage == "i":
+            assert_same_queue(steps, expected, number)
     for name, mean in whole["means"].items():
         assert all(rank["means"][name] == pytest.approx(mean, rel=1e-6) for rank in parts), name
 
 
-@SPLITS
-@pytest.mark.parametrize("stage", ["i", "iii"])
-def test_images_and_augmentations_of_a_step_are_those_of_one_process_and_one_batch(runs, stage, world, accum_steps):
-    (whole,), parts = runs(stage, 1, 1), runs(stage, world, accum_steps)
-    for number, expected in enumerate(whole["steps"]):
-        steps = [rank["steps"][number] for rank in parts]
-        views = [name for name in expected if name.startswith("view")]
-        given = [torch.cat([step[name] for step in steps]) for name in views]
-        assert len(views) == (3 if stage == "i" else 2) and len(given[0].unique()) == BATCH
-        order, reference = given[0].argsort(), expected[views[0]].argsort()
-        for name, values in zip(views, given, strict=True):
-            assert torch.equal(values[order], expected[name][reference])
+def assert_same_images(steps, expected, views):
+    """Compares the images of a step and their augmentations; the first `view` holds their numbers."""
+    names = [name for name in expected if name.startswith("view")]
+    given = [torch.cat([step[name] for step in steps]) for name in names]
+    assert len(names) == views and len(given[0].unique()) == BATCH
+    order, reference = given[0].argsort(), expected[names[0]].argsort()
+    for name, values in zip(names, given, strict=True):
+        assert torch.equal(values[order], expected[name][reference])
 
 
-@SPLITS
-def test_the_queue_holds_the_same_keys_and_labels_on_every_rank_and_for_every_split(runs, world, accum_steps):
-    """The keys of a step in another order: a queue that wraps within a step keeps other keys of an earlier one."""
-    (whole,), parts = runs("i", 1, 1), runs("i", world, accum_steps)
-    for number, expected in enumerate(whole["steps"]):
-        for rank in parts:
-            assert all(torch.equal(rank["steps"][number][n], parts[0]["steps"][number][n]) for n in QUEUE_BUFFERS)
-        queue, labels, position = (parts[0]["steps"][number][name] for name in QUEUE_BUFFERS)
-        newest = (position - BATCH + torch.arange(BATCH)) % QUEUE
-        distances = (queue[:, newest, None] - expected["queue"][:, None, newest]).abs().amax(dim=0)
-        distance, nearest = distances.min(dim=1)
-        assert distance.max() < 1e-10 and len(nearest.unique()) == BATCH
-        assert torch.equal(labels[newest], expected["label_queue"][newest][nearest])
-        assert position == expected["queue_ptr"] == (number + 1) * BATCH % QUEUE
-        assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
+def assert_same_queue(steps, expected, number):
+    """Compares the queue, which has the same keys and labels on every rank.
+
+    The keys of a step come in another order: a queue that wraps within a step keeps other keys of an earlier one.
+    """
+    for step in steps:
+        assert all(torch.equal(step[name], steps[0][name]) for name in QUEUE_BUFFERS)
+    queue, labels, position = (steps[0][name] for name in QUEUE_BUFFERS)
+    newest = (position - BATCH + torch.arange(BATCH)) % QUEUE
+    distances = (queue[:, newest, None] - expected["queue"][:, None, newest]).abs().amax(dim=0)
+    distance, nearest = distances.min(dim=1)
+    assert distance.max() < 1e-10 and len(nearest.unique()) == BATCH
+    assert torch.equal(labels[newest], expected["label_queue"][newest][nearest])
+    assert position == expected["queue_ptr"] == (number + 1) * BATCH % QUEUE
+    assert (labels >= 0).sum() == min(QUEUE, (number + 1) * BATCH)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -159,22 +157,21 @@ def test_ranks_average_their_gradients_once_per_step(runs, stage):
 # ---- --sync-bn
 
 
-def sync_model():
-    model = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
+def with_sync_bn(model):
+    """A copy of a network, converted."""
+    model = copy.deepcopy(model)
     convert_sync_batchnorm(model, torch.device("cuda"))
     return model
 
 
+def norms_of(model) -> set:
+    return {type(module) for module in model.modules() if hasattr(module, "running_mean")}
+
+
 def test_sync_bn_converts_all_but_the_momentum_encoder_and_keeps_names_and_parameters():
-    torch.manual_seed(0)
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    torch.manual_seed(0)
-    model = sync_model()
-    kinds = {
-        name: {type(m) for m in getattr(model, name).modules() if hasattr(m, "running_mean")}
-        for name in ("encoder_q", "encoder_k")
-    }
-    assert kinds == {"encoder_q": {nn.SyncBatchNorm}, "encoder_k": {nn.BatchNorm2d}}
+    model = with_sync_bn(plain)
+    assert (norms_of(model.encoder_q), norms_of(model.encoder_k)) == ({nn.SyncBatchNorm}, {nn.BatchNorm2d})
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
     flags = [[p.requires_grad for p in m.parameters()] for m in (model, plain)]
@@ -183,23 +180,15 @@ def test_sync_bn_converts_all_but_the_momentum_encoder_and_keeps_names_and_param
     assert torch.equal(model.eval()(images), plain.eval()(images))
 
 
-@pytest.mark.parametrize("network", [lambda: SLG("resnet8", CLASSES), lambda: SDL("resnet8", CLASSES)])
+@pytest.mark.parametrize("network", [SLG, SDL])
 def test_sync_bn_converts_the_frozen_networks_too(network):
-    model = network()
-    convert_sync_batchnorm(model, torch.device("cuda"))
-    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
-    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert norms_of(with_sync_bn(network("resnet8", CLASSES))) == {nn.SyncBatchNorm}
 
 
 def memory_of_both(rank):
     plain = SSFL("resnet8", CLASSES, dim=16, queue_size=50)
-    return [step_memory(model, 4, 32, device=CPU) for model in (plain, sync_model())]
+    return [step_memory(model, 4, 32, device=CPU) for model in (plain, with_sync_bn(plain))]
 
 
 def test_the_memory_check_counts_sync_bn_like_batchnorm_without_the_other_ranks():
     assert all(plain == synchronized for plain, synchronized in on_ranks(2, memory_of_both))
-
-
-def test_sync_bn_is_refused_without_cuda():
-    with pytest.raises(UserError, match="--no-sync-bn"):
-        convert_sync_batchnorm(SLG("resnet8", CLASSES), CPU)

@@ -5,10 +5,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import tempfile
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -17,18 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.prepare.cli import main as prepare
-from tests.helpers import (
-    CLASSES,
-    Outcome,
-    assert_mistake,
-    assert_mistake_of_all_ranks,
-    checkpoint,
-    run_ranks,
-    run_shell,
-    run_stage,
-)  # fmt: skip
-from utils.checkpoint import read, restore_momentum
+from tests.helpers import assert_mistake, assert_mistake_of_all_ranks, checkpoint, run_ranks, run_shell, run_stage
+from tests.helpers_prepare import fails
+from utils.checkpoint import PREVIOUS, read, restore_momentum
 from utils.errors import UserError
 from utils.images import load_rgb
 
@@ -38,33 +29,18 @@ LISTS_OF_FILES = {  # lists that are well-formed
     "a label that would use up all memory": (b"train/class0/train_0.png 2147483647", "--num-classes"),
     "a name of a megabyte": (b"a" * 2**20 + b".png 0", "1 of 1 files are not in"),
     "terminal commands in a path": (b"train/\x1b[2J\x1b]0;owned\x07.png 0", "1 of 1 files are not in"),
-    "a carriage return in a path": (b"train/a\rb.png 0", "1 of 1 files are not in"),
     "a folder": (b"train/class0 0", "1 of 1 files are not in"),
-    "a device": (b"train/class0/null 0", "1 of 1 files are not in"),
     "a pipe": (b"train/class0/pipe 0", "1 of 1 files are not in"),
-    "a broken link": (b"train/class0/nothing 0", "1 of 1 files are not in"),
     "a link to itself": (b"train/class0/loop 0", "1 of 1 files are not in"),
 }
 
 
 @pytest.fixture(scope="module")
 def tree(plain_tree, tmp_path_factory):
-    """The small tree, made of links, with some entries that are not regular files."""
-    root = tmp_path_factory.mktemp("hostile")
-    for name in ("train.txt", "val.txt", "test.txt"):
-        (root / name).symlink_to(plain_tree / name)
-    (root / "val").symlink_to(plain_tree / "val")
-    folder = root / "train" / "class0"
-    folder.mkdir(parents=True)
-    for there in plain_tree.glob("train/*"):
-        if there.name != folder.name:
-            (root / "train" / there.name).symlink_to(there)
-    for there in plain_tree.glob(f"train/{folder.name}/*"):
-        (folder / there.name).symlink_to(there)
-    (folder / "null").symlink_to("/dev/null")
-    os.mkfifo(folder / "pipe")
-    (folder / "nothing").symlink_to(root / "nowhere")
-    (folder / "loop").symlink_to(folder / "loop")
+    """The small tree, with some entries that are not regular files."""
+    root = shutil.copytree(plain_tree, tmp_path_factory.mktemp("hostile") / "tree")
+    os.mkfifo(root / "train" / "class0" / "pipe")
+    (root / "train" / "class0" / "loop").symlink_to("loop")
     return root
 
 
@@ -101,34 +77,17 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/harm) (w) 
 
 IMAGES = {
     "an empty file": (b"", "not an image, it has 0 bytes"),
-    "text": (b"no image\n", "not an image"),
     "an HTML page": (b"<!DOCTYPE html><html>quota exceeded</html>", "not an image"),
-    "a script": (b"#!/bin/sh\ntouch /tmp/harm\n", "not an image"),
-    "a pickle": (pickle.dumps(os.getcwd), "not an image"),
-    "an archive": (b"PK\x05\x06" + bytes(18), "not an image"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "not an image"),
-    "PDF": (b"%PDF-1.4\n1 0 obj<</OpenAction 2 0 R>>endobj\n", "not an image"),
     "PostScript": (POSTSCRIPT, "not an image"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
     "only a JPEG's header": (JPEG[:30], "cannot be decoded"),
-    "half a PNG": (PNG[: len(PNG) // 2], "truncated"),
     "a PNG with a flipped bit": (PNG[:100] + bytes([PNG[100] ^ 1]) + PNG[101:], "cannot be decoded"),
     "only a PNG's header": (PNG[:33], "not an image"),
     "a PNG of no pixels": (png(0, 0, png_chunk(b"IDAT", zlib.compress(b""))), "replace the file"),
     "half a WebP": (encoded(NOISE, "WEBP", lossless=True)[:2000], "cannot be decoded"),
-    "half a GIF": (encoded(NOISE, "GIF")[:900], "truncated"),
-    "half a BMP": (encoded(NOISE, "BMP")[:900], "truncated"),
     "half a TIFF": (encoded(NOISE, "TIFF")[:900], "replace the file"),
     "a PNG bomb": (encoded(Image.new("1", (20000, 20000)), "PNG"), BOMB),
     "a PNG that claims to be a bomb": (png(100_000, 100_000, png_chunk(b"IDAT", zlib.compress(bytes(9)))), BOMB),
-    "a GIF that claims to be a bomb": (
-        b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + bytes(20),
-        "replace the file",
-    ),
-    "a BMP that claims to be a bomb": (
-        b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, *[0] * 6),
-        BOMB,
-    ),
     "a PPM that claims to be a bomb": (b"P6 100000 100000 255\n" + bytes(100), BOMB),
     "a PNG whose text is a bomb": (
         png(8, 8, *[png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6), 9))] * 70,
@@ -167,51 +126,13 @@ class Call:
         return self.reduced
 
 
-class Scripted(torch.nn.Module):
-    def forward(self, x):
-        return x
-
-
-def saved(file, content, **options):
-    torch.save(content, file, **options)
-
-
 def changed(whole, file, **entries):
-    saved(file, whole | entries)
+    torch.save(whole | entries, file)
 
 
-def traversing(whole, file):
-    """A checkpoint with an entry whose name leads out of the folder that it is unpacked in."""
-    saved(file, whole)
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr("../harm", b"harm")
-
-
-def archived(whole, file, change=lambda name, content: content, **options):
-    """A checkpoint whose archive's entries are changed by change(name, content), or left out if that is None."""
-    buffer = io.BytesIO()
-    torch.save(whole, buffer)
-    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(file, "w", **options) as target:
-        for name in source.namelist():
-            content = change(name, source.read(name))
-            if content is not None:
-                target.writestr(name, content)
-
-
-def rewritten(whole, file, name, change):
-    """A checkpoint with one entry of its archive changed."""
-    archived(whole, file, lambda entry, content: change(content) if entry.endswith(name) else content)
-
-
-def without(whole, file, *names):
-    """A checkpoint that lacks entries of its archive."""
-    archived(whole, file, lambda entry, content: None if entry.endswith(names) else content)
-
-
-def cut(whole, file, length):
-    """The first length(size) bytes of a checkpoint."""
-    saved(file, whole)
-    os.truncate(file, length(file.stat().st_size))
+def cut_in_half(whole, file):
+    torch.save(whole, file)
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def without_one_weight(whole, file):
@@ -219,32 +140,14 @@ def without_one_weight(whole, file):
     changed(whole, file, state_dict={name: value for name, value in whole["state_dict"].items() if name != weight})
 
 
-def optimizer(whole, **changes):
-    return whole["optimizer"] | changes
+def with_weight(whole, file, name, value):
+    changed(whole, file, state_dict=whole["state_dict"] | {f"module.{name}": value})
 
 
-def with_weights(whole, file, **entries):
-    changed(
-        whole, file, state_dict=whole["state_dict"] | {f"module.{k.replace('__', '.')}": v for k, v in entries.items()}
-    )
-
-
-def stretched(*shape):
-    """A tensor of any size that takes four bytes."""
-    return torch.zeros(1).expand(*shape)
-
-
-def momenta(whole, value):
-    states = {number: state | {"momentum_buffer": value} for number, state in whole["optimizer"]["state"].items()}
-    return optimizer(whole, state=states)
-
-
-def scaled_momenta(whole, factor):
-    states = {
-        number: {"momentum_buffer": state["momentum_buffer"] * factor + factor}
-        for number, state in whole["optimizer"]["state"].items()
-    }
-    return optimizer(whole, state=states)
+def with_momenta(whole, file, change):
+    states = whole["optimizer"]["state"].items()
+    states = {number: {"momentum_buffer": change(state["momentum_buffer"])} for number, state in states}
+    changed(whole, file, optimizer=whole["optimizer"] | {"state": states})
 
 
 def averages(**changes):
@@ -260,61 +163,32 @@ def midway_of(whole, file, step=2, images=32, **changes):
 CODE = "could run code"
 CHECKPOINTS = {
     "os.system": (lambda w, f: changed(w, f, extra=Call(os.system, "touch /tmp/harm")), CODE),
-    "eval": (lambda w, f: changed(w, f, extra=Call(eval, "open('/tmp/harm', 'w')")), CODE),
-    "exec, old format": (
-        lambda w, f: saved(f, w | {"epoch": Call(exec, "1")}, _use_new_zipfile_serialization=False), CODE,
-    ),
-    "code in the weights": (lambda w, f: with_weights(w, f, extra=Call(os.mkdir, "/tmp/harm")), CODE),
-    "code in the optimizer": (lambda w, f: changed(w, f, optimizer={"state": Call(os.mkdir, "/tmp/harm")}), CODE),
     "a bare pickle": (lambda w, f: f.write_bytes(pickle.dumps(Call(os.system, "touch /tmp/harm"))), "not loaded"),
     "an array of objects": (lambda w, f: changed(w, f, extra=np.array([Call(os.getcwd)], dtype=object)), "not loaded"),
-    "a pickled module": (lambda w, f: saved(f, torch.nn.Linear(2, 2)), CODE),
-    "a compiled module": (lambda w, f: torch.jit.script(Scripted()).save(str(f)), "not loaded"),
-    "an archive without its pickle": (lambda w, f: without(w, f, "data.pkl"), "not loaded"),
-    "a pickle cut short": (lambda w, f: rewritten(w, f, "data.pkl", lambda c: c[:-9]), "not loaded"),
-    "a pickle of noise": (lambda w, f: rewritten(w, f, "data.pkl", lambda c: c[::-1]), "not loaded"),
+    "a pickled module": (lambda w, f: torch.save(torch.nn.Linear(2, 2), f), CODE),
+    "a compiled module": (lambda w, f: torch.jit.script(torch.nn.Identity()).save(str(f)), "not loaded"),
     "steps without images": (lambda w, f: midway_of(w, f, step=10, images=0), "step 10 after 0 images"),
-    "more images than the epoch has": (
-        lambda w, f: midway_of(w, f, step=10, images=160), "160 images, an epoch has 154",
-    ),
+    "more images than an epoch": (lambda w, f: midway_of(w, f, step=10, images=160), "160 images, an epoch has 154"),
     "a mean above 1": (lambda w, f: changed(w, f, args={"mean": [0.5, 0.5, 3.0]}), "--mean"),
     "an argument out of bounds": (lambda w, f: changed(w, f, args={"lr": 1e300}), "--lr 1e+300"),
-    "an argument of another type": (lambda w, f: changed(w, f, args={"cos": "yes"}), "--cos"),
-    "a number instead of a list": (lambda w, f: changed(w, f, args={"schedule": 3}), "--schedule"),
     "class names that are None": (lambda w, f: changed(w, f, classes=[None] * 6), "its classes"),
     "class names in one string": (lambda w, f: changed(w, f, classes="abcdef"), "its classes"),
     "one class name too few": (lambda w, f: changed(w, f, classes=list("abcde")), "names 5 classes, and has 6"),
     "averages of unknown metrics": (lambda w, f: midway_of(w, f, names=list("abcde")), "averages are of a"),
     "an optimizer that is a list": (lambda w, f: changed(w, f, optimizer=[1]), "its optimizer"),
-    "an empty optimizer": (lambda w, f: changed(w, f, optimizer=optimizer(w, param_groups=[])), "its optimizer"),
-    "momenta of another shape": (lambda w, f: changed(w, f, optimizer=momenta(w, torch.zeros(3))), "its optimizer"),
-    "momenta that are text": (lambda w, f: changed(w, f, optimizer=momenta(w, "fast")), "its optimizer"),
-    "sparse momenta": (lambda w, f: changed(w, f, optimizer=momenta(w, torch.eye(3).to_sparse())), "its optimizer"),
-    "momenta that are not finite": (
-        lambda w, f: changed(w, f, optimizer=scaled_momenta(w, math.inf)), "its optimizer",
-    ),
-    "weights that are not finite": (
-        lambda w, f: with_weights(w, f, classifier__bias=torch.full((CLASSES,), math.nan)), "classifier.bias",
-    ),
-    "a variance below 0": (
-        lambda w, f: with_weights(w, f, encoder_q__bn1__running_var=torch.full((16,), -1.0)), "bn1.running_var",
-    ),
-    "weights that are integers": (
-        lambda w, f: with_weights(w, f, classifier__bias=torch.ones(CLASSES, dtype=torch.int8)), "int8",
-    ),
-    "one weight too many": (lambda w, f: with_weights(w, f, extra=torch.zeros(1)), "extra"),
-    "a weight of another shape": (lambda w, f: with_weights(w, f, encoder_q__bn1__bias=torch.zeros(3)), "its backbone"),
-    "a queue expanded beyond its storage": (lambda w, f: with_weights(w, f, queue=stretched(16, 10**9)), "queue"),
-    "a classifier expanded beyond its storage": (
-        lambda w, f: with_weights(w, f, classifier__weight=stretched(10**9, 64)), "at classifier.weight",
-    ),
-    "an empty queue": (lambda w, f: with_weights(w, f, queue=torch.zeros(0)), "queue"),
-    "half a checkpoint": (lambda w, f: cut(w, f, lambda size: size // 2), "not loaded"),
-    "a checkpoint without its last byte": (lambda w, f: cut(w, f, lambda size: size - 1), "not loaded"),
-    "no weights": (lambda w, f: saved(f, {"epoch": 1}), "no state_dict"),
+    "an empty optimizer": (lambda w, f: changed(w, f, optimizer={"state": {}, "param_groups": []}), "its optimizer"),
+    "momenta of another shape": (lambda w, f: with_momenta(w, f, lambda _: torch.zeros(3)), "its optimizer"),
+    "momenta that are text": (lambda w, f: with_momenta(w, f, str), "its optimizer"),
+    "sparse momenta": (lambda w, f: with_momenta(w, f, torch.Tensor.to_sparse), "its optimizer"),
+    "momenta that are not finite": (lambda w, f: with_momenta(w, f, lambda x: x + math.inf), "its optimizer"),
+    "infinite weights": (lambda w, f: with_weight(w, f, "classifier.bias", torch.ones(6) / 0), "classifier.bias"),
+    "one weight too many": (lambda w, f: with_weight(w, f, "extra", torch.zeros(1)), "extra"),
+    "a weight of another shape": (lambda w, f: with_weight(w, f, "encoder_q.bn1.bias", torch.zeros(3)), "its backbone"),
+    "an empty queue": (lambda w, f: with_weight(w, f, "queue", torch.zeros(0)), "queue"),
+    "half a checkpoint": (cut_in_half, "not loaded"),
+    "no weights": (lambda w, f: torch.save({"epoch": 1}, f), "no state_dict"),
     "one weight too few": (without_one_weight, "classifier.weight"),
     "weights of something else": (lambda w, f: changed(w, f, state_dict=torch.nn.Linear(2, 2).state_dict()), "stage"),
-    "an entry that leads out of the archive": (traversing, "not loaded"),
     "a pipe": (lambda w, f: os.mkfifo(f), "not a regular file"),
 }  # fmt: skip
 
@@ -337,6 +211,7 @@ FIELDS = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in FIELDS.items() for value in values])
 def test_a_field_that_no_save_writes_is_refused_in_one_line(tmp_path, name, value):
     content = {"state_dict": {"w": torch.zeros(1)}, "epoch": 1, "step": 2, "images": 32, "averages": averages()}
+    content["run"] = {"seed": 2**63 - 1}
     torch.save(content, tmp_path / "whole.tar")
     assert read(tmp_path / "whole.tar", "--resume")["step"] == 2
     torch.save(content | {name: value}, tmp_path / "hostile.tar")
@@ -347,7 +222,7 @@ def test_a_field_that_no_save_writes_is_refused_in_one_line(tmp_path, name, valu
 @pytest.fixture(scope="module")
 def midway(trained):
     """A checkpoint from which training would continue."""
-    return checkpoint(trained["i"], "previous_checkpoint.pth.tar")
+    return checkpoint(trained["i"], PREVIOUS)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
@@ -358,28 +233,27 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_pat
     write(midway, file)
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
     assert_mistake(outcome, file, reason)
-    assert not Path("/tmp/harm").exists() and not [*tmp_path.glob("run/*.tar"), *tmp_path.rglob("harm")]
+    assert not Path("/tmp/harm").exists() and not [*tmp_path.glob("run/*.tar")]
+
+
+def test_invalid_weights_are_not_evaluated(midway, plain_tree, tmp_path):
+    write, reason = CHECKPOINTS["infinite weights"]
+    write(midway, tmp_path / "hostile.tar")
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--evaluate", "--resume", tmp_path / "hostile.tar")
+    assert_mistake(outcome, tmp_path / "hostile.tar", reason)
+    assert "Overall" not in outcome.out
 
 
 @pytest.mark.parametrize(
     ("stage", "flag", "made_by"), [("ii", "--last_stage_ckpt", "i"), ("iii", "--teacher_ckpt", "ii")]
 )
-@pytest.mark.parametrize(
-    "case",
-    [
-        "a bare pickle",
-        "exec, old format",
-        "half a checkpoint",
-        "a pipe",
-        "weights of something else",
-        "one weight too few",
-    ],
-)
+@pytest.mark.parametrize("case", ["a bare pickle", "a pipe", "weights of something else", "one weight too few"])
 def test_a_hostile_checkpoint_of_the_stage_before_is_refused(trained, plain_tree, tmp_path, stage, flag, made_by, case):
-    file = tmp_path / "hostile.tar"
-    CHECKPOINTS[case][0](checkpoint(trained[made_by]), file)
-    words = ["not a regular file"] if case == "a pipe" else []
-    assert_mistake(run_stage(stage, plain_tree, tmp_path / "run", flag, file), file, flag, *words)
+    write, reason = CHECKPOINTS[case]
+    write(checkpoint(trained[made_by]), tmp_path / "hostile.tar")
+    reason = "classifier" if case == "one weight too few" else reason
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", flag, tmp_path / "hostile.tar")
+    assert_mistake(outcome, tmp_path / "hostile.tar", flag, reason)
     assert not Path("/tmp/harm").exists()
 
 
@@ -406,15 +280,6 @@ def test_no_setting_of_a_saved_optimizer_reaches_the_run(changes):
     assert ours.state[parameter]["momentum_buffer"].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("case", ["weights that are not finite", "a variance below 0", "weights that are integers"])
-def test_invalid_weights_are_not_evaluated(midway, plain_tree, tmp_path, case):
-    write, reason = CHECKPOINTS[case]
-    write(midway, tmp_path / "hostile.tar")
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--evaluate", "--resume", tmp_path / "hostile.tar")
-    assert_mistake(outcome, tmp_path / "hostile.tar", reason)
-    assert "Overall" not in outcome.out
-
-
 # ---- archives
 
 
@@ -426,8 +291,8 @@ def test_nothing_of_an_archive_that_is_not_the_published_one_is_opened_or_writte
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("../harm"))
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened"))
-    status = prepare(["cifar10-lt", "--out", str(tmp_path / "out"), "--source", str(archive)])
-    assert_mistake(Outcome(status, *capsys.readouterr()), archive, "is not the published", "get it again")
+    said = fails(capsys, "cifar10-lt", "--out", tmp_path / "out", "--source", archive)
+    assert all(word in said for word in (str(archive), "is not the published", "get it again")), said
     assert not list(tmp_path.rglob("harm")) and not any((tmp_path / "tmp").iterdir())
 
 
@@ -438,12 +303,8 @@ def test_a_message_is_one_line_whatever_it_quotes():
 # ---- through the shell
 
 
-@pytest.mark.parametrize(("flag", "case"), [("--train-list", "terminal commands in a path"), ("--resume", "os.system")])
-def test_hostile_input_through_the_shell_ends_in_one_line(midway, tree, tmp_path, flag, case):
-    content, reason = (LISTS_OF_FILES | CHECKPOINTS)[case]
-    if flag == "--resume":
-        content(midway, tmp_path / "input")
-    else:
-        (tmp_path / "input").write_bytes(content)
-    assert_mistake(run_shell("i", tree, tmp_path / "run", flag, tmp_path / "input"), reason)
+def test_a_hostile_checkpoint_through_the_shell_ends_in_one_line(midway, plain_tree, tmp_path):
+    write, reason = CHECKPOINTS["os.system"]
+    write(midway, tmp_path / "hostile.tar")
+    assert_mistake(run_shell("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "hostile.tar"), reason)
     assert not Path("/tmp/harm").exists()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -24,40 +23,28 @@ from tests.helpers import (
     run_stage,
     same,
     train,
+    without_privileges,
     write_tree,
 )
 
 # ---- flags
 
-VALUES = {  # stage and flag -> values that it does not take
+VALUES = {  # stage and flags -> values that they do not take
+    "i --accum-steps --eval-freq --print-freq --num-classes --eval-batch-size --nproc": "0",
+    "i --start-epoch --schedule --warmup-epochs --con-weight --workers --save-every-steps": "-1",
     "i --batch-size": f"0 -16 1.5 many {10**30}",
-    "i --accum-steps": "0",
     "i --epochs": "0 -1 --cos",
-    "i --start-epoch": "-1",
     "i --lr": "-0.1 nan inf fast 1e400",
     "i --wd": "-1 1e300",
     "i --momentum": "nan",
-    "i --schedule": "-1",
     "i --schedule-factor": "0 2",
-    "i --warmup-epochs": "-1",
-    "i --eval-freq": "0",
-    "i --jitter": "1.5 nan",
+    "i --jitter --moco-m": "1.5 nan",
     "i --moco-k": "0 -5",
     "i --moco-dim": f"0 {10**12}",
-    "i --moco-m": "1.5 nan",
     "i --moco-t": "0 1e300",
-    "i --con-weight": "-1",
-    "i --workers": "-1",
-    "i --print-freq": "0",
     "i --image-size": f"4 0 {10**30}",
-    "i --num-classes": "0",
-    "i --eval-batch-size": "0",
-    "i --save-every-steps": "-1",
     "i --seed": f"-1 {2**63}",
-    "i --arch": "resnet9",
-    "i --amp": "fp8",
-    "i --device": "tpu",
-    "i --nproc": "0",
+    "i --arch --amp --device": "resnet9 fp8 tpu",
     "i --world-size": "9" * 30,
     "i --dist-timeout": "inf nan 1e300",
     "ii --num_samples_cls": "0",
@@ -65,11 +52,12 @@ VALUES = {  # stage and flag -> values that it does not take
     "iii --kd_t": "0",
     "iii --kd-weight": "nan",
 }
+WRONG = [(flags.split()[0], flag, value) for flags, values in VALUES.items()
+         for flag in flags.split()[1:] for value in values.split()]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in VALUES for value in VALUES[name].split()])
-def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(plain_tree, name, value):
-    stage, flag = name.split()
+@pytest.mark.parametrize(("stage", "flag", "value"), WRONG)
+def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(plain_tree, stage, flag, value):
     message = refusal(stage, plain_tree, "none", flag, value)
     assert flag in message and (value in message or value in ("--cos", "1e400")), message
 
@@ -88,14 +76,13 @@ def test_a_value_that_a_flag_does_not_take_is_named_with_the_flag(plain_tree, na
         (["rm", "-rf"], ["unrecognized arguments"]),
         (["--amp", "fp8\nERROR: all is lost"], ["--amp"]),
         (["--evaluate"], ["--evaluate", "--resume"]),
+        (["--overwrite", "--resume", "auto"], ["--overwrite", "--resume auto"]),
         (["--mean", 0.5, 0.5, 1.5], ["--mean 1.5", "at most 1"]),
         (["--mean", 0.5, 0.5, -0.1], ["--mean", "-0.1"]),
-        (["--mean", 0.5, 0.5, "nan"], ["--mean nan"]),
         (["--std", 0.5, 0.5, 0], ["--std 0", "above 0"]),
         (["--std", 0.5, 0.5, "1e-9"], ["--std 1e-9"]),
         (["--std", 0.5, 0.5, "inf"], ["--std inf"]),
         (["--mean", 0.5], ["--mean"]),
-        (["--std", 0.5, 0.5], ["--std"]),
     ],
 )
 def test_flags_that_cannot_be_parsed_are_named(plain_tree, flags, words):
@@ -110,10 +97,8 @@ def test_flags_that_cannot_be_parsed_are_named(plain_tree, flags, words):
         ("i", ["-b", 1], ["--batch-size 1", "two or more"]),
         ("i", ["-b", 155, "--moco-k", 200], ["--batch-size 155", "154 images", "no full step"]),
         ("i", ["--accum-steps", 9], ["--accum-steps 9", "1 images", "--batch-size 18"]),
-        ("i", ["--accum-steps", 17], ["--accum-steps 17", "0 images", "--batch-size 34"]),
         ("i", ["--accum-steps", 4, "-b", 160, "--moco-k", 200], ["--batch-size 160", "154 images", "no full step"]),
         ("i", ["--accum-steps", 4, "--moco-k", 15], ["--moco-k 15", "16 keys", "--batch-size"]),
-        ("i", ["--moco-k", 15], ["--moco-k 15", "16 keys"]),
         ("i", ["--sync-bn"], ["--sync-bn", "CUDA", "--no-sync-bn"]),
         ("i", ["-b", 18, "--bn-splits", 4], ["--bn-splits 4", "18 images", "16 or 20"]),
         ("i", ["-b", 4, "--bn-splits", 4], ["--bn-splits 4", "--batch-size 8"]),
@@ -121,7 +106,6 @@ def test_flags_that_cannot_be_parsed_are_named(plain_tree, flags, words):
         ("i", ["--bn-splits", 4, "--sync-bn"], ["--bn-splits 4", "--sync-bn"]),
         ("i", ["--resume", "auto", "--epochs", 2, "--warmup-epochs", 2], ["--warmup-epochs 2", "--epochs 2"]),
         ("i", ["--moco-k", 2**31 - 1, "--moco-dim", 4096], ["out of memory"]),
-        ("i", ["--moco-dim", 2**31 - 1], ["out of memory"]),
         ("i", ["--resume", "x\nERROR: y"], ["--resume"]),
         ("i", ["--resume", "\x1b[2J\x1b[31m"], ["--resume"]),
         ("i", ["--resume", os.fsdecode(b"\xff\xfe")], ["--resume"]),
@@ -170,13 +154,15 @@ def test_a_wrong_line_list_or_image_is_named(tree, tmp_path, split):
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
 
-    def assert_named(text, *words):
+    def assert_named(text, *words, flags=()):
         file.write_text(text)
-        assert_mistake(run_stage("i", tree, tmp_path / "run"), *words)
+        assert_mistake(run_stage("i", tree, tmp_path / "run", *flags), *words)
 
     for line in ("train/class0/train_0.png", "train/class0/train_0.png zero", "/etc/passwd 0"):
         assert_named("".join([*lines[:2], f"{line}\n", *lines[3:]]), f"{file}, line 3:")
-    if split != "train":
+    if split == "train":
+        assert_named(whole, f"{file}, line 37:", "--num-classes 6", flags=["--num-classes", 3])
+    else:
         line = "train/class0/train_0.png 6\n"
         assert_named("".join([*lines[:2], line, *lines[3:]]), f"{file}, line 3:", "label 6", "--num-classes 7")
     assert_named("\n", file, "empty")
@@ -188,24 +174,16 @@ def test_a_wrong_line_list_or_image_is_named(tree, tmp_path, split):
     assert_mistake(run_stage("i", tree, tmp_path / "run"), file, "no such list, beside", flag)
 
 
-def test_a_label_beyond_num_classes_is_named(tree, tmp_path):
-    outcome = run_stage("i", tree, tmp_path / "run", "--num-classes", 3)
-    assert_mistake(outcome, f"{tree}/train.txt, line 37:", "--num-classes 6")
-
-
-def spoil_image(tree, split, content=None):
-    """Truncates the first image of a split, or replaces its content; returns the file."""
+def spoil_image(tree, split):
+    """Truncates the first image of a split; returns the file."""
     file = tree / (tree / f"{split}.txt").read_text().split()[0]
-    file.write_bytes(file.read_bytes()[:500] if content is None else content)
+    file.write_bytes(file.read_bytes()[:500])
     return file
 
 
-@pytest.mark.parametrize(
-    ("split", "workers", "content"),
-    [("train", 2, None), ("train", 0, b""), ("val", 0, None), ("val", 2, b"no image at all"), ("test", 2, None)],
-)
-def test_a_file_that_cannot_be_decoded_is_named_with_its_list_line(tree, tmp_path, split, workers, content):
-    file = spoil_image(tree, split, content)
+@pytest.mark.parametrize(("split", "workers"), [("train", 2), ("val", 0), ("test", 2)])
+def test_a_file_that_cannot_be_decoded_is_named_with_its_list_line(tree, tmp_path, split, workers):
+    file = spoil_image(tree, split)
     outcome = run_stage("i", tree, tmp_path / "run", "-j", workers, "--epochs", 1, "-b", 8)
     assert_mistake(outcome, file, f"{split}.txt, line 1")
 
@@ -217,9 +195,7 @@ def test_a_file_that_cannot_be_decoded_is_named_with_its_list_line(tree, tmp_pat
     ("stage", "flag", "given"),
     [("i", "--resume", "i"), ("ii", "--last_stage_ckpt", "i"), ("iii", "--teacher_ckpt", "ii")],
 )
-def test_a_checkpoint_that_is_not_there_or_of_another_network_is_named(
-    trained, plain_tree, tmp_path, stage, flag, given
-):
+def test_a_checkpoint_that_is_missing_or_of_another_network_is_named(trained, plain_tree, tmp_path, stage, flag, given):
     file = trained[given] / LAST
     for path, more, words in (
         (tmp_path / "none.tar", [], []),
@@ -231,27 +207,21 @@ def test_a_checkpoint_that_is_not_there_or_of_another_network_is_named(
 
 
 @pytest.mark.parametrize(
-    ("stage", "flag", "given"),
+    ("stage", "flags", "given"),
     [
         *((stage, "--resume", other) for stage in STAGES for other in STAGES if other != stage),
-        ("ii", "--last_stage_ckpt", "ii"), ("iii", "--teacher_ckpt", "i"), ("iii", "--teacher_ckpt", "iii"),
+        ("ii", "--last_stage_ckpt", "ii"), ("ii", "--classifier soft --last_stage_ckpt", "i"),
+        ("iii", "--teacher_ckpt", "i"), ("iii", "--teacher_ckpt", "iii"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_another_stage_is_refused(trained, plain_tree, tmp_path, stage, flag, given):
+def test_a_checkpoint_of_another_stage_is_refused(trained, plain_tree, tmp_path, stage, flags, given):
     file = trained[given] / LAST
-    outcome = run_stage(stage, plain_tree, tmp_path / "run", flag, file)
-    assert_mistake(outcome, file, f"stage {given.upper()};", flag)
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", *flags.split(), file)
+    assert_mistake(outcome, file, f"stage {given.upper()};", flags.split()[-1])
 
 
-def test_the_soft_classifier_of_a_stage_i_checkpoint_is_refused(trained, plain_tree, tmp_path):
-    file = trained["i"] / LAST
-    outcome = run_stage("ii", plain_tree, tmp_path / "run", "--last_stage_ckpt", file, "--classifier", "soft")
-    assert_mistake(outcome, file, "--last_stage_ckpt")
-
-
-@pytest.mark.parametrize("flags", [["--moco-k", 64], ["--moco-dim", 8]])
-def test_a_queue_of_another_size_is_refused(trained, plain_tree, tmp_path, flags):
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", trained["i"] / LAST, "--epochs", 3, *flags)
+def test_a_queue_of_another_size_is_refused(trained, plain_tree, tmp_path):
+    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", trained["i"] / LAST, "--moco-k", 64)
     assert_mistake(outcome, trained["i"] / LAST, "--moco-k 50 --moco-dim 16")
 
 
@@ -278,18 +248,12 @@ def test_overwrite_starts_from_scratch(trained, plain_tree, tmp_path):
     assert not same(checkpoint(finished)["state_dict"], checkpoint(trained["i"])["state_dict"])
 
 
-def test_a_file_in_place_of_the_output_folder_is_named(plain_tree, tmp_path):
+def test_an_output_folder_that_is_a_file_or_cannot_be_written_is_named(plain_tree, tmp_path):
     (tmp_path / "file").touch()
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "file"), f"--output_dir {tmp_path / 'file'}")
-    assert_mistake(run_stage("i", plain_tree, tmp_path / "file" / "run"), f"--output_dir {tmp_path / 'file' / 'run'}")
-
-
-def test_an_output_folder_that_cannot_be_written_is_named(plain_tree, tmp_path):
-    folder = tmp_path / "read-only"
-    folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):  # as root, only /proc cannot be written
-        folder = Path("/proc")
-    assert_mistake(run_stage("i", plain_tree, folder), f"--output_dir {folder}")
+    (tmp_path / "read-only").mkdir(mode=0o500)
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "read-only"):
+        with without_privileges():
+            assert_mistake(run_stage("i", plain_tree, folder), f"--output_dir {folder}")
 
 
 # ---- through the shell, where stderr may contain nothing else
@@ -312,8 +276,6 @@ def test_shell_a_truncated_image_in_a_worker_ends_in_one_line(tree, tmp_path, fl
         (["-b", 26, "--moco-k", 50], 2, 2, ["--moco-k 50", "52 keys", "--batch-size"]),
     ],
 )
-def test_a_step_that_the_processes_data_or_queue_cannot_take_ends_in_one_line(
-    plain_tree, tmp_path, flags, world, nodes, words
-):
+def test_a_step_that_the_processes_cannot_take_ends_in_one_line(plain_tree, tmp_path, flags, world, nodes, words):
     outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, world=world, nodes=nodes)
     assert_mistake_of_all_ranks(outcomes, *words)

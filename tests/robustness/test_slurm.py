@@ -47,8 +47,7 @@ STAND_INS = {
     # Python, with a stage I that waits at its fourth step until it is asked to stop.
     "gated": f"""
         [ "$1" = {ROOT}/ssd_stage_i.py ] || exec {sys.executable} "$@"
-        shift
-        GATE=4 GATE_FILE="$FAKE/timed" PYTHONPATH={ROOT} exec {sys.executable} {ROOT}/tests/gated_stage_i.py "$@" """,
+        GATE=4 GATE_FILE="$FAKE/timed" PYTHONPATH={ROOT} exec {sys.executable} {ROOT}/tests/gated_stage.py "$@" """,
 }
 
 

@@ -11,18 +11,7 @@ import time
 
 import pytest
 
-from tests.helpers import (
-    LAST,
-    PARSERS,
-    ROOT,
-    TWO,
-    Interruption,
-    assert_one_line,
-    call,
-    checkpoint,
-    log_of,
-    stage_flags,
-)
+from tests.helpers import LAST, PARSERS, ROOT, TWO, Interruption, assert_one_line, call, checkpoint, log_of, stage_flags
 from tests.helpers_processes import PATIENCE, free_port
 from utils.distributed import STOP_SIGNALS, defer_stop
 from utils.errors import UserError
@@ -70,14 +59,12 @@ def test_a_task_of_another_step_is_refused_at_a_shared_port_and_a_rank_joins_onc
 @pytest.mark.parametrize(
     ("env", "flags", "text"),
     [
-        ({}, ["--world-size", 3, "--rank", 1, "--dist-url", "tcp://a:1"],
-         "rank 1 waits at tcp://a:1 for the 3 processes of this command, given on 3 nodes with --rank 0 to 2"),
         (TASK, [], "rank 1 waits at tcp://127.0.0.1:20007 for the 2 processes of the srun step"),
         (PODS, ["--dist-url", "env://"], "rank 1 waits at job-master-0:2345 for the 4 processes of WORLD_SIZE"),
     ],
 )  # fmt: skip
 def test_a_process_that_waits_says_where_and_for_whom(detect, monkeypatch, capsys, env, flags, text):
-    """tests/robustness/test_processes.py sees it in a run."""
+    """Nodes that are given by flags: tests/robustness/test_processes.py, in a run."""
     monkeypatch.setattr(rendezvous, "PATIENCE", 0.01)
     with rendezvous.say_if_waiting(None, detect(env, *flags)):
         time.sleep(0.2)
@@ -138,7 +125,7 @@ def test_processes_of_env_that_do_not_meet_say_what_to_set(plain_tree, tmp_path,
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_each_signal_saves_and_stops(plain_tree, tmp_path, number):
-    out = Interruption("epoch 1/2 [1/", number)
+    out = Interruption("epoch 1/2 [1/", lambda: signal.raise_signal(number))
     outcome = call("i", stage_flags("i", plain_tree, tmp_path / "run", ["--con-weight", 0, "-p", 1]), out=out)
     assert_one_line(outcome, 75, "stopped on request at epoch 1, step 2", "--resume auto")
     assert (checkpoint(tmp_path / "run")["epoch"], checkpoint(tmp_path / "run")["step"]) == (0, 2)
@@ -164,8 +151,7 @@ def test_further_signals_are_ignored_by_a_process_that_is_about_to_exit_alone(pl
 
 
 @pytest.mark.parametrize(
-    ("flags", "ignored", "status"),
-    [(["--epochs", 999], [], 75), (["-p", 1, "-j", 1], [signal.SIGHUP], 0)],
+    ("flags", "ignored", "status"), [(["--epochs", 999], [], 75), (["-p", 1, "-j", 1], [signal.SIGHUP], 0)]
 )
 def test_a_closed_terminal_stops_the_run_unless_its_signal_is_ignored(plain_tree, tmp_path, flags, ignored, status):
     """Ignored, as by nohup, it stays ignored, also in data workers."""

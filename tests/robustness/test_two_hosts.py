@@ -47,9 +47,7 @@ def on_both(start, hosts, data, folders, *flags, **options):
 
 
 @EACH_LAUNCHER
-def test_two_hosts_compute_what_one_does_and_rank_0_alone_writes(
-    run_of_two_processes, plain_tree, hosts, folders, start
-):
+def test_two_hosts_compute_what_one_does_and_rank_0_writes(run_of_two_processes, plain_tree, hosts, folders, start):
     with on_both(start, hosts, plain_tree, folders, *PER_HOST) as jobs:
         assert [job.end().status for job in jobs] == [0, 0]
     assert files_of(folders[0]) == FILES and not folders[1].exists()
