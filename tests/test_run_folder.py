@@ -77,6 +77,7 @@ def test_a_run_that_goes_on_removes_the_earlier_results(folder, plain_tree):
     [
         ("--lr 1e6", "not finite"), ("--test-list none.txt", "--test-list"), ("--num-classes 3", "--num-classes"),
         ("-b 1000", "--batch-size 1000"), ("--arch none", "--arch"), ("--resume none", "--resume"),
+        ("--image-size 4096 -b 150 --moco-k 150", "GiB"),  # the check of the memory
     ],
 )  # fmt: skip
 def test_the_old_run_stays_if_the_new_one_ends_before_its_first_checkpoint(folder, plain_tree, flags, words):
