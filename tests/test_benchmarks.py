@@ -53,7 +53,7 @@ def test_measure_prints_a_plausible_number_of_bytes(version, capsys):
 
 
 def test_the_formulas_count_what_a_rank_receives_on_average():
-    """In 2,000 permutations of 24 images on 4 ranks."""
+    """In 2,000 permutations of 24 images on 4 ranks; tests/test_moco.py counts the bytes of real steps."""
     received = traffic.received("i", 6, 24, trained=100, args=SimpleNamespace(size=2, dim=3))
     torch.manual_seed(0)
     strangers = sum(int((torch.randperm(24)[:6] >= 6).sum()) for _ in range(2000)) / 2000

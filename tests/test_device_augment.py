@@ -52,6 +52,12 @@ def one_by_one(images, parameters):
     return torch.stack(changed)
 
 
+def check(images, parameters):
+    torch.testing.assert_close(
+        apply_color(images.clone(), parameters), one_by_one(images, parameters), rtol=0, atol=2e-5
+    )
+
+
 @pytest.fixture
 def images():
     """24 float images (3, 40, 30), half noise, half photographs; some with gray, black and saturated pixels."""
@@ -71,9 +77,13 @@ def test_every_order_of_operations_equals_torchvision(images):
     radii, parameters = [0.1, 0.5, 1.0, 2.0], []
     for i, (f, order) in enumerate(zip(factors, itertools.permutations(range(4)), strict=True)):
         parameters.append(row(f, order, grayscale=i % 2, radius=radii[i % 4] if i % 3 else 0))
-    parameters = torch.stack(parameters)
-    expected = one_by_one(images, parameters)
-    torch.testing.assert_close(apply_color(images.clone(), parameters), expected, rtol=0, atol=2e-5)
+    check(images, torch.stack(parameters))
+
+
+@pytest.mark.parametrize("number, values", [(0, (0.6, 1.4)), (1, (0.6, 1.4)), (2, (0.0, 1.4)), (3, (-0.5, 0.3))])
+def test_each_factor_equals_torchvision(images, number, values):
+    rows = [row([value if i == number else n for i, n in enumerate(NEUTRAL)]) for value in values] * 12
+    check(images, torch.stack(rows))
 
 
 def test_neutral_parameters_change_nothing(images):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from datasets.samplers import eval_batches
+from models import SLG
 from tests.helpers import on_ranks
+from utils.distributed import broadcast_buffers
 from utils.groups import shot_groups
 from utils.metrics import ShotAccuracy, evaluate
 from utils.train_state import TrainState
@@ -17,6 +19,19 @@ from utils.train_state import TrainState
 CPU = torch.device("cpu")
 TRAIN_COUNTS = torch.tensor([500, 101, 100, 50, 20, 19, 5, 1])
 CLASSES, IMAGES = len(TRAIN_COUNTS), 101
+
+
+def buffers_of_two_ranks(rank):
+    model = SLG("resnet8", 3)
+    for buffer in model.buffers():
+        buffer.fill_(rank + 5)
+    broadcast_buffers(model)
+    return [buffer.flatten()[0].item() for buffer in model.buffers()]
+
+
+def test_all_ranks_evaluate_with_the_statistics_of_rank_0():
+    first, second = on_ranks(2, buffers_of_two_ranks, method="fork")
+    assert first == second and set(first) == {5}
 
 
 def predictions():
@@ -68,27 +83,29 @@ def counted(logits, labels, train_counts, batch=16):
     return counts.results()
 
 
-@pytest.mark.parametrize("train_counts, without", [
-    (TRAIN_COUNTS, []),
-    (torch.tensor([30] * CLASSES), ["many", "few"]),
-    (torch.tensor([500] * 5 + [3] + [500] * 2), ["medium", "few"]),  # the few-shot class has no image
-])  # fmt: skip
-def test_results_are_those_of_a_naive_computation(train_counts, without):
-    """Groups without classes or without images are null."""
-    results = counted(*predictions(), train_counts)
-    assert results == naive(*predictions(), train_counts)
+def test_results_are_those_of_a_naive_computation():
+    results = counted(*predictions(), TRAIN_COUNTS)
+    assert results == naive(*predictions(), TRAIN_COUNTS)
     assert results["per_class"][5] is None
-    assert [name for name in ("many", "medium", "few") if results[name] is None] == without
     assert json.loads(json.dumps(results)) == results
 
 
-def counted_per_class(*hits):
+def counted_per_class(*hits, train_counts=None):
     """The results of predictions that are right (1) or the next class (0), given class by class."""
     num_classes = len(hits)
     labels = torch.tensor([c for c, row in enumerate(hits) for _ in row], dtype=torch.long)
     wrong = torch.tensor([1 - hit for row in hits for hit in row], dtype=torch.long)
     logits = torch.nn.functional.one_hot((labels + wrong) % num_classes, num_classes).float()
-    return counted(logits, labels, torch.full((num_classes,), 5))
+    return counted(logits, labels, torch.full((num_classes,), 5) if train_counts is None else train_counts)
+
+
+def test_the_class_mean_of_an_unbalanced_list_is_the_mean_of_its_class_accuracies():
+    """The third class has no image."""
+    results = counted_per_class([1, 1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0], [], [0, 1])
+    assert results["overall"] == 9 / 14
+    assert results["class_mean"] == (7 / 8 + 1 / 4 + 1 / 2) / 3 == 0.5416666666666666
+    assert results["test_counts"] == [8, 4, 0, 2] and results["per_class"] == [7 / 8, 1 / 4, None, 1 / 2]
+    assert results["confusion"] == [[7, 1, 0, 0], [0, 1, 3, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
 
 
 def test_class_mean_of_a_balanced_list_is_the_same_float_as_overall():
@@ -102,6 +119,15 @@ def test_class_mean_of_a_balanced_list_is_the_same_float_as_overall():
     assert differing  # the plain mean of floats differs
 
 
+def test_equal_class_means_are_ties_whichever_classes_were_right():
+    def means(*right):
+        results = counted_per_class(*([i < k for i in range(n)] for n, k in zip((10, 10, 10, 3), right, strict=True)))
+        return results["class_mean"], sum(results["per_class"]) / 4
+
+    (exact, plain), (other_exact, other_plain) = means(1, 2, 3, 0), means(3, 2, 1, 0)
+    assert exact == other_exact and plain != other_plain
+
+
 def test_the_confusion_matrix_is_full_up_to_1000_classes():
     for num_classes in (1000, 1001):
         train_counts = torch.arange(num_classes) % 150
@@ -113,6 +139,13 @@ def test_the_confusion_matrix_is_full_up_to_1000_classes():
         pairs = [(groups[c], groups[(c + 1) % num_classes]) for c in range(num_classes)]
         assert results["confusion_groups"] == [[pairs.count((i, j)) for j in range(3)] for i in range(3)]
         assert results["overall"] == results["class_mean"] == 0
+
+
+def test_groups_without_classes_or_without_images_are_null():
+    results = counted(*predictions(), torch.full((CLASSES,), 30))
+    assert results["many"] is None and results["few"] is None and results["medium"] is not None
+    results = counted(*predictions(), torch.tensor([500] * 5 + [3] + [500] * 2))  # the few-shot class has no image
+    assert results["few"] is None and results["many"] is not None
 
 
 def test_accuracies_are_null_without_images():

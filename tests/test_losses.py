@@ -78,6 +78,27 @@ def test_only_the_query_takes_a_gradient(loss):
     assert q.grad.abs().sum() > 0 and k.grad is None
 
 
+def test_keys_of_the_same_class_do_not_count():
+    q, k, labels, queue, label_queue = batch()
+    labels[:] = 2
+    label_queue[::3] = 2
+    others = label_queue != 2
+    masked = contrastive_loss(q, k, labels, queue, label_queue, T)
+    torch.testing.assert_close(masked, contrastive_loss(q, k, labels, queue[:, others], label_queue[others], T))
+    moved = queue.clone()
+    moved[:, ~others] = q[0][:, None]  # their values do not change the loss
+    torch.testing.assert_close(masked, contrastive_loss(q, k, labels, moved, label_queue, T))
+
+
+def test_a_key_of_no_class_is_a_negative_for_every_query():
+    q, k, labels, queue, _ = batch()
+    unlabelled = torch.full((queue.shape[1],), -1)
+    foreign = torch.full((queue.shape[1],), CLASSES + 1)
+    loss = contrastive_loss(q, k, labels, queue, unlabelled, T)
+    torch.testing.assert_close(loss, contrastive_loss(q, k, labels, queue, foreign, T), rtol=0, atol=0)
+    assert loss > contrastive_loss(q, k, labels, queue, batch()[-1], T)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_without_any_negative_the_loss_is_zero(chunk_size):
     q, k, labels, queue, label_queue = batch()
@@ -136,6 +157,13 @@ def test_the_distillation_loss_has_a_gradient_for_the_student_alone():
     student.requires_grad_()
     distillation_loss(student, teacher, 2.0).backward()
     assert teacher.grad is None and student.grad is not None
+
+
+def test_the_distillation_loss_of_equal_logits_is_zero():
+    logits = torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
+    loss = distillation_loss(logits, logits, 2.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and logits.grad.abs().max() < 1e-12
 
 
 def test_the_distillation_loss_is_finite_for_a_probability_that_underflows():

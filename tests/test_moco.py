@@ -80,6 +80,10 @@ def test_momentum_update_averages_parameters_not_statistics():
     torch.testing.assert_close(encoder_k.weight.detach(), torch.tensor([1.19, 0.62]))
 
 
+def test_momentum_update_takes_an_encoder_without_parameters():
+    momentum_update(nn.Flatten(), nn.Flatten(), 0.9)
+
+
 class Pixels(nn.Module):
     """An encoder without parameters, from images to their first 64 values."""
 
@@ -140,12 +144,17 @@ def test_encoders_without_parameters_give_the_formula():
     assert model.label_queue.tolist() == labels.tolist() + label_queue[6:].tolist()
 
 
-def test_forward_returns_fresh_tensors():
+def test_forward_returns_fresh_tensors_and_reads_the_position_from_its_buffer():
     model, (im_q, im_k, labels) = ssfl(), views()
     first = model(im_q, im_k, labels)
     kept = [value.detach().clone() for value in first]
-    model(im_q * 2, im_k, labels)
+    model.queue_ptr.fill_(2)
+    before = model.queue.clone()
+    second = model(im_q * 2, im_k, labels)
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert not {value.data_ptr() for value in first} & {value.data_ptr() for value in second}
+    changed = (model.queue != before).any(dim=0)
+    assert changed.tolist() == [False] * 2 + [True] * 6 + [False] * 2
 
 
 def test_the_key_view_trains_nothing():
@@ -154,6 +163,8 @@ def test_the_key_view_trains_nothing():
     logits, loss = model(im_q, im_k, labels)
     (F.cross_entropy(logits, labels) + loss).backward()
     assert im_k.grad is None
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(("encoder_k.", "k_fc.")), name
     assert model.encoder_k.bn1.num_batches_tracked == 1  # it runs in train mode nevertheless
 
 
@@ -216,7 +227,7 @@ def test_only_training_changes_the_state(mode):
 
 
 @pytest.mark.parametrize("freeze_bn", [False, True])
-def test_a_frozen_encoder_uses_and_moves_the_statistics_of_its_batches_unless_they_are_frozen_too(freeze_bn):
+def test_statistics_of_a_frozen_encoder_move_unless_frozen_too(freeze_bn):
     images = views()[0]
     for model, name in ((models.SLG, "encoder"), (models.SDL, "encoder_t")):
         model = model("resnet8", CLASSES, freeze_bn=freeze_bn).train()
@@ -226,9 +237,15 @@ def test_a_frozen_encoder_uses_and_moves_the_statistics_of_its_batches_unless_th
         assert (encoder.bn1.num_batches_tracked == 0) == freeze_bn
         assert torch.equal(encoder.bn1.running_mean, torch.zeros(16)) == freeze_bn
         assert all(map(torch.equal, encoder.parameters(), weights))
-        features = encoder(images)
         assert model.training and not model.eval().training and not encoder.training
-        assert torch.allclose(features, encoder(images)) == freeze_bn
+
+
+def test_a_frozen_batchnorm_uses_its_running_statistics():
+    images = views()[0]
+    model = models.SLG("resnet8", CLASSES, freeze_bn=True)
+    assert torch.equal(model.train()(images), model.eval()(images))
+    model = models.SLG("resnet8", CLASSES)
+    assert not torch.allclose(model.train()(images), model.eval()(images))
 
 
 BACKBONE = r"(conv1|bn1|layer[123]\.\d\.(conv|bn)[12])\.(weight|bias)"
@@ -272,6 +289,13 @@ def test_stage_two_takes_the_named_classifier():
         two.load_pretrained(published, name)
         assert torch.equal(two.classifier.fc.weight, source.weight) and torch.all(two.classifier.scales == 1)
         assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
+    with pytest.raises(ValueError, match="classifier_kd"):
+        models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
+
+
+def test_shuffling_in_one_process_is_the_encoder_itself():
+    images = torch.randn(4, 3)
+    assert torch.equal(forward_shuffle_bn(nn.Identity(), images), images)
 
 
 def shuffle_by_all_gather(encoder, images):
@@ -303,18 +327,51 @@ def test_shuffling_gives_bit_for_bit_what_a_gather_of_all_images_gives(world, la
     assert on_ranks(world, shuffled_both_ways, layout) == [[True, True]] * world
 
 
-def trained_queue(rank):
-    """The queue after a step of two micro-batches."""
-    model, (im_q, im_k, labels) = ssfl().train(), views(n=4)
+def bytes_of_a_step(rank):
+    """(bytes that arrive from other ranks by exchanges and by gathers, the same counted from the permutation)."""
+    world, (im_q, im_k, labels), counts = dist.get_world_size(), views(n=5), [0, 0]
+    to_all, gather = dist.all_to_all_single, dist.all_gather
+
+    def all_to_all_single(output, tensor, received, sent):
+        counts[0] += sum(n for source, n in enumerate(received) if source != rank) * output[0].nbytes
+        return to_all(output, tensor, received, sent)
+
+    def all_gather(outputs, tensor):
+        counts[1] += sum(output.nbytes for source, output in enumerate(outputs) if source != rank)
+        return gather(outputs, tensor)
+
+    model = ssfl(queue_size=20).train()
+    torch.manual_seed(7)
+    order = torch.randperm(5 * world)
+    torch.manual_seed(7)
+    dist.all_to_all_single, dist.all_gather = all_to_all_single, all_gather  # in this forked process alone
+    model(im_q, im_k, labels)
+    strangers = int((order[5 * rank : 5 * rank + 5] // 5 != rank).sum())
+    expected = [strangers * (im_k[0].nbytes + DIM * 4), 5 * (world - 1) * (DIM * 4 + 8)]
+    return [counts, expected, strangers]
+
+
+def test_a_rank_receives_only_the_images_that_it_encodes_and_one_gather_of_keys_and_labels():
+    outcomes = on_ranks(4, bytes_of_a_step)
+    assert [counts for counts, _, _ in outcomes] == [expected for _, expected, _ in outcomes]
+    assert all(0 < strangers <= 5 for _, _, strangers in outcomes)
+
+
+def trained_queues(rank):
+    """The queue after one step, and after another model's step of two micro-batches."""
+    one, (im_q, im_k, labels) = ssfl().train(), views(n=3)
+    one(im_q + rank, im_k - rank, (labels + rank) % CLASSES)
+    two, (im_q, im_k, labels) = ssfl().train(), views(n=4)
     for part, enqueue in ((slice(0, 2), False), (slice(2, 4), True)):
-        model(im_q[part] + rank, im_k[part] - rank, (labels[part] + rank) % CLASSES, not enqueue, enqueue)
-    return [model.queue, model.label_queue, model.queue_ptr]
+        two(im_q[part], im_k[part], (labels[part] + rank) % CLASSES, update=not enqueue, enqueue=enqueue)
+    return [[model.queue, model.label_queue, model.queue_ptr] for model in (one, two)]
 
 
 def test_the_queue_of_every_rank_holds_the_keys_of_all_ranks_in_the_order_of_one_large_batch():
-    first, second = on_ranks(2, trained_queue)
-    assert all(map(torch.equal, first, second))
-    queue, labels, position = first
-    assert labels.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and position == 8
+    first, second = on_ranks(2, trained_queues)
+    assert all(map(torch.equal, first[0] + first[1], second[0] + second[1]))
+    (queue, labels, position), (_, of_parts, after_parts) = first
+    assert labels.tolist() == [0, 1, 2, 1, 2, 3, -1, -1, -1, -1] and position == 6
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
-    assert len(queue[:, :8].unique(dim=1).T) == 8
+    assert len(queue[:, :6].unique(dim=1).T) == 6
+    assert of_parts.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and after_parts == 8

@@ -92,18 +92,20 @@ def test_resuming_within_an_epoch_of_micro_batches_changes_nothing(trained, plai
     assert not same(checkpoint(whole)["state_dict"], checkpoint(trained[stage])["state_dict"])  # BatchNorm of 4 images
 
 
-def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [5, 8])
+def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, tmp_path, monkeypatch, number):
+    """In the first and in the last micro-batch of the second step."""
     flags = ["--cos", "--accum-steps", 4, "--no-memory-check"]
     whole = train("i", plain_tree, tmp_path / "whole", *flags)
     numbers, backward = itertools.count(1), TrainState.backward
 
-    def stopped_in_the_fifth(state, loss):
-        if next(numbers) == 5:  # the first of the second step
+    def stopped(state, loss):
+        if next(numbers) == number:
             signal.raise_signal(signal.SIGTERM)
         backward(state, loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainState, "backward", stopped_in_the_fifth)
+        patch.setattr(TrainState, "backward", stopped)
         outcome = run_stage("i", plain_tree, tmp_path / "run", *flags)
     assert outcome.status == 75 and "step 2" in outcome.err
     stopped = checkpoint(tmp_path / "run")
@@ -113,6 +115,10 @@ def test_a_stop_between_micro_batches_waits_for_the_end_of_the_step(plain_tree, 
 
 
 # ---- --resume auto
+
+
+def test_auto_starts_from_scratch_if_there_is_no_checkpoint(trained, plain_tree, tmp_path):
+    assert_same_run(train("i", plain_tree, tmp_path / "new", "--cos", "--resume", "auto"), trained["i"])
 
 
 def test_auto_skips_a_damaged_checkpoint_and_renames_it(trained, plain_tree, tmp_path):

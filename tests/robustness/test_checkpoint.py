@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ import torch
 
 from tests.helpers import (
     LAST,
-    Interruption,
     assert_mistake,
     assert_mistake_of_all_ranks,
     call,
@@ -25,7 +26,6 @@ from tests.helpers import (
     stage_flags,
     train,
 )
-from tests.helpers_prepare import everything
 from utils import checkpoint as under_test
 from utils.errors import UserError
 from utils.log import write_json
@@ -46,15 +46,22 @@ def folder(tmp_path):
     return tmp_path
 
 
+def contents(folder) -> dict:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def epochs(folder) -> dict:
     return {file.name: checkpoint(folder, file.name)["epoch"] for file in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_last_previous_and_best_are_kept_also_where_a_file_system_has_no_links(folder, monkeypatch, links):
+def test_last_previous_and_best_are_kept(folder):
     assert epochs(folder) == {LAST: 3, PREVIOUS: 2, BEST: 2}
-    if not links:
-        monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    under_test.write(folder, state(4), is_best=True)
+    assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
+
+
+def test_copies_are_made_if_the_file_system_has_no_links(folder, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
     under_test.write(folder, state(4), is_best=True)
     assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 4}
 
@@ -95,18 +102,25 @@ def failing(number):
     return fail
 
 
-@pytest.mark.parametrize(
-    ("place", "error"),
-    [("builtins.open", "EROFS"), ("os.fsync", "ENOSPC"), ("os.replace", "ENOSPC"), ("os.fsync", "EIO")],
-)
-def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, place, error):
-    before, number = everything(folder), getattr(errno, error)
+FAULTS = {
+    "read-only": ("builtins.open", errno.EROFS, "Read-only file system"),
+    "no permission": ("builtins.open", errno.EACCES, "Permission denied"),
+    "full at the flush": ("os.fsync", errno.ENOSPC, "No space left on device"),
+    "full at the name": ("os.replace", errno.ENOSPC, "No space left on device"),
+    "broken disk": ("os.fsync", errno.EIO, "Input/output error"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, fault):
+    place, number, reason = FAULTS[fault]
+    before = contents(folder)
     with monkeypatch.context() as patch:
         patch.setattr(place, failing(number))
-        with pytest.raises(UserError, match=os.strerror(number)) as caught:
+        with pytest.raises(UserError, match=reason) as caught:
             under_test.write(folder, state(4), is_best=True)
     assert str(folder / LAST) in str(caught.value)
-    assert "\n" not in str(caught.value) and everything(folder) == before
+    assert "\n" not in str(caught.value) and contents(folder) == before
 
 
 @contextlib.contextmanager
@@ -120,32 +134,64 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [0, 50_000])
+@pytest.mark.parametrize("size", [0, 1000, 50_000])
 def test_a_write_that_stops_half_way_leaves_every_earlier_checkpoint(folder, size):
-    """As on a disk that is full; with room again, the next one succeeds."""
-    before = everything(folder)
+    before = contents(folder)
     with pytest.raises(UserError, match="File too large") as caught, file_size_limit(size):
         under_test.write(folder, state(4))
     assert str(folder / LAST) in str(caught.value) and "\n" not in str(caught.value)
-    assert everything(folder) == before
-    under_test.write(folder, state(4))
-    assert epochs(folder) == {LAST: 4, PREVIOUS: 3, BEST: 2}
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 KiB; skips the test if this user may not mount one."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", root]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield root
+    subprocess.run(["umount", "-l", root], check=True)
+
+
+def test_a_full_disk_leaves_every_earlier_checkpoint(small_disk):
+    for number in (1, 2):
+        under_test.write(small_disk, state(number))
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize  # depends on the size of a page
+    (small_disk / "other").write_bytes(b"x" * (free - 40_000))
+    before = contents(small_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        under_test.write(small_disk, state(3))
+    assert contents(small_disk) == before
+    (small_disk / "other").unlink()
+    under_test.write(small_disk, state(3))
+    assert epochs(small_disk) == {LAST: 3, PREVIOUS: 2}
+
+
+def test_a_read_only_disk_leaves_every_earlier_checkpoint(small_disk):
+    under_test.write(small_disk, state(1))
+    before = contents(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match="Read-only file system"):
+        under_test.write(small_disk, state(2))
+    assert contents(small_disk) == before
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "os.link", "os.replace"])
 def test_a_kill_during_a_save_loses_nothing_and_its_leftovers_are_removed(folder, monkeypatch, moment):
     """The kills come before the flush, before the link to previous, and before the rename to last."""
-    before = everything(folder)
+    before = contents(folder)
     pid = os.fork()
     if pid == 0:
         monkeypatch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         under_test.write(folder, state(4))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert set(everything(folder)) - set(before), "the kill must leave a file for this test to mean anything"
-    assert {name: everything(folder)[name] for name in before} == before
+    assert set(contents(folder)) - set(before), "the kill must leave a file for this test to mean anything"
+    assert {name: contents(folder)[name] for name in before} == before
     under_test.settle(folder)
-    assert everything(folder) == before
+    assert contents(folder) == before
     assert under_test.find_latest(folder) == folder / LAST
 
 
@@ -153,18 +199,18 @@ def test_only_temporary_files_are_removed(folder):
     keep = ("log.txt", "args.json", "results.json", ".lock", "notes.tar", ".last_checkpoint.pth.tar", "model.link")
     for name in keep:
         (folder / name).touch()
-    before = set(everything(folder))
-    for name in (LAST, BEST, "args.json", "log.txt"):
-        (folder / f".{name}.abcd_123").touch()
+    before = set(contents(folder))
+    for name in (f".{LAST}.abcd_123", f".{BEST}.abcd_123", ".args.json.abcd_123", ".log.txt.abcd_123"):
+        (folder / name).touch()
     under_test.settle(folder)
-    assert set(everything(folder)) == before
+    assert set(contents(folder)) == before
 
 
 # ---- which checkpoint --resume auto takes
 
 
 @pytest.mark.parametrize("spoilt", [(LAST,), (LAST, PREVIOUS)])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", "a pipe"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", b"\x80\x02c", "a pipe"])
 def test_the_newest_readable_checkpoint_is_found(folder, capsys, spoilt, content):
     for name in spoilt:
         (folder / name).unlink()  # it may share its file with another
@@ -184,11 +230,8 @@ def test_no_readable_checkpoint_is_an_error(folder, tmp_path):
 
 
 def test_a_damaged_last_checkpoint_never_becomes_the_previous_one(folder):
-    before = everything(folder)
-    for name in (LAST, PREVIOUS):  # a readable one is not renamed
-        under_test.quarantine_unreadable(folder, folder / name)
-    assert everything(folder) == before
-    (folder / LAST).write_bytes(before[LAST][:1000])
+    whole = (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(whole[:1000])
     under_test.quarantine_unreadable(folder, folder / PREVIOUS)
     with pytest.raises(UserError), file_size_limit(1000):
         under_test.write(folder, state(4))
@@ -197,15 +240,29 @@ def test_a_damaged_last_checkpoint_never_becomes_the_previous_one(folder):
     assert checkpoint(folder, LAST)["epoch"] == 3 and checkpoint(folder, PREVIOUS)["epoch"] == 2
 
 
+def test_a_readable_checkpoint_is_not_renamed(folder):
+    before = contents(folder)
+    for name in (LAST, PREVIOUS):
+        under_test.quarantine_unreadable(folder, folder / name)
+    assert contents(folder) == before
+
+
 # ---- in a run
 
 
 def test_a_run_whose_disk_fills_stops_and_can_continue(trained, plain_tree, tmp_path):
     """The checkpoint of its second epoch does not fit; that of the first is kept."""
-    run, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = Interruption("epoch 2/2 [1/", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1])))
+    run = tmp_path / "run"
+
+    class FullAtTheSecond(io.StringIO):
+        def write(self, text):
+            if text.startswith("epoch 2/2 [1/"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return super().write(text)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=full)
+        outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=FullAtTheSecond())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_mistake(outcome, f"{run / LAST}: cannot be written (File too large)")
@@ -219,12 +276,17 @@ def test_a_log_that_cannot_be_written_is_named_and_costs_no_checkpoint(trained, 
     shutil.copy(run / PREVIOUS, run / LAST)
     before = (run / LAST).read_bytes()
 
-    def put_a_folder_in_its_place():
-        (run / "log.txt").unlink()
-        (run / "log.txt").mkdir()
+    class InTheWay(io.StringIO):
+        """Makes a folder with the file's name after training has begun."""
 
-    flags = stage_flags("i", plain_tree, run, ["--cos", "-p", 1, "--resume", "auto"])
-    outcome = call("i", flags, out=Interruption("epoch 2/2 [1/", put_a_folder_in_its_place))
+        def write(self, text):
+            if text.startswith("epoch 2/2 [1/"):
+                (run / "log.txt").unlink()
+                (run / "log.txt").mkdir()
+            return super().write(text)
+
+    flags = ["--cos", "-p", 1, "--resume", "auto"]
+    outcome = call("i", stage_flags("i", plain_tree, run, flags), out=InTheWay())
     assert_mistake(outcome, f"{run / 'log.txt'}: cannot be written")
     assert (run / LAST).read_bytes() == before
 
@@ -240,13 +302,14 @@ def limit_file_size():
 
 
 def test_two_processes_with_a_full_disk_end_in_one_line(plain_tree, tmp_path):
-    outcomes = run_ranks("i", plain_tree, tmp_path / "run", "--save-every-steps", 2, setup=limit_file_size)
+    flags = ["--save-every-steps", 2]
+    outcomes = run_ranks("i", plain_tree, tmp_path / "run", *flags, setup=limit_file_size)
     assert_mistake_of_all_ranks(outcomes, f"{tmp_path / 'run' / LAST}: cannot be written (File too large)")
 
 
 def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monkeypatch):
     """The last checkpoint says how good the best is: it must not be ahead of the file."""
-    before = everything(folder)
+    before = contents(folder)
 
     def link(source, target, real=under_test.link):
         if target.name == BEST:
@@ -256,4 +319,4 @@ def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monk
     monkeypatch.setattr(under_test, "link", link)
     with pytest.raises(UserError, match="No space left on device"):
         under_test.write(folder, state(4), is_best=True)
-    assert {name: everything(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}
+    assert {name: contents(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}

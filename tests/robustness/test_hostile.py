@@ -9,6 +9,7 @@ import shutil
 import struct
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -130,6 +131,13 @@ def changed(whole, file, **entries):
     torch.save(whole | entries, file)
 
 
+def traversing(whole, file):
+    """A checkpoint with an entry whose name leads out of the folder that it is unpacked in."""
+    torch.save(whole, file)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("../harm", b"harm")
+
+
 def cut_in_half(whole, file):
     torch.save(whole, file)
     os.truncate(file, file.stat().st_size // 2)
@@ -189,6 +197,7 @@ CHECKPOINTS = {
     "no weights": (lambda w, f: torch.save({"epoch": 1}, f), "no state_dict"),
     "one weight too few": (without_one_weight, "classifier.weight"),
     "weights of something else": (lambda w, f: changed(w, f, state_dict=torch.nn.Linear(2, 2).state_dict()), "stage"),
+    "an entry that leads out of the archive": (traversing, "not loaded"),
     "a pipe": (lambda w, f: os.mkfifo(f), "not a regular file"),
 }  # fmt: skip
 
@@ -233,7 +242,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(midway, plain_tree, tmp_pat
     write(midway, file)
     outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", file)
     assert_mistake(outcome, file, reason)
-    assert not Path("/tmp/harm").exists() and not [*tmp_path.glob("run/*.tar")]
+    assert not Path("/tmp/harm").exists() and not [*tmp_path.glob("run/*.tar"), *tmp_path.rglob("harm")]
 
 
 def test_invalid_weights_are_not_evaluated(midway, plain_tree, tmp_path):
