@@ -42,9 +42,9 @@ def ssd_lt(checkpoint):
 
 
 def ssd_lt_cifar100_resnet32(name="stage_iii"):
-    """ResNet-32 trained on CIFAR100-LT, imbalance 100; weights/README.md has the accuracies.
+    """ResNet-32 trained on CIFAR100-LT; weights/README.md has the accuracies.
 
-    name: stage_iii, which returns (hard, soft), stage_iii_tuned or stage_ii, which return logits.
+    name: a file of weights/cifar100_lt, without .pth.tar; stage_iii returns (hard, soft), the others logits.
     """
     file = ROOT / "weights" / "cifar100_lt" / f"{name}.pth.tar"
     if not file.is_file():

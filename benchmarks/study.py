@@ -109,7 +109,7 @@ def choice_cells():
     for name, flags in candidates.items():
         yield Cell(f"i_{name}", "i", None, f"{flags} --con-weight 1")
         for lr in ("0.05", "0.2", "1"):
-            yield Cell(f"ii_{name}_lr_{lr}", "ii", f"i_{name}", f"--lr {lr}")
+            yield Cell(f"ii_{name}_lr_{lr}", "ii", f"i_{name}", f"{flags} --lr {lr}")
 
 
 def parts_cells():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the project: makes .venv, installs requirements-dev.txt, runs ruff and pytest.
-#   bash scripts/test.sh            all tests except those that take minutes each; under ten minutes on 2 cores
+#   bash scripts/test.sh            all tests except those that take minutes each; 8 to 15 minutes on 2 cores
 #   bash scripts/test.sh --full     all tests
 #   bash scripts/test.sh ARGS       ARGS are passed on to pytest, for example tests/test_losses.py -x
 set -euo pipefail

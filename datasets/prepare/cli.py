@@ -153,7 +153,7 @@ def build_parser() -> ArgumentParser:
     for split, other in (("val", "test"), ("test", "val")):
         what = (
             f"share of each class's images for {split}, such as 0.1, or their number, such as 5 (default 0.1); a share "
-            f"takes at least 5 images, if these are no more than a quarter of the class; 0: {other}'s are used for both"
+            f"takes at least 5 images, or a quarter of a class of fewer than 20; 0: {other}'s are used for both"
         )
         command.add_argument(f"--{split}", type=share_or_number, default=0.1, metavar="N", help=what)
     for name, command in commands.choices.items():
