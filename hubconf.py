@@ -22,7 +22,11 @@ def _models():
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "models" / "__init__.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 

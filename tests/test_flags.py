@@ -134,6 +134,15 @@ def test_the_next_command_parses_and_repeats_what_goes_on_alone(trained, plain_t
     assert not {"epochs", "lr", "arch", "moco_k", "resume"} & set(args.given)
 
 
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_the_next_command_of_a_run_in_this_folder_names_those_beside_it(plain_tree, tmp_path, monkeypatch, folder):
+    run, here = tmp_path / "runs" / "iii", tmp_path / "runs" / "iii" / "x"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(run if folder == "." else here)
+    outcome = run_stage("iii", plain_tree, folder, "--epochs", 1, "--kd-weight", 0)
+    assert f"--output_dir {run}_tuned" in outcome.out and f"utils.report {tmp_path / 'runs'}\n" in outcome.out
+
+
 def test_the_next_command_repeats_what_a_resumed_run_took_from_its_checkpoint(trained, plain_tree, tmp_path):
     flags = ["--freeze-bn", "--epochs", 1, *source("ii", trained)]
     run_stage("ii", plain_tree, tmp_path / "run", *flags)

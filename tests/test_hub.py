@@ -53,6 +53,15 @@ def test_the_users_own_packages_stay_what_they_are(lines, clone, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_an_import_that_failed_can_be_repeated(clone, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("ssd_lt_models_")]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch, pytest.raises(ImportError):
+        patch.setitem(sys.modules, "torchvision.models.resnet", None)
+        load(clone, "ssd_lt_untrained", "iii", "resnet8", 7)
+    load(clone, "ssd_lt_untrained", "iii", "resnet8", 7)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_gives_the_network_that_models_load_gives(stage, trained, clone):
     expected = models.load(trained[stage] / LAST)

@@ -1,11 +1,13 @@
 """Loaders: the same batches for any number of workers, and an error if a worker fails."""
 
+import multiprocessing
 import sys
 import time
 from contextlib import closing
 from functools import partial
 from multiprocessing import active_children, current_process, resource_sharer
 from multiprocessing.connection import Client
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from threading import Thread
 
@@ -81,6 +83,16 @@ class Items:
         return self.make(), 0, item[2]
 
     __getitems__ = ListFileDataset.__getitems__
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")
+def test_workers_are_forked_whatever_pythons_default_is(monkeypatch):
+    """Otherwise each would import torch, and a helper of Python's would print the signals that end a run."""
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
+    with closing(build_loader(Items(partial(torch.zeros, 1)), 1)) as loader:
+        next(iter(loader))
+        assert all(isinstance(worker, ForkProcess) for worker in loader._iterator._workers)
 
 
 @pytest.fixture

@@ -293,6 +293,13 @@ def test_a_run_can_start_at_a_later_epoch(plain_tree, tmp_path):
     assert (record["epoch"], record["lr"]) == (1, pytest.approx(0.05))  # half of a cosine of 2 epochs
 
 
+def test_a_log_txt_that_is_not_ours_is_kept(plain_tree, tmp_path):
+    """Such as the output of the command itself."""
+    (tmp_path / "log.txt").write_text("seed 1\n")
+    assert_mistake(run_stage("i", plain_tree, tmp_path), str(tmp_path / "log.txt"), "redirect")
+    assert (tmp_path / "log.txt").read_text() == "seed 1\n"
+
+
 def test_a_log_that_is_no_text_ends_in_one_line(folder, plain_tree):
     (folder / "log.txt").write_bytes(b"\xff\xfe")
     outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto")

@@ -21,6 +21,7 @@ from tests.helpers import (
     source,
     stage_flags,
     train,
+    train_ranks,
 )
 from utils.checkpoint import load_resume
 
@@ -94,9 +95,9 @@ def seen(folder):
     return content["images"], content["step"]
 
 
-def continued(stage, data, run, out, batch, world):
+def continued(stage, data, run, out, batch, world, *more):
     """What rank 0 said of the rest of a run's first epoch, with this batch and number of processes."""
-    flags = ["--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, "-b", batch]
+    flags = [*more, "--epochs", 1, "--resume", run / PREVIOUS, "-p", 1, "-b", batch]
     outcomes = run_ranks(stage, data, out, *flags) if world == 2 else [run_stage(stage, data, out, *flags)]
     assert all(outcome.status == 0 for outcome in outcomes), outcomes
     return outcomes[0]
@@ -117,6 +118,18 @@ def test_stages_i_and_iii_continue_after_the_images_seen(trained, plain_tree, tm
     if stage == "i":
         pointer = (80 + more * batch) % 50
         assert content["state_dict"]["module.queue_ptr"].tolist() == [pointer]
+
+
+def test_one_process_continues_after_all_images_of_two(plain_tree, tmp_path):
+    """Two share 95 images as 48 each, one of them twice."""
+    lines = (plain_tree / "train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "train.txt").write_text("".join(lines[-95:]))
+    flags = ["--train-list", tmp_path / "train.txt"]
+    run = train_ranks("i", plain_tree, tmp_path / "run", *flags, "--epochs", 1, "--save-every-steps", 6)
+    assert seen(run) == (96, 6)
+    shown = continued("i", plain_tree, run, tmp_path / "again", 16, 1, *flags)
+    assert "warning: epoch 1 continues after its first 96 images" in shown.out
+    assert same(checkpoint(tmp_path / "again")["state_dict"], checkpoint(run)["state_dict"])
 
 
 def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path):

@@ -295,7 +295,7 @@ def test_mistakes_end_in_one_line(root, verify, tmp_path):
         ([root, tmp_path / "none_train.txt"], "none_train.txt"),
         ([root, tmp_path / "list.txt"], "--train-list"),
         ([root, "--val-list", root / "val.txt", root / "val.txt"], "a second val list"),
-        ([root, root / "train.txt", "--report", tmp_path / "no" / "report"], str(tmp_path / "no" / "report")),
+        ([tmp_path, "--report", tmp_path / "no" / "report"], str(tmp_path / "no" / "report")),  # before any reading
         ([root], "val.txt, line 4: the label 2000000000"),  # it would use up all memory
         (["--nonsense"], "--help"),
         ([], "--help"),

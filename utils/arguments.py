@@ -90,6 +90,11 @@ class TrainingParser(ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
+def output_folder(value: str) -> str:
+    """The folder, absolute if its last part is not its name: next to it go the folders of later stages."""
+    return os.path.abspath(value) if Path(non_empty(value)).name in ("", "..") else value
+
+
 def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> TrainingParser:
     """The flags that all stages have; the keywords are the stage's defaults, those of the published scripts."""
     parser = TrainingParser(
@@ -155,7 +160,7 @@ def add_run_flags(group, workers, output_dir):
     add("-e", "--evaluate", RUN_ONLY, ALIKE, action=ON_OFF, default=False,
         help="evaluate --resume's checkpoint on the test list and train nothing; results.json is written only if "
         "--output_dir is given")
-    add("--output_dir", RUN_ONLY, default=output_dir, type=non_empty, metavar="DIR",
+    add("--output_dir", RUN_ONLY, default=output_dir, type=output_folder, metavar="DIR",
         help="where checkpoints, log.txt, args.json and results.json go (default: %(default)s)")
     add("--overwrite", RUN_ONLY, action=ON_OFF, default=False,
         help="start over in an --output_dir that already holds a checkpoint")

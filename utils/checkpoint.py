@@ -354,12 +354,13 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     world_size = get_world_size()
     per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
     state.images = loaded.content.get("images", state.step * per_step)
-    if state.images > per_epoch or (state.images == 0) != (state.step == 0):
+    saved = loaded.run.get("world_size", world_size)
+    # With W processes an epoch has up to W - 1 images twice, so that all have as many.
+    if state.images >= per_epoch + saved or (state.images == 0) != (state.step == 0):
         raise UserError(
             f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
             "resume with the lists it was saved with"
         )
-    saved = loaded.run.get("world_size", world_size)
     if saved != world_size:
         print_main(f"warning: {world_size} processes, saved by {saved}: the result will not be bit-identical")
     if not state.step or (saved == world_size and state.images == state.step * per_step):
@@ -390,7 +391,7 @@ def restore_model(loaded: LoadedCheckpoint, model):
 def restore_momentum(optimizer, saved: dict | None):
     """Takes the momentum buffers of SGD's state_dict, and nothing else: all settings are those of the run."""
     if not saved:
-        return
+        raise ValueError("there is none, as in an export")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(parameters):

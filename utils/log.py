@@ -108,7 +108,10 @@ def truncate_log(folder, epochs: int):
     """Removes the lines of log.txt after the given number of epochs, and a line that a crash cut short."""
     path, kept = Path(folder) / "log.txt", []
     try:
-        for line in retry(Path.read_text, path).splitlines() if lexists(path) else []:
+        lines = retry(Path.read_text, path).splitlines() if lexists(path) else []
+        if lines and not epochs and not lines[0].startswith("{"):
+            raise UserError(f"{path}: is no log of a training; redirect output to another file, or move this one away")
+        for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["epoch"] < epochs:
                     kept.append(line + "\n")

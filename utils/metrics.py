@@ -88,8 +88,7 @@ class MetricLogger:
 
     def not_finite(self) -> list[str]:
         """The names of the figures that were not finite in any update."""
-        finite = [] if self.sums is None else self.sums.isfinite().tolist()
-        return [name for name, good in zip(self.names, finite, strict=True) if not good]
+        return [name for name, good in zip(self.names, self.sums.isfinite().tolist(), strict=True) if not good]
 
     def means(self) -> dict[str, float]:
         """Means of this process."""

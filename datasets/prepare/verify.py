@@ -276,6 +276,8 @@ def verify(args) -> int:
     """Prints the report; returns 1 if something is wrong with the data, else 0."""
     if args.plot:
         require_matplotlib("--plot")
+    if args.report and not args.report.parent.is_dir():
+        raise UserError(f"--report {args.report}: needs an existing folder")
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))

@@ -66,7 +66,7 @@ def test_a_task_of_another_step_is_refused_at_a_shared_port_and_a_rank_joins_onc
 def test_a_process_that_waits_says_where_and_for_whom(detect, monkeypatch, capsys, env, flags, text):
     """Nodes that are given by flags: tests/robustness/test_processes.py, in a run."""
     monkeypatch.setattr(rendezvous, "PATIENCE", 0.01)
-    with rendezvous.say_if_waiting(None, detect(env, *flags)):
+    with rendezvous.say_if_waiting(detect(env, *flags)):
         time.sleep(0.2)
     assert capsys.readouterr().out == f"{text} (--dist-timeout)\n"
 

@@ -118,7 +118,7 @@ def process_group(args, info: DistInfo):
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // info.local_world_size)))
     if info.launcher != "plain":
-        with say_if_waiting(args, info):
+        with say_if_waiting(info):
             init_process_group(args, info, device)
             check_equal_starts(args, info)
     yield device
@@ -281,7 +281,7 @@ def join_store(args, info: DistInfo):
 
 
 @contextlib.contextmanager
-def say_if_waiting(args, info: DistInfo):
+def say_if_waiting(info: DistInfo):
     """Prints where this process waits, and for whom, if the block takes longer than PATIENCE seconds."""
     where = info.url if info.url != "env://" else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     started = {"torchrun": "of WORLD_SIZE", "srun": "of the srun step"}.get(info.launcher, "of this command")

@@ -25,7 +25,7 @@ MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     """Runs main_worker in local_world_size processes, of which `info` is the first; returns (exit status, message)."""
-    with say_if_waiting(args, info):
+    with say_if_waiting(info):
         store = open_store(args, info, is_master=info.rank == 0)
     defer_stop()  # from now on a signal is passed on to the processes, and this one ends after them
     info = info._replace(url=f"tcp://{store.host}:{store.port}")
@@ -98,7 +98,6 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
     """A started process: runs main_worker, and reports (exit status, message). It ends if its parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     prepare_streams()
-    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # otherwise data workers would be spawned, too
     info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
     report = channels[local_rank].send
     with handle_stop_signals(report=lambda message: report((os.EX_TEMPFAIL, message))):

@@ -17,10 +17,14 @@ BOOKKEEPING = ("epoch", "lr", "images_per_second", "seconds")  # numbers in log.
 
 
 def require_matplotlib(flag: str):
-    """matplotlib's Figure; matplotlib is optional. Raises UserError naming the flag if it is missing or broken."""
+    """matplotlib's Figure; matplotlib is optional. Raises UserError naming the flag if it is missing, old or broken."""
     with optional_package(flag, "matplotlib"):
+        import matplotlib
         from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401
         from matplotlib.figure import Figure
+
+        if matplotlib.__version_info__ < (3, 7):  # for legends outside the axes
+            raise ImportError(f"{matplotlib.__version__} is too old, 3.7 is needed")
     return Figure
 
 
