@@ -22,8 +22,6 @@ from utils.errors import EndOfRun, format_stack
 
 from .device_augment import to_float
 
-# Under forkserver, the default on Linux from Python 3.14 on, every worker would import torch.
-WORKER_START = "fork" if sys.platform == "linux" else "spawn"
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as the user asked for
 
 
@@ -89,7 +87,6 @@ class Loader(DataLoader):
             dataset,
             batch_sampler=batch_sampler,
             num_workers=workers,
-            multiprocessing_context=WORKER_START if workers else None,
             collate_fn=collate,
             worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",

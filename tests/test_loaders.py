@@ -7,7 +7,6 @@ from contextlib import closing
 from functools import partial
 from multiprocessing import active_children, current_process, resource_sharer
 from multiprocessing.connection import Client
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 from threading import Thread
 
@@ -83,16 +82,6 @@ class Items:
         return self.make(), 0, item[2]
 
     __getitems__ = ListFileDataset.__getitems__
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")
-def test_workers_are_forked_whatever_pythons_default_is(monkeypatch):
-    """Otherwise each would import torch, and a helper of Python's would print the signals that end a run."""
-    spawn = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
-    with closing(build_loader(Items(partial(torch.zeros, 1)), 1)) as loader:
-        next(iter(loader))
-        assert all(isinstance(worker, ForkProcess) for worker in loader._iterator._workers)
 
 
 @pytest.fixture
@@ -256,3 +245,13 @@ def test_traceback_prints_the_stack_before_the_line(run, monkeypatch, transform)
     stack, line = err[:-1].rsplit("\n", 1)
     assert status == 2 and f"in {transform.__name__}\n" in stack
     assert "colors" in line and "Traceback" not in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")
+def test_workers_are_forked_whatever_pythons_default_is(plain_tree, monkeypatch):
+    spawn, found = multiprocessing.get_context("spawn"), []
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
+    parser = training_parser("", epochs=1, batch_size=2, lr=1, workers=0, output_dir="none")
+    argv = ["--device", "cpu", str(plain_tree)]
+    assert launch(lambda args, device: found.append(multiprocessing.get_start_method()), parser, argv) == 0
+    assert found == ["fork"]

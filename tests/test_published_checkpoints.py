@@ -146,5 +146,6 @@ def test_a_run_continues_without_prefix_and_without_optimizer(stage, zipped, pub
         "best_acc1": np.float64(2.0),  # more than any epoch can reach
     }
     file = write(content, tmp_path / "theirs", zipped=zipped)
-    folder = train(stage, plain_tree, tmp_path / "out", "--resume", file)
+    outcome, folder = run_stage(stage, plain_tree, tmp_path / "out", "--resume", file), tmp_path / "out"
+    assert outcome.status == 0 and f"warning: {file} has no optimizer" in outcome.out
     assert checkpoint(folder)["best_acc1"] == 2 and not (folder / BEST).exists()

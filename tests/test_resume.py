@@ -15,7 +15,6 @@ from tests.helpers import (
     PREVIOUS,
     STAGES,
     args_of,
-    assert_mistake,
     assert_same_run,
     checkpoint,
     copied,
@@ -28,7 +27,6 @@ from tests.helpers import (
     train_ranks,
 )
 from utils.checkpoint import restore_scaler
-from utils.export import main as export
 from utils.train_state import TrainState
 
 
@@ -167,12 +165,6 @@ def test_a_published_checkpoint_resumes(trained, plain_tree, tmp_path, stage, pr
         assert same(checkpoint(folder)[name], checkpoint(trained[stage])[name]), name
     second = list(log_of(trained[stage])[-1]["val"].values())[-1]["class_mean"]
     assert float(checkpoint(folder)["best_acc1"]) == max(float(published["best_acc1"]), second)
-
-
-def test_an_export_without_optimizer_is_not_continued(trained, plain_tree, tmp_path):
-    assert export([str(trained["i"] / PREVIOUS), str(tmp_path / "network"), "--format", "network"]) == 0
-    outcome = run_stage("i", plain_tree, tmp_path / "run", "--resume", tmp_path / "network")
-    assert_mistake(outcome, "--resume", "network", "optimizer", "export")
 
 
 @pytest.mark.parametrize(("stage", "flag"), [("i", "--con-weight"), ("iii", "--kd-weight")])

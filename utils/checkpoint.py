@@ -327,6 +327,8 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 message = f"{loaded.path}: its {name} does not fit ({one_line(error)}); correct {loaded.flag}"
                 raise UserError(message) from None
+        if not content.get("optimizer"):
+            print_main(f"warning: {loaded.path} has no optimizer, like an export: the momentum starts at 0")
         state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
         state.best = content["best_acc1"]  # of published checkpoints: over all images
         if state.best and content.get("best_metric") != BEST_METRIC and not data.val_balanced:
@@ -391,7 +393,7 @@ def restore_model(loaded: LoadedCheckpoint, model):
 def restore_momentum(optimizer, saved: dict | None):
     """Takes the momentum buffers of SGD's state_dict, and nothing else: all settings are those of the run."""
     if not saved:
-        raise ValueError("there is none, as in an export")
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(parameters):

@@ -18,7 +18,7 @@ from ..errors import drop_unwritable_output
 from ..signals import handle_stop_signals
 from .failures import describe_failure, exit_now, tell_torchrun
 from .rendezvous import detect_launcher, process_group
-from .spawn import run_processes
+from .spawn import fork_workers, run_processes
 
 
 def launch(main_worker, parser, argv=None) -> int:
@@ -31,6 +31,7 @@ def launch(main_worker, parser, argv=None) -> int:
     status, message = 0, ""
     others = active_children()
     prepare_streams()
+    fork_workers()
     with handle_stop_signals(parser.prog, exits=argv is None):  # the words are the process's own: it ends with main()
         try:
             args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing import connection, resource_tracker
@@ -98,6 +99,7 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
     """A started process: runs main_worker, and reports (exit status, message). It ends if its parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     prepare_streams()
+    fork_workers()  # a process that was spawned would spawn its own
     info = info._replace(rank=info.rank + local_rank, local_rank=local_rank)
     report = channels[local_rank].send
     with handle_stop_signals(report=lambda message: report((os.EX_TEMPFAIL, message))):
@@ -109,6 +111,16 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
             status, message = describe_failure(error)
         report((status, message[-MAX_MESSAGE:]))
         exit_now(status)
+
+
+def fork_workers():
+    """Has data workers forked on Linux, whatever Python's default is.
+
+    Under forkserver, the default from 3.14 on, each would import torch, and a helper process of Python's, which a
+    signal to stop kills, would print tracebacks.
+    """
+    if sys.platform == "linux":
+        mp.set_start_method("fork", force=True)
 
 
 def exit_with_parent():
