@@ -272,8 +272,10 @@ def unlisted_note(splits: dict[str, Split]) -> list[str]:
     if not (train.images.has_list_file and is_file(prepared)):
         return []
     try:
-        found, _ = class_paths(train.root)
         flags = dict(json.loads(retry(Path.read_bytes, prepared)))
+        if not flags:  # DIR had folders for splits, which were kept
+            return []
+        found, _ = class_paths(train.root)
     except (EndOfRun, OSError, ValueError, TypeError) as error:
         return [f"photos below {train.root} that are in no list could not be counted: {error}"]
     listed = {split.images.path(i) for split in splits.values() for i in range(len(split.images))}

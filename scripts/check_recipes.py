@@ -66,6 +66,8 @@ def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[st
             groups.append([])
         groups[-1].append(word)
     for flag in (group[0].partition("=")[0] for group in groups if group[0].startswith("-")):
+        if flag in ("-h", "--help", "--version"):
+            raise UserError(f"{flag}: goes with a stage's script, such as ssd_stage_i.py")
         if not any(parser.knows(flag) for parser in parsers.values()):
             hint = next(filter(None, (parser.hint(flag) for parser in parsers.values())), "")
             raise UserError(f"{flag}: unrecognized, no stage has this flag{hint}")
@@ -75,7 +77,7 @@ def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[st
             remedy = "leave it out; to start over, remove OUT or name another; to evaluate, call the stage's script"
             raise UserError(f"{flag}: train.sh has every stage continue in its folder of OUT; {remedy}")
     return {
-        name: [word for group in groups if parser.knows(group[0]) or group[0][0] != "-" for word in group]
+        name: [word for group in groups if parser.knows(group[0]) or not group[0].startswith("-") for word in group]
         for name, parser in parsers.items()
     }
 

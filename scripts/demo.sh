@@ -5,7 +5,7 @@
 #   bash scripts/demo.sh --smoke    one epoch per stage, in one or two minutes
 # If the demo was stopped, the same command continues it. runs/ holds everything that it makes, and can be deleted.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 . scripts/venv.sh
 
 out=runs/demo flags=(--seed 0 --print-freq 1000)

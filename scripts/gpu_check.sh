@@ -6,7 +6,7 @@
 # Further flags: --write FILE (gpu_check.md by default), --only PART, --batch N, --minutes M; see --help. The status is 1
 # if a part failed, and 2 without a GPU. Nothing is installed if PYTHON, .venv or python3 has torch and pytest already.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd "$(dirname "$0")/.." && pwd)
 . "$root/scripts/venv.sh"
 
 find_here() { find_python "numpy pytest torch torchvision tqdm" ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; }

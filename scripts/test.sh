@@ -4,7 +4,7 @@
 #   bash scripts/test.sh --full     all tests
 #   bash scripts/test.sh ARGS       ARGS are passed on to pytest, for example tests/test_losses.py -x
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 . scripts/venv.sh
 
 marks="not full"

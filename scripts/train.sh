@@ -15,7 +15,7 @@ if [ $# -lt 3 ] || [[ $1 == -* || $2 == -* || $3 == -* ]]; then
   echo "usage: bash scripts/train.sh CONFIG DIR OUT [flags of the stages]; the flags come last" >&2
   exit 2
 fi
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd "$(dirname "$0")/.." && pwd)
 config=${1%/} data=$2 out=${3%/}
 shift 3
 . "$root/scripts/venv.sh"

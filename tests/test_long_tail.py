@@ -301,7 +301,7 @@ def test_running_again_changes_nothing_and_another_selection_needs_overwrite(sou
     ("flags", "words"),
     [
         ("--held-out 40", ["--held-out 40", "ant", "40 images"]),
-        ("--imbalance 4 --held-out 5 --max-per-class 36", ["--max-per-class 36", "ant", "at most 35", "--held-out"]),
+        ("--imbalance 4 --held-out 5 --max-per-class 36", ["--max-per-class 36", "ant", "40 images", "--held-out"]),
         ("--imbalance 41", ["--imbalance 41", "at most 40"]),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from datasets.prepare import published
 from datasets.prepare.cli import main
-from datasets.prepare.folders import split_class
+from datasets.prepare.folders import photo_key, place_photos, split_class
 from datasets.prepare.trees import link_tree
 from datasets.splits import find_splits
 from tests.helpers_prepare import class_counts, everything, fails, read_lists, stamps, succeeds
@@ -372,6 +372,14 @@ def test_every_split_has_an_image_of_a_class_of_at_least_three(count, val, test)
 )  # fmt: skip
 def test_shares_and_numbers_of_images(val, test, count, expected):
     assert split_class(count, val, test) == expected
+
+
+def test_what_was_tested_stays_so_if_the_flags_of_lists_for_both_are_lost():
+    """With --val 0 the validation list is that of the test images."""
+    photos = [f"ant/{i}.jpg" for i in range(40)]
+    places = place_photos(photos, {}, 0, 10, 0)
+    earlier = {photo_key(path): {"test": "val"}.get(split, split) for path, split in places.items()}
+    assert list(places.values()).count("test") == 10 and place_photos(photos, earlier, 0, 10, 0) == places
 
 
 def test_folder_splits_every_class(tmp_path, capsys):

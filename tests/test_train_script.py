@@ -201,6 +201,7 @@ def test_a_run_that_a_kill_left_set_aside_is_the_one_that_counts(trained, words,
 
 
 @pytest.mark.parametrize(("flags", "named"), [
+    ("--help", ["--help", "ssd_stage_i.py"]),
     ("--moco-kk 32", ["--moco-kk: unrecognized", "no stage has", "did you mean --moco-k?"]),
     ("--teacher_ckpt x", ["--teacher_ckpt", "leave it out"]),
     ("--classifier soft", ["--classifier soft", "stage_iii_tuned.txt"]),

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 import traceback
+import unicodedata
 
 LIBRARIES = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))  # how paths of their code begin
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what a busy or restarting file server answers
@@ -62,7 +63,8 @@ def retry(read, path, *args):
 
 def printable(text: str) -> str:
     """The text with line breaks, terminal commands and undecodable bytes escaped as in Python."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = (c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
 
 
 def one_line(error: BaseException) -> str:

@@ -182,9 +182,8 @@ def run(args):
     head = f", {model.preferred} classifier" if len(model.classifiers) > 1 and args.format not in WHOLE else ""
     print(f"{args.out}: {arch}{head}, {classes} classes; RGB, {view.size} pixels, mean {view.mean}, std {view.std}")
     if args.format == "torchvision":
-        print(
-            f'torchvision.models.get_model("{arch}", num_classes={classes}).load_state_dict(torch.load("{args.out}"))'
-        )
+        load = f"torch.load({str(args.out)!r})"
+        print(f"torchvision.models.get_model({arch!r}, num_classes={classes}).load_state_dict({load})")
 
 
 def main(argv=None) -> int:

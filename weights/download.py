@@ -90,7 +90,7 @@ def describe(found: dict | None) -> str:
 def obtain(name: str, source: Path | None, out: Path) -> str:
     """Puts a release at out, which must not exist, from source or else from Google Drive; returns its SHA-256.
 
-    Raises UserError, and leaves nothing, if the release cannot be obtained.
+    Raises UserError, and leaves no file, if the release cannot be obtained.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file, tempfile.TemporaryDirectory(dir=out.parent, prefix=".download.") as folder:
@@ -101,7 +101,7 @@ def obtain(name: str, source: Path | None, out: Path) -> str:
             return verify(name, Path(file.name), record_of(out))
         except ValueError as error:
             link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
-            command = f"python -m weights.download {name} --from FILE, which puts it at {out}"
+            command = shlex.join(["python", "-m", "weights.download", name, "--out", str(out), "--from", "FILE"])
             raise UserError(f"{source or name}: {error}; download {link} in a browser and run: {command}") from None
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.command_line import ArgumentParser, number, run_command, whole_number
-from utils.errors import UserError, retry
+from utils.errors import UserError, printable, retry
 from utils.files import check_folder, is_dir, is_file
 
 from ..splits import as_listed, by_split
@@ -95,7 +95,7 @@ def prepare_long_tail(args):
     if read is None or (args.source and is_dir(args.source / "train")):
         lists, counts, notes = link_long_tail(args.source, args.out, selection, args.overwrite, num_classes)
         for note in notes:
-            print(note)
+            print(printable(note))
     else:
         data = read(args.source, args.out / "download", args.url)
         lists, counts = write_long_tail(data, args.out, selection, args.overwrite)

@@ -115,7 +115,7 @@ def read_earlier(folder: Path) -> Earlier:
 
 
 def find_renamed(earlier: Earlier, paths: dict[str, list[str]]) -> dict[str, str]:
-    """{new name: earlier name} of class folders, of the pairs that are sure.
+    """{new name: earlier name} of class folders, where one pair alone fits.
 
     In this order, each without what was found before: classes.txt has the new name; the names differ only in capitals
     or the form of accents; the photos are the same; the new folder has all photos.
@@ -147,7 +147,8 @@ def place_photos(found: list[str], earlier: dict[str, str], val: float, test: fl
     held_val, held_test = split_class(len(order), val, test)
     was = {split: [path for path in order if earlier.get(photo_key(path)) == split] for split in (*SPLITS, None)}
     places = dict.fromkeys(order, "train")
-    tested = (was["test"] + was[None])[:held_test] or was["val"][: min(1, held_test)]
+    shared = [] if val else was["val"]  # of lists whose flags are not known, val's may be test's
+    tested = (was["test"] + shared + was[None])[:held_test] or was["val"][: min(1, held_test)]
     places.update(dict.fromkeys(tested, "test"))
     spare = [path for path in was["val"] + was[None] if places[path] == "train"]
     places.update(dict.fromkeys(spare[:held_val], "val"))

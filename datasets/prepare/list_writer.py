@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from utils.errors import UserError, retry
-from utils.files import atomic_write, is_file
+from utils.files import atomic_write, is_file, name_failure
 
 from ..lists import ImageList, parse_line
 from ..splits import CLASSES_FILE
@@ -51,5 +51,5 @@ def write_files(folder: Path, files: dict[str, bytes], overwrite: bool):
     for name, content in files.items():
         file = folder / name
         if not is_file(file) or retry(Path.read_bytes, file) != content:
-            with atomic_write(file) as target:
+            with name_failure(file, "--out names another folder"), atomic_write(file) as target:
                 target.write(content)

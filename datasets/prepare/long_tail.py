@@ -160,13 +160,13 @@ class Selection(NamedTuple):
         fewest, name = min(zip(available, classes, strict=True))
         largest = fewest - held_out if self.largest is None else self.largest
         if largest < 1:
-            what = f"--held-out {held_out} keeps none of its {fewest} images to train on"
+            what = f"--held-out {held_out} leaves none of its {fewest} images to train on"
             raise UserError(f"class {name}: {what}; lower it, or remove the class")
         counts = long_tail_counts(largest, self.imbalance, len(classes))
         for name, count, number in zip(classes, counts, available, strict=True):
             if count + held_out > number:
                 what = f"class {name} has {number} images, too few for {count} and --held-out {held_out}"
-                raise UserError(f"--max-per-class {largest}: {what}; give at most {number - held_out}")
+                raise UserError(f"--max-per-class {largest}: {what}; lower one of these, or remove the class")
         if counts[-1] == 0:
             raise UserError(f"--imbalance {self.imbalance}: the last class would get no image; at most {largest}")
         return counts, *pick(labels, counts, held_out, self.seed)

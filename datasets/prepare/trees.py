@@ -39,7 +39,7 @@ class Missing(NamedTuple):
 
 def unsorted_files(missing: Missing):
     paths = [] if missing.split.layout is flat else [flat(path, missing.split.name) for path in missing.paths]
-    return (path for path in paths if (missing.root / path).is_file())
+    return (path for path in paths if os.path.isfile(missing.root / path))
 
 
 def other_roots(missing: Missing):
@@ -49,11 +49,11 @@ def other_roots(missing: Missing):
     below = sorted(child for child in missing.root.iterdir() if child.is_dir())[:1000]
     roots = (missing.root.resolve().parent, *usual, *below)
     paths = missing.paths[:20] + [by_split(path, missing.split.name) for path in missing.paths[:20]]
-    return (root for root in roots if any((root / path).is_file() for path in paths))
+    return (root for root in roots if any(os.path.isfile(root / path) for path in paths))
 
 
 def class_archives(missing: Missing):
-    return (f"{folder}.tar" for folder in missing.absent if (missing.root / f"{folder}.tar").is_file())
+    return (f"{folder}.tar" for folder in missing.absent if os.path.isfile(missing.root / f"{folder}.tar"))
 
 
 def fold(name: str) -> str:
@@ -78,7 +78,7 @@ def other_spellings(missing: Missing):
 
 def other_suffixes(missing: Missing):
     others = (PurePosixPath(file).with_suffix(suffix) for file in missing.files for suffix in SUFFIXES)
-    return (other for other in others if (missing.root / other).is_file())
+    return (other for other in others if os.path.isfile(missing.root / other))
 
 
 CAUSES = (  # cause, with {} for what was found; how to find it; remedy. The first that finds something is named

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models.preprocess import to_rgb
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError, retry
+from utils.errors import UserError, printable, retry
 from utils.groups import FEW_BELOW, MANY_ABOVE, numbering_note, shot_groups
 from utils.images import load_rgb
 from utils.results.plots import new_axes, require_matplotlib, save_figure
@@ -219,7 +219,7 @@ def describe(split: Split, findings: dict[str, list]):
         if found:
             print(f"{split.name}: {title}")
         for line in first_lines(found, lambda i, detail: f"{name_entry(i)}: {detail}", ""):
-            print(f"  {line}")
+            print(f"  {printable(line)}")
 
     def name_entry(i):
         return split.images.with_line(split.path(i), i)
@@ -244,7 +244,7 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, dict]
         for name, split in splits.items():
             for fault in FAULTS:
                 for i, reason in findings[name][fault]:
-                    report.write(f"{fault}\t{name}\t{split.images.path(i)}\t{reason}\n")
+                    report.write(f"{fault}\t{name}\t{printable(split.images.path(i))}\t{reason}\n")
 
 
 def plot(file: Path, splits: dict[str, Split]):
@@ -276,8 +276,8 @@ def verify(args) -> int:
     """Prints the report; returns 1 if something is wrong with the data, else 0."""
     if args.plot:
         require_matplotlib("--plot")
-    if args.report and not args.report.parent.is_dir():
-        raise UserError(f"--report {args.report}: needs an existing folder")
+    if args.report and (not args.report.parent.is_dir() or args.report.is_dir()):
+        raise UserError(f"--report {args.report}: needs the name of a file in an existing folder")
     given = given_lists(args)
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
@@ -292,7 +292,7 @@ def verify(args) -> int:
     notes += [note for split in splits.values() if split.name == "train" for note in numbering_note(split.folders)]
     notes += unlisted_note(splits) if len(splits) == len(SPLITS) else []
     for line in [*problems, *(f"information: {line}" for line in [*information, *notes])]:
-        print(line)
+        print(printable(line))
     if args.report:
         write_report(args.report, splits, findings)
     if args.plot:

@@ -46,10 +46,12 @@ def read_runs(folders) -> list[Run]:
 
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself if it holds results.json, else all folders below it that do, sorted by path."""
-    settle_unless_in_use(folder)  # a run that a kill left set aside comes back
+    settle_unless_in_use(folder)  # a run that a kill left set aside comes back, here and below
     if lexists(folder / "results.json"):
         return [folder]
     check_folder(folder, "name a run's --output_dir, or a folder of runs")
+    for path, _ in walk(folder)[0]:
+        settle_unless_in_use(Path(path))
     runs = sorted(Path(path) for path, files in walk(folder)[0] if "results.json" in files)
     if not runs:
         raise UserError(f"{folder}: neither it nor a folder below it holds results.json; finish the run first")
