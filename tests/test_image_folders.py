@@ -138,6 +138,13 @@ def test_photos_in_no_list_are_counted(tmp_path, capsys):
     assert unlisted_note(find_splits(data, {})) == []
 
 
+def test_photos_beside_folders_for_splits_are_not_counted(tmp_path, capsys):
+    for split in ("train", "val", "test", "unlabeled"):
+        write_folders(tmp_path / split)
+    succeeds(capsys, "folder", tmp_path)
+    assert unlisted_note(find_splits(tmp_path, {})) == []
+
+
 def test_a_renamed_class_has_its_new_name_in_results_of_old_checkpoints(tmp_path, capsys):
     data, run = write_folders(tmp_path / "photos"), tmp_path / "run"
     succeeds(capsys, "folder", data)

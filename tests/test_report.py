@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.helpers import LAST, ROOT, assert_mistake, call, stage_flags
 from utils import report
+from utils.checkpoint import set_aside
 from utils.results.plots import draw, read_curves, running_mean
 from utils.results.records import distinct_names, read_runs
 from utils.results.tables import table
@@ -435,6 +436,13 @@ def test_a_stage_draws_its_plots_at_the_end(plain_tree, tmp_path):
 def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, said, flag):
     (tmp_path / "file").write_text("")
     assert_mistake(said(write_run(tmp_path / "run"), flag, tmp_path / "file" / "out"), flag, "file/out")
+
+
+def test_a_run_that_was_set_aside_below_a_folder_comes_back(tmp_path, said):
+    set_aside(write_run(tmp_path / "runs" / "a"))
+    write_run(tmp_path / "runs" / "b")
+    status, out, _ = said(tmp_path / "runs")
+    assert status == 0 and "| a," in out and "| b," in out
 
 
 # The page

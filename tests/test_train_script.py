@@ -202,6 +202,7 @@ def test_a_run_that_a_kill_left_set_aside_is_the_one_that_counts(trained, words,
 
 @pytest.mark.parametrize(("flags", "named"), [
     ("--help", ["--help", "ssd_stage_i.py"]),
+    ("''", ["unrecognized"]),  # an empty variable
     ("--moco-kk 32", ["--moco-kk: unrecognized", "no stage has", "did you mean --moco-k?"]),
     ("--teacher_ckpt x", ["--teacher_ckpt", "leave it out"]),
     ("--classifier soft", ["--classifier soft", "stage_iii_tuned.txt"]),
@@ -210,7 +211,7 @@ def test_a_run_that_a_kill_left_set_aside_is_the_one_that_counts(trained, words,
       for flag in ("--overwrite", "--output_dir x", "--resume auto", "-e", "--evaluate")),
 ])  # fmt: skip
 def test_flags_that_no_stage_can_take_are_refused_before_the_first_is_trained(words, refused, flags, named):
-    message = refused(*flags.split())
+    message = refused(*shlex.split(flags))
     assert all(word in message for word in named)
     assert not words[-1].exists()
 

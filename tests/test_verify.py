@@ -98,6 +98,12 @@ def test_missing_images_are_named_and_reported(root, verify, tmp_path):
     ]
 
 
+def test_names_that_no_file_can_have_and_control_characters_are_named(root, verify):
+    append(root / "train.txt", f"train/ant/{'a' * 256}.jpg 0\ntrain/ant/\033[31m\u3000.jpg 0\n")
+    status, said = verify(root)
+    assert status == 1 and f"{'a' * 256}.jpg" in said and "train/ant/\\x1b[31m\u3000.jpg" in said and "\033" not in said
+
+
 def test_decode_names_every_broken_image(root, verify, tmp_path):
     folder = root / "train/cat"
     noise = Image.effect_noise((64, 64), 50)

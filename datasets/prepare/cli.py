@@ -118,7 +118,7 @@ def prepare_folder(args):
     classes, entries, notes = write_folder_lists(args.root, out, args.val, args.test, args.seed, args.overwrite)
     sizes = ", ".join(f"{split} {len(entries[split])}" for split in entries)
     for line in (*notes, f"{out}: {len(classes)} classes (names in classes.txt), images: {sizes} (seed {args.seed})"):
-        print(line)
+        print(printable(line))
 
 
 def build_parser() -> ArgumentParser:

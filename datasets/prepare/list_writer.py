@@ -51,5 +51,5 @@ def write_files(folder: Path, files: dict[str, bytes], overwrite: bool):
     for name, content in files.items():
         file = folder / name
         if not is_file(file) or retry(Path.read_bytes, file) != content:
-            with name_failure(file, "--out names another folder"), atomic_write(file) as target:
+            with name_failure(file, "name a folder that may be written"), atomic_write(file) as target:
                 target.write(content)
