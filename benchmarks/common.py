@@ -142,16 +142,18 @@ def publish(tables: list[Table], file: str | None):
 
     Raises UserError if these marks are missing there.
     """
-    text = Path(file).read_text() if file else ""
     for table in tables:
         print(f"\n{table.markdown()}\n", flush=True)
+    if not file:
+        return
+    text = Path(file).read_text()
+    for table in tables:
         before, mark, rest = text.partition(f"<!-- table: {table.name} -->")
         _, end, after = rest.partition("<!-- end -->")
-        if file and not end:
+        if not end:
             raise UserError(f"--write {file}: no <!-- table: {table.name} --> ... <!-- end --> in it; add these marks")
         text = f"{before}{mark}\n{table.markdown()}\n{end}{after}"
-    if file:
-        Path(file).write_text(text)
+    Path(file).write_text(text)
 
 
 def command(module: str, argv) -> str:
