@@ -101,6 +101,8 @@ class Split(NamedTuple):
             given = [f"--{self.name}-list", self.images.name] if self.images.has_list_file else []
             command = shlex.join(["python", "-m", "datasets.verify", self.root, *given, "--report", "FILE"])
             remedy = self.cause_of_missing() or "correct DIR or the list"
+            if is_file(Path(self.images.name).with_name(PREPARED_FILE)):
+                remedy += ", or run datasets.prepare folder again, with --overwrite"
             raise UserError(f"{self.missing_message()}; {remedy}; {command} lists them all")
 
     def cause_of_missing(self) -> str | None:

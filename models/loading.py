@@ -241,8 +241,8 @@ def from_state_dict(state_dict: dict, image_size: int = 224) -> nn.Module:
 def check_complete(state_dict: dict, image_size: int, receiver: type[nn.Module], *options):
     """Checks that a state dict holds all that receiver.load_previous(state_dict, *options) takes from it.
 
-    receiver: SLG or SDL. Loads it on the meta device, without allocating memory, and checks types and values. Raises
-    ValueError, in one line that names the entry.
+    receiver: the class of a stage that starts from another. Loads it on the meta device, without allocating memory, and
+    checks types and values. Raises ValueError, in one line that names the entry.
     """
     empty, arguments = empty_network(state_dict, image_size)
     with torch.device("meta"), warnings.catch_warnings():

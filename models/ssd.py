@@ -165,6 +165,7 @@ class SLG(Stage):
         self.encoder = build_backbone(arch, image_size).requires_grad_(False)
         self.classifier = LWS(self.encoder.num_features, num_classes)
         split_batchnorm(self, bn_splits)
+        self.train()  # freeze_bn
 
     def train(self, mode=True):
         super().train(mode)
@@ -221,6 +222,7 @@ class SDL(Stage):
         for teacher in (self.encoder_t, self.classifier_t):
             teacher.requires_grad_(False)
         split_batchnorm(self, bn_splits)
+        self.train()  # freeze_bn
 
     def train(self, mode=True):
         super().train(mode)

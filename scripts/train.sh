@@ -32,7 +32,7 @@ launch=("$python")
 
 # What asks a run to stop is passed on to the stage, which saves and ends with status 75; Ctrl-C reaches it by itself.
 # If it comes too late for the stage, at least no other starts. bash keeps what is ignored at the start, as by nohup.
-child='' signaled='' stop='' times=
+child='' signaled='' stop='' times='' folders=()
 trap 'signaled=1 stop=75; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM USR1 USR2 HUP XCPU
 trap 'signaled=1 stop=130' INT
 
@@ -41,6 +41,7 @@ stage() {
   local title=$1 folder=$out/$2 recipe=$config/$2.txt script=$3 status=0 started=$SECONDS flags=flags_$2 later=later_$2
   shift 3
   eval "set -- \"\$@\" ${!flags}"
+  folders+=("$folder")
   [ -z "$stop" ] || exit "$stop"
   if [ -f "$folder/results.json" ]; then
     echo "== $title: done, in $folder"
@@ -81,5 +82,5 @@ stage "stage II" stage_ii ssd_stage_ii.py --last_stage_ckpt "$out/stage_i/$last"
 stage "stage III" stage_iii ssd_stage_iii.py --teacher_ckpt "$out/stage_ii/$last"
 stage "stage II on stage III" stage_iii_tuned ssd_stage_ii.py --last_stage_ckpt "$out/stage_iii/$last"
 echo
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m utils.report "$out"/stage_{i,ii,iii,iii_tuned}
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m utils.report "${folders[@]}"
 echo "time: ${times#, }"

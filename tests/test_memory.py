@@ -223,6 +223,28 @@ def test_a_run_has_the_same_result_with_the_check_and_with_no_memory_check(plain
     train("i", plain_tree, tmp_path / "e", "--evaluate", "--resume", run / LAST)  # not checked
 
 
+class Reader(SLG):
+    """Its forward pass reads values, which the check does not have."""
+
+    def forward(self, im):
+        logits = super().forward(im)
+        return logits + (1 if logits.sum() > 0 else 2)
+
+
+class Masker(SLG):
+    """The shapes in its forward pass depend on values."""
+
+    def forward(self, im):
+        logits = super().forward(im)
+        return logits + logits[logits > 0].sum()
+
+
+@pytest.mark.parametrize("network", [Reader, Masker])
+def test_a_network_that_depends_on_values_is_not_checked(network, capsys):
+    check_memory(network("resnet8", 5), 4, 32, device=CPU)
+    assert "the memory of a step is not checked" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_no_machine_can_hold_is_refused_in_one_line(plain_tree, trained, tmp_path, stage):
     huge = ["--image-size", 4096, "-b", 100, *(["--moco-k", 200] if stage == "i" else [])]

@@ -230,7 +230,7 @@ def test_only_training_changes_the_state(mode):
 def test_statistics_of_a_frozen_encoder_move_unless_frozen_too(freeze_bn):
     images = views()[0]
     for model, name in ((models.SLG, "encoder"), (models.SDL, "encoder_t")):
-        model = model("resnet8", CLASSES, freeze_bn=freeze_bn).train()
+        model = model("resnet8", CLASSES, freeze_bn=freeze_bn)  # in train mode, as every new module
         encoder = getattr(model, name)
         weights = [parameter.clone() for parameter in encoder.parameters()]
         model(images)

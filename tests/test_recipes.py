@@ -49,10 +49,12 @@ def test_a_recipe_stands_for_its_words_and_later_flags_win(tmp_path, text, words
 
 
 def test_a_recipe_may_hold_the_folder(tmp_path):
-    """And what is given beside it goes on to the next stage."""
-    (tmp_path / "recipe.txt").write_text(f"--epochs 3 --channels-last {tmp_path}")
-    args = parse_words("i", f"@{tmp_path / 'recipe.txt'}", "--cos")
-    assert (args.data, args.epochs, args.following) == (str(tmp_path), 3, ["--cos"])
+    """And what is given beside it goes on to the next stage, a network too, since the next recipe may name another."""
+    (tmp_path / "recipe.txt").write_text(f"--epochs 3 --channels-last --arch resnet20 {tmp_path}")
+    words = ["--cos", "--arch", "resnet8"]
+    args = parse_words("i", f"@{tmp_path / 'recipe.txt'}", *words)
+    assert (args.data, args.epochs, args.following) == (str(tmp_path), 3, ["--arch resnet8", "--cos"])
+    assert parse_words("i", *words, str(tmp_path)).following == ["--cos"]  # the checkpoint says which network it is
 
 
 def test_home_and_variables_are_expanded_as_in_a_shell(tmp_path, monkeypatch):

@@ -184,6 +184,7 @@ def test_mean_prints_mean_and_sample_standard_deviation_over_seeds(tmp_path, sai
     ({"a/s0": {}, "a/s1": {}, "b/s1": {"lr": 0.5}}, ["s{0,1}", "b/s1"], [2, 1], []),  # there is an s1 in the group
     ({"s1": {}, "s2": {"lr": 0.5}}, ["s1", "s2"], [1, 1], ["no two runs differ only in their seed; s1 and s2", "lr"]),
     ({"s1": {}, "s2": {HOSTILE: 1, "identity": {HOSTILE: 0}}}, ["s1", "s2"], [1, 1], ["script"]),
+    ({"s1": {}, "s2": {"program": "b.py", "identity": {"program": "a.py"}}}, ["s1", "s2"], [1, 1], []),  # two stages
     ({"s0": {}, "s1": None, "s2": {"identity": None, "starts_from": None}, "s3": {}},
      ["s{0,3}", "s1", "s2"], [2, 1, 1], ["s1, s2: ", "identity"]),
     ({"a": {"seed": 3}, "b": {"seed": 3}}, ["a", "b"], [1, 1], ["b: ", "the seed of another run"]),

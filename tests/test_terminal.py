@@ -89,7 +89,7 @@ def test_a_run_prints_settings_steps_and_a_note_on_a_queue_far_larger_than_the_d
     block = out[: out.index("epoch 1/1")]
     for text in (
         "stage I", "154 training, 30 test, 24 validation images", "6 (1 many, 1 medium, 4 few-shot)",
-        "resnet8 at 32 pixels", "parameters train", "float32, 1 process", "epochs 1 to 1, 9 steps of 16 images",
+        "resnet8 at 32 pixels", "of them train", "float32, 1 process", "epochs 1 to 1, 9 steps of 16 images",
         "0.1, cosine", str(tmp_path / "run"),
     ):  # fmt: skip
         assert text in block, text

@@ -40,12 +40,13 @@ def run_summary(state, data) -> str:
         f"stage {state.model.number}, {state.model.title}": "",
         "data": f"{args.data}: {images} images",
         "classes": f"{data.num_classes:,} ({shots}-shot)",
-        "network": f"{args.arch} at {args.image_size} pixels, {trained:,} of {total:,} parameters train",
+        "network": f"{args.arch} at {args.image_size} pixels, {total:,} parameters",
         "device": f"{device}, {precision}, {processes} process{'es' * (processes > 1)}",
     }
     if args.evaluate:
         rows["checkpoint"] = args.resume
     else:
+        rows["network"] += f", {trained:,} of them train"
         epochs = f"epochs {state.epoch + 1} to {args.epochs}" if state.epoch < args.epochs else "all epochs are done"
         parts = f" in {args.accum_steps} micro-batches" if args.accum_steps > 1 else ""
         per_step = data.train.images_per_step * processes

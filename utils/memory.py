@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from models import SSFL
 from models.moco import SplitBatchNorm, without_exchange
@@ -28,7 +28,7 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
     measure = partial(step_memory, model, image_size=image_size, momentum=momentum, dtype=dtype, device=device)
     try:
         needed = measure(batch_size, accum_steps=accum_steps)
-    except DataDependentOutputException:
+    except (DataDependentOutputException, DynamicOutputShapeException):
         print_main("the memory of a step is not checked: the network's forward pass depends on its values")
         return
     gather_objects(None)  # from here on every rank holds its model

@@ -83,7 +83,8 @@ def load_network(
     """The network in a checkpoint of any stage, on the CPU, in eval mode, and the checkpoint; for export too.
 
     classifier: "auto", "hard" or "soft", becomes the network's `preferred`; classes: a file of their names. Raises
-    UserError if the network does not have the classifier, or one of the files cannot be read or does not fit.
+    UserError for "soft" if the network has one classifier ("hard" then means that one) or did not train it, or if one
+    of the files cannot be read or does not fit.
     """
     loaded = checkpoint.read_stage(path, "CKPT", list(STAGES))
     try:

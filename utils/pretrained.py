@@ -55,7 +55,7 @@ def download(arch: str, wanted: bool = True) -> str:
     Raises UserError if there are none for arch, or if the download fails.
     """
     if arch not in backbones.TORCHVISION:
-        raise UserError(f"--pretrained: torchvision has no weights for {arch}; add a file's PATH, or change --arch")
+        raise UserError(f"--pretrained: there is no download for {arch}; add a file's PATH, or change --arch")
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")  # where torchvision's get_model looks too
     file = os.path.join(folder, os.path.basename(url))

@@ -67,7 +67,7 @@ class RunFolder:
         present, has_results = checkpoint.present_in(folder), lexists(folder / "results.json")
         problem = None
         if args.evaluate and present and has_results:
-            problem = "holds a training and its results.json; to replace them add --overwrite"
+            problem = "holds the results.json of a training; to replace it add --overwrite"
         elif present and not args.evaluate and not self._continues():
             problem = f"holds {present[0].name}; continue with --resume auto, start over with --overwrite"
         elif has_results and not present and not args.evaluate:

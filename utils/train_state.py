@@ -248,7 +248,7 @@ class TrainState:
         terms = self.metrics.not_finite()
         found = gather_objects((terms, self.loader.locate()))
         terms, where = next((one for one in found if one[0]), found[0])
-        what = "the loss is not finite" if bad_loss else "gradients are not finite although the loss is"
+        what = "the loss is not finite" if bad_loss else "gradients are too large, or not finite although the loss is"
         what += f" ({', '.join(terms)})" if terms else ""
         raise UserError(
             f"{what}, at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "

@@ -80,8 +80,9 @@ def group_by_seed(runs: list[Run]) -> tuple[list[Group], list[str]]:
             groups.append([run])
     if len(groups) == len(runs) > 1 and not notes:
         pairs = [(a.name, b.name, differing(settings[a.name], settings[b.name])) for a, b in combinations(runs, 2)]
-        one, other, names = min(pairs, key=lambda pair: len(pair[2]))
-        notes.append(f"no two runs differ only in their seed; {one} and {other} differ in {', '.join(names)}")
+        one, other, names = min(pairs, key=lambda pair: ("program" in pair[2], len(pair[2])))
+        if "program" not in names:  # two stages
+            notes.append(f"no two runs differ only in their seed; {one} and {other} differ in {', '.join(names)}")
     ends = distinct_names([pattern([run.folder for run in group]) for group in groups])
     names = [group[0].name if len(group) == 1 else printable(end) for group, end in zip(groups, ends, strict=True)]
     return list(map(Group, names, groups)), notes
