@@ -25,9 +25,8 @@ class StageI(nn.Module):
     def __init__(self, arch, num_classes, queue_size, dim=128, momentum=0.999, temperature=0.2):
         super().__init__()
         self.size, self.m, self.temperature = queue_size, momentum, temperature
-        backbone_q, backbone_k = build_backbone(arch), build_backbone(arch)
-        num_features = backbone_q.num_features
-        self.encoder_q, self.encoder_k = backbone_q, backbone_k
+        self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)
+        num_features = self.encoder_q.num_features
         self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)
         self.classifier = nn.Linear(num_features, num_classes)
         for param_q, param_k in self.pairs():
@@ -74,9 +73,7 @@ class StageII(nn.Module):
 
     def __init__(self, arch, num_classes, queue_size=None):
         super().__init__()
-        self.encoder = build_backbone(arch)
-        for parameter in self.encoder.parameters():
-            parameter.requires_grad = False
+        self.encoder = build_backbone(arch).requires_grad_(False)
         self.classifier = LWS(self.encoder.num_features, num_classes)
 
     def forward(self, im, labels):
@@ -97,8 +94,7 @@ class StageIII(nn.Module):
         self.classifier, self.classifier_kd = nn.Linear(num_features, num_classes), nn.Linear(num_features, num_classes)
         self.classifier_t = LWS(num_features, num_classes)
         for module in (self.encoder_t, self.classifier_t):
-            for parameter in module.parameters():
-                parameter.requires_grad = False
+            module.requires_grad_(False)
 
     def forward(self, im, labels):
         features = self.encoder_q(im)

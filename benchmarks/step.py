@@ -176,8 +176,7 @@ def step_flops(stage, args) -> float:
         backbone, image = build_backbone(args.arch).eval(), torch.empty(1, 3, args.size, args.size)
     with FlopCounterMode(display=False) as counter:
         backbone(image)
-    passes = {"i": 3 + 1, "ii": 1, "iii": 3 + 1}  # of the trained encoder and of the one without gradients
-    return passes[stage] * counter.get_total_flops()
+    return STAGES[stage].passes * counter.get_total_flops()
 
 
 def table_rows(stage, batch, args, argv) -> list[tuple[str, ...]]:

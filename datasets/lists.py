@@ -58,7 +58,7 @@ class ImageList:
 
     def __init__(self, name: str, content: bytes, lines):
         """lines: those of the content. Raises UserError, naming file and line, if one is malformed, or without any."""
-        starts, labels = array("i" if len(content) < 2**31 else "q"), array("i")
+        starts, labels = array("q"), array("i")
         position = 0
         for number, line in enumerate(lines, 1):
             start, position = position, position + len(line)
@@ -79,7 +79,7 @@ class ImageList:
             raise UserError(f"{name}: the list is empty")
         self.name = name
         self.content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        self.starts = torch.frombuffer(starts, dtype=torch.int32 if starts.itemsize == 4 else torch.int64)
+        self.starts = torch.frombuffer(starts, dtype=torch.int64)
         self.labels = torch.frombuffer(labels, dtype=torch.int32)
 
     @classmethod

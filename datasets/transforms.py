@@ -11,19 +11,16 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
-from models.preprocess import SMALL, ResizeTo, eval_view
+from models.preprocess import SMALL, eval_view, resize_to
 
 from .device_augment import NEUTRAL
 
 
 class GaussianBlur:
-    """SimCLR's blur (Chen et al., 2020): a Gaussian whose radius in pixels is drawn from `radius`."""
-
-    def __init__(self, radius=(0.1, 2.0)):
-        self.radius = radius
+    """SimCLR's blur (Chen et al., 2020): a Gaussian of random radius, in pixels."""
 
     def draw(self) -> float:
-        return torch.empty(1).uniform_(*self.radius).item()
+        return torch.empty(1).uniform_(0.1, 2.0).item()
 
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(self.draw()))
@@ -80,14 +77,14 @@ class RandomView:
 
 def query_view(size: int, jitter: float = 0.4) -> RandomView:
     """Query view of stage I, and the only view of stages II and III: crop, color jitter (0: none), flip."""
-    small = [ResizeTo(size), T.RandomCrop(size, padding=size // 8)]
+    small = [resize_to(size), T.RandomCrop(size, padding=size // 8)]
     crop = small if size <= SMALL else [v2.RandomResizedCrop(size)]
     return RandomView(crop, ColorAugment(T.ColorJitter(jitter, jitter, jitter, 0) if jitter else None))
 
 
 def key_view(size: int) -> RandomView:
     """Key view: crop, color jitter, grayscale, blur (not at small sizes), flip."""
-    crop = ([ResizeTo(size)] if size <= SMALL else []) + [v2.RandomResizedCrop(size, scale=(0.2, 1.0))]
+    crop = ([resize_to(size)] if size <= SMALL else []) + [v2.RandomResizedCrop(size, scale=(0.2, 1.0))]
     jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1)
     return RandomView(crop, ColorAugment(jitter, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5 if size > SMALL else 0))
 

@@ -157,21 +157,13 @@ class SplitBatchNorm(_BatchNorm):
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
-    """The module with SplitBatchNorm in place of each BatchNorm; parameters, buffers and their names stay.
+    """Makes every BatchNorm of a module, also the module itself, a SplitBatchNorm, in place; returns the module.
 
-    Like SyncBatchNorm.convert_sync_batchnorm, it changes the module in place and returns it, or a new module for a
-    BatchNorm itself. With one piece nothing changes. Raises ValueError for a BatchNorm with a forward pass of its own.
+    With one piece nothing changes. Raises ValueError for a BatchNorm with a forward pass of its own.
     """
-    if splits == 1:
-        return module
-    for name, child in module.named_children():
-        setattr(module, name, split_batchnorm(child, splits))
-    if not isinstance(module, _BatchNorm):
-        return module
-    if type(module).forward not in (_BatchNorm.forward, SplitBatchNorm.forward):
-        raise ValueError(f"{type(module).__name__} cannot be split: its forward pass is not BatchNorm's")
-    split = SplitBatchNorm(module.num_features, module.eps, module.momentum)
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "track_running_stats"):
-        setattr(split, name, getattr(module, name))
-    split.affine, split.splits = module.affine, splits
-    return split.train(module.training)
+    for norm in module.modules() if splits > 1 else ():
+        if isinstance(norm, _BatchNorm):
+            if type(norm).forward not in (_BatchNorm.forward, SplitBatchNorm.forward):
+                raise ValueError(f"{type(norm).__name__} cannot be split: its forward pass is not BatchNorm's")
+            norm.__class__, norm.splits = SplitBatchNorm, splits
+    return module

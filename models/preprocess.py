@@ -35,15 +35,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy an RGB image
 
 
-class ResizeTo:
+def resize_to(size: int):
     """Resizes an image to size x size; an image that has this size already stays as it is."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, image):
-        size = [self.size, self.size]
-        return image if TF.get_image_size(image) == size else v2.functional.resize(image, size)
+    return functools.partial(v2.functional.resize, size=[size, size])
 
 
 class CropEnds:
@@ -66,7 +60,7 @@ def eval_view(size: int) -> T.Compose:
     If size is at most SMALL, the whole image is resized instead.
     """
     if size <= SMALL:
-        return T.Compose([ResizeTo(size)])
+        return T.Compose([resize_to(size)])
     return T.Compose([CropEnds(), T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
 
 

@@ -29,7 +29,6 @@ import ssd_stage_iii
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MAINS = {"i": ssd_stage_i.main, "ii": ssd_stage_ii.main, "iii": ssd_stage_iii.main}
 PARSERS = {"i": ssd_stage_i.get_parser, "ii": ssd_stage_ii.get_parser, "iii": ssd_stage_iii.get_parser}
 SCRIPTS = {"i": ssd_stage_i, "ii": ssd_stage_ii, "iii": ssd_stage_iii}
 STAGES = tuple(SCRIPTS)
@@ -71,7 +70,7 @@ def write_tree(root: Path, counts=COUNTS, size=32, suffix=".png", reorganized=Fa
 
 
 class Outcome(NamedTuple):
-    """The result of a run of a stage: exit status, stdout and stderr."""
+    """The result of a run of a stage or a command: exit status, stdout and stderr."""
 
     status: int
     out: str
@@ -102,6 +101,13 @@ def call(stage: str, argv, out=None) -> Outcome:
 def run_stage(stage: str, data, out, *flags) -> Outcome:
     """A small run in this process."""
     return call(stage, stage_flags(stage, data, out, flags))
+
+
+def outcome_of(main, capture, *argv) -> Outcome:
+    """The outcome of a command in this process; capture: capsys or capfd."""
+    capture.readouterr()
+    status = main(list(map(str, argv)))
+    return Outcome(status, *capture.readouterr())
 
 
 def train(stage: str, data, out, *flags) -> Path:

@@ -7,30 +7,29 @@ import numpy as np
 
 from datasets.lists import ImageList
 from datasets.prepare.cli import main
+from datasets.prepare.list_writer import read_entries
+from datasets.splits import SPLITS
+from tests.helpers import outcome_of
 
 
 def succeeds(capsys, *argv) -> str:
     """Runs a command that must succeed; returns its output."""
-    capsys.readouterr()
-    status = main([str(word) for word in argv])
-    output = capsys.readouterr()
-    assert status == 0 and output.err == "", output.err
-    return output.out
+    outcome = outcome_of(main, capsys, *argv)
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    return outcome.out
 
 
 def fails(capsys, *argv) -> str:
     """Runs a command that must fail with status 2; returns its one line on stderr."""
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 2
-    error = capsys.readouterr().err
+    status, _, error = outcome_of(main, capsys, *argv)
+    assert status == 2
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
     return error
 
 
 def read_lists(folder) -> dict[str, list]:
     """{split: [(path, label)]} of a folder's lists."""
-    lists = {split: ImageList.from_file(Path(folder) / f"{split}.txt") for split in ("train", "val", "test")}
-    return {split: [(x.path(i), int(x.labels[i])) for i in range(len(x))] for split, x in lists.items()}
+    return {split: read_entries(ImageList.from_file(Path(folder) / f"{split}.txt")) for split in SPLITS}
 
 
 def class_counts(entries, num_classes=0) -> list[int]:

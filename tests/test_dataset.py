@@ -148,3 +148,8 @@ def test_digests_are_those_of_paths_with_composed_accents():
         images = ImageList.from_entries("train.txt", [(unicodedata.normalize(form, "Bär/é 1.jpg"), 0)])
         digests.append(Split("train", "", images).dataset(None).digests())
     assert torch.equal(*digests)
+
+
+def test_an_image_has_one_digest_however_its_path_is_written():
+    lists = [ImageList.from_bytes("list", text) for text in (b"a/b.png 0\n", b"./a//b.png 0\n")]
+    assert torch.equal(*(Split("train", "/r", images).dataset(None).digests() for images in lists))

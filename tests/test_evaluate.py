@@ -214,3 +214,12 @@ def test_evaluation_computes_no_gradient():
     model = Model(lambda images: images + weights, "linear")
     evaluated(model, predictions())
     assert not model.returned.requires_grad
+
+
+def test_the_evaluation_has_the_precision_of_the_training():
+    weights = torch.eye(len(TRAIN_COUNTS))
+    model = Model(lambda images: images @ weights, "linear")
+    args = SimpleNamespace(print_freq=1000, evaluate=True, amp="bf16", accum_steps=1, start_epoch=0)
+    loader = Batches([((weights,), torch.arange(len(TRAIN_COUNTS)), [])])
+    evaluate(model, loader, TRAIN_COUNTS, TrainState(model, None, CPU, args))
+    assert model.returned.dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import json
 import pickletools
 import sys
 import types
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 import models
 from models.preprocess import EvalTransform
-from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, results_of, same, train
+from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, outcome_of, results_of, same, train
 from tests.helpers_networks import BUILD, PublishedRun, with_module
 from utils import export
 
@@ -26,12 +27,7 @@ CLASSIFIERS = [("i", "hard"), ("ii", "hard"), ("iii", "hard"), ("iii", "soft")]
 @pytest.fixture
 def run(capsys):
     """run(word, ...) -> (status, stdout, stderr) of the command."""
-
-    def call(*words):
-        status = export.main(list(map(str, words)))
-        return (status, *capsys.readouterr())
-
-    return call
+    return partial(outcome_of, export.main, capsys)
 
 
 def network(stage, arch):
@@ -150,8 +146,10 @@ def test_the_published_scripts_resume_the_published_format(trained, tmp_path, ru
     content = torch.load(file, weights_only=True)
     assert set(content) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer"}
     assert content["arch"] == "resnet8"
-    ours = torch.load(trained[stage] / LAST, weights_only=True)["state_dict"]
+    whole = torch.load(trained[stage] / LAST, weights_only=True)
+    ours = whole["state_dict"]
     assert list(content["state_dict"]) == list(ours)
+    assert float(content["best_acc1"]) == pytest.approx(float(whole["best_acc1"])) and whole["best_acc1"] > 0
     for name, value in content["state_dict"].items():
         assert torch.equal(value, ours[name].float() if name == "module.label_queue" else ours[name])
         assert name != "module.label_queue" or value.dtype == torch.float32
@@ -183,7 +181,8 @@ def test_the_network_format_is_enough_to_evaluate_and_to_start_the_next_stage(
     file, whole = tmp_path / "network.pth.tar", checkpoint(trained[stage])
     assert run(trained[stage] / LAST, file, "--format", "network")[0] == 0
     content = torch.load(file, weights_only=True)
-    assert "optimizer" not in content and all(same(value, whole[name]) for name, value in content.items())
+    assert whole.keys() - content.keys() == {"optimizer", "scaler", "step", "images", "averages"}
+    assert all(same(value, whole[name]) for name, value in content.items())
     assert file.stat().st_size < (trained[stage] / LAST).stat().st_size
     assert repr(models.load(file).transform) == repr(models.load(trained[stage] / LAST).transform)
     evaluated = train(stage, plain_tree, tmp_path / "evaluated", "--resume", file, "--evaluate")

@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 
 from datasets import splits, verify
 from datasets.lists import ImageList
-from datasets.prepare.list_writer import list_content
+from datasets.prepare.list_writer import list_content, read_entries
 from datasets.splits import SPLITS, Split, as_listed, by_split, choose_lists, class_folders, find_files, find_splits
 from utils.errors import UserError
-
-
-def entries(images):
-    return [(images.path(i), int(images.labels[i])) for i in range(len(images))]
 
 
 def read(tmp_path, content: bytes):
@@ -45,8 +41,8 @@ def touch(file):
     ],
 )
 def test_lists_are_read(tmp_path, content, expected):
-    assert entries(read(tmp_path, content)) == expected
-    assert entries(ImageList.from_bytes("list", content)) == expected
+    assert read_entries(read(tmp_path, content)) == expected
+    assert read_entries(ImageList.from_bytes("list", content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,13 +109,13 @@ def test_a_list_that_can_be_written_reads_back(wanted, newline, last_newline):
     content = content.replace(b"\n", newline.encode())
     if not last_newline:
         content = content.removesuffix(newline.encode())
-    assert entries(ImageList.from_bytes("list", content)) == wanted
+    assert read_entries(ImageList.from_bytes("list", content)) == wanted
 
 
 @given(st.lists(st.tuples(st.text("aZé07 ._-()", max_size=12), labels), min_size=1, max_size=20))
 def test_ordinary_names_can_be_written(wanted):
     wanted = [(f"class {name}/i{name}.jpg", label) for name, label in wanted]
-    assert entries(ImageList.from_bytes("list", list_content(wanted))) == wanted
+    assert read_entries(ImageList.from_bytes("list", list_content(wanted))) == wanted
 
 
 @pytest.mark.parametrize("path", ["a\nb.jpg", "/a.jpg", "a/../b.jpg", " a.jpg", "a\udcff.jpg"])
@@ -138,7 +134,7 @@ def test_arbitrary_bytes_raise_nothing_but_user_errors(content):
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        for path, label in entries(images):
+        for path, label in read_entries(images):
             assert path and "\n" not in path and not path.startswith("/") and 0 <= label < 2**31
 
 
@@ -156,8 +152,8 @@ def test_class_folders_are_numbered_by_the_training_classes(tmp_path):
         touch(tmp_path / file)
     images, classes = class_folders(tmp_path, "train")
     assert classes == ["a", "b"]
-    assert entries(images) == [("train/a/2.JPEG", 0), ("train/b/1.png", 1)]
-    assert entries(class_folders(tmp_path, "val", classes)[0]) == [("val/b/3.png", 1)]
+    assert read_entries(images) == [("train/a/2.JPEG", 0), ("train/b/1.png", 1)]
+    assert read_entries(class_folders(tmp_path, "val", classes)[0]) == [("val/b/3.png", 1)]
     (tmp_path / "test" / "zebra").mkdir(parents=True)
     with pytest.raises(UserError, match="zebra"):
         class_folders(tmp_path, "test", classes)

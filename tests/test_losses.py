@@ -90,13 +90,12 @@ def test_keys_of_the_same_class_do_not_count():
     torch.testing.assert_close(masked, contrastive_loss(q, k, labels, moved, label_queue, T))
 
 
-def test_a_key_of_no_class_is_a_negative_for_every_query():
+@pytest.mark.parametrize("label", range(CLASSES))
+def test_a_key_of_no_class_is_a_negative_for_every_query(label):
     q, k, labels, queue, _ = batch()
-    unlabelled = torch.full((queue.shape[1],), -1)
-    foreign = torch.full((queue.shape[1],), CLASSES + 1)
-    loss = contrastive_loss(q, k, labels, queue, unlabelled, T)
-    torch.testing.assert_close(loss, contrastive_loss(q, k, labels, queue, foreign, T), rtol=0, atol=0)
-    assert loss > contrastive_loss(q, k, labels, queue, batch()[-1], T)
+    labels[:] = label
+    unlabeled, foreign = (torch.full((queue.shape[1],), number) for number in (-1, CLASSES + 1))
+    assert contrastive_loss(q, k, labels, queue, unlabeled, T) == contrastive_loss(q, k, labels, queue, foreign, T)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])
@@ -157,13 +156,6 @@ def test_the_distillation_loss_has_a_gradient_for_the_student_alone():
     student.requires_grad_()
     distillation_loss(student, teacher, 2.0).backward()
     assert teacher.grad is None and student.grad is not None
-
-
-def test_the_distillation_loss_of_equal_logits_is_zero():
-    logits = torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
-    loss = distillation_loss(logits, logits, 2.0)
-    loss.backward()
-    assert abs(loss.item()) < 1e-12 and logits.grad.abs().max() < 1e-12
 
 
 def test_the_distillation_loss_is_finite_for_a_probability_that_underflows():

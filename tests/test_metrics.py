@@ -5,7 +5,7 @@ import torch
 
 from utils import metrics
 from utils.errors import UserError
-from utils.metrics import MetricLogger
+from utils.metrics import MetricLogger, Stopwatch
 
 
 def updated(*losses) -> MetricLogger:
@@ -33,3 +33,13 @@ def test_the_means_of_two_processes_continue_in_any_number_of_them(monkeypatch, 
 def test_a_figure_of_some_micro_batches_alone_is_named():
     with pytest.raises(UserError, match=r"of loss, .*has extra;.* every micro-batch"):
         updated(1).update({"extra": torch.tensor(1.0)}, (), torch.zeros(1, dtype=torch.int64))
+
+
+def test_the_stopwatch_tells_waiting_for_data_from_training(monkeypatch):
+    times = iter([0.0, 1.0, 5.0, 6.0, 10.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Stopwatch()
+    for images in (0, 16):
+        clock.data_arrived()
+        clock.trained(images)
+    assert (clock.data_seconds, clock.seconds, clock.images) == (2.0, 10.0, 16)

@@ -80,10 +80,6 @@ def test_momentum_update_averages_parameters_not_statistics():
     torch.testing.assert_close(encoder_k.weight.detach(), torch.tensor([1.19, 0.62]))
 
 
-def test_momentum_update_takes_an_encoder_without_parameters():
-    momentum_update(nn.Flatten(), nn.Flatten(), 0.9)
-
-
 class Pixels(nn.Module):
     """An encoder without parameters, from images to their first 64 values."""
 
@@ -293,11 +289,6 @@ def test_stage_two_takes_the_named_classifier():
         models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
 
 
-def test_shuffling_in_one_process_is_the_encoder_itself():
-    images = torch.randn(4, 3)
-    assert torch.equal(forward_shuffle_bn(nn.Identity(), images), images)
-
-
 def shuffle_by_all_gather(encoder, images):
     """forward_shuffle_bn in its plain form, in which every rank receives the images of all ranks."""
     everything, local = all_gather(images), slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
@@ -375,3 +366,8 @@ def test_the_queue_of_every_rank_holds_the_keys_of_all_ranks_in_the_order_of_one
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
     assert len(queue[:, :6].unique(dim=1).T) == 6
     assert of_parts.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, -1, -1] and after_parts == 8
+
+
+def test_classify_takes_the_soft_classifier():
+    model, images = models.SDL("resnet8", 5).eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.classify(images), model(images)[1])

@@ -77,12 +77,6 @@ def test_gradients_that_are_not_finite_end_the_run_before_the_weights_move(train
     assert same(checkpoint(tmp_path), checkpoint(trained["iii"], PREVIOUS))
 
 
-def test_gradients_of_an_epoch_of_one_step_are_checked_before_it_is_saved(plain_tree, tmp_path, monkeypatch):
-    from_call(2, add_distance, monkeypatch.setattr, F, "cross_entropy")
-    outcome = run_stage("i", plain_tree, tmp_path, "--no-memory-check", *ONE_STEP)
-    assert_stopped(tmp_path, outcome, "gradients", "epoch 2, step 1", epoch=1)
-
-
 def spoil_gradients_on_rank_1():
     if os.environ["RANK"] == "1":
         from_call(STEPS + 1, add_distance, setattr, F, "cross_entropy")

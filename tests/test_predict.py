@@ -6,6 +6,8 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import torch
 from PIL import Image
 
 import models
-from models.preprocess import MEAN, STD, EvalTransform
-from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_mistake, results_of
+from datasets.lists import ImageList
+from models.preprocess import MEAN, STD, EvalTransform, normalize
+from tests.helpers import CLASSES, COUNTS, LAST, ROOT, assert_mistake, outcome_of, results_of
 from utils import predict
 from utils.images import load_rgb
 
@@ -37,13 +40,7 @@ def rewritten(trained, tmp_path):
 @pytest.fixture
 def run(capfd):
     """run(word, ...) -> (status, stdout, stderr) of the command."""
-
-    def call(*words):
-        capfd.readouterr()
-        status = predict.main(list(map(str, words)))
-        return (status, *capfd.readouterr())
-
-    return call
+    return partial(outcome_of, predict.main, capfd)
 
 
 # ---- transform and classes
@@ -275,3 +272,23 @@ def test_a_closed_pipe_ends_the_command_quietly(trained, plain_tree):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+def test_images_are_normalized_with_the_statistics_of_the_checkpoint(trained, rewritten, plain_tree):
+    mean, std = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
+    model, seen = models.load(rewritten(args={"mean": list(mean), "std": list(std)})), []
+    model.encoder_q.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    predict.predict(model, images, 1, torch.device("cpu"))
+    assert torch.equal(seen[0], normalize(images, mean, std))
+
+
+def test_the_images_of_a_tree_that_is_sorted_by_split_are_found(reorganized_tree):
+    files = predict.locate_images(ImageList.from_file(reorganized_tree / "val.txt"), None)
+    assert all(Path(file).is_file() for file, _ in files)
+
+
+def test_predictions_are_those_of_full_precision(trained, plain_tree, monkeypatch, run):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    photo = next((plain_tree / "train").rglob("*.png"))
+    assert run(trained["i"] / LAST, photo, "--device", "cpu")[0] == 0 and not torch.backends.cudnn.allow_tf32

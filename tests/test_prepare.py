@@ -380,6 +380,14 @@ def test_what_was_tested_stays_so_if_the_flags_of_lists_for_both_are_lost():
     places = place_photos(photos, {}, 0, 10, 0)
     earlier = {photo_key(path): {"test": "val"}.get(split, split) for path, split in places.items()}
     assert list(places.values()).count("test") == 10 and place_photos(photos, earlier, 0, 10, 0) == places
+    more = place_photos([*photos, *(f"ant/new {i}.jpg" for i in range(40))], earlier, 0, 10, 0)
+    assert all((more[path] == "test") == (split == "test") for path, split in places.items())
+
+
+def test_a_photo_moves_from_val_to_test_if_its_class_has_no_other_to_test_on():
+    photos = ["ant/0.jpg", "ant/1.jpg"]
+    earlier = dict(zip(map(photo_key, photos), ("val", "train"), strict=True))
+    assert place_photos(photos, earlier, 0.1, 0.1, 0) == {photos[0]: "test", photos[1]: "train"}
 
 
 def test_folder_splits_every_class(tmp_path, capsys):

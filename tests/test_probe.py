@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import probe
-from tests.helpers import LAST, STAGES, assert_mistake, write_tree
+from datasets.splits import find_splits
+from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, write_tree
+from utils import predict
 
 TRAIN_COUNTS = torch.tensor([200, 150, 50, 30, 10, 5])
 
@@ -37,6 +40,29 @@ def test_a_checkpoint_of_any_stage_is_probed_alike_each_time(stage, trained, pla
     assert record["images"] == 30 and record["seeds"] == [0, 1, 2]
     assert record["overall"] > 0.7 and 0 <= record["overall_std"] < 0.3  # the images have the color of their class
     assert capsys.readouterr().out.startswith(f"overall {100 * record['overall']:.1f} ± ")
+
+
+def test_features_are_of_the_evaluation_s_images_and_standardized(trained, plain_tree, tmp_path):
+    content = checkpoint(trained["i"])
+    torch.save(content | {"args": content["args"] | {"mean": [0.0] * 3, "std": [1.0] * 3}}, tmp_path / LAST)
+    model, seen = predict.load_network(tmp_path / LAST)[0], []
+    model.encoder_q.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    test_list = find_splits(plain_tree, {}, ("test",))["test"]
+    features, _ = probe.extract_features(model, test_list, torch.device("cpu"))
+    assert seen[0].min() >= 0 and seen[0].max() <= 1  # as the checkpoint's statistics leave them
+    varied = features[:, features.std(dim=0) > 0]
+    assert varied.shape[1] > 0
+    torch.testing.assert_close(varied.mean(dim=0), torch.zeros(varied.shape[1]).double())
+    torch.testing.assert_close(varied.std(dim=0), torch.ones(varied.shape[1]).double())
+
+
+def test_the_classifier_is_the_minimum_of_cross_entropy_and_half_the_squared_weights_times_a_hundredth():
+    torch.manual_seed(0)
+    features, labels = torch.randn(60, 4).double(), torch.arange(60) % 3
+    classifier = probe.train_classifier(features, labels, 3)
+    loss = F.cross_entropy(classifier(features), labels) + 0.01 / 2 * classifier.weight.square().sum()
+    gradients = torch.autograd.grad(loss, list(classifier.parameters()))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-5
 
 
 def test_mistakes_are_one_line(trained, tmp_path, capsys):

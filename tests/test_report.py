@@ -5,18 +5,19 @@ import io
 import json
 import re
 import sys
+from functools import partial
 from html import unescape
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.helpers import LAST, ROOT, assert_mistake, call, stage_flags
+from tests.helpers import LAST, ROOT, assert_mistake, call, outcome_of, stage_flags
 from utils import report
 from utils.checkpoint import set_aside
 from utils.results.plots import draw, read_curves, running_mean
 from utils.results.records import distinct_names, read_runs
-from utils.results.tables import table
+from utils.results.tables import list_numbers, table
 
 # Three classes, one per shot group: 4, 2 and 2 test images, of which 3, 1 and 0 are right.
 RECORD = {
@@ -52,12 +53,7 @@ def arguments(seed: int, folder: Path, **others) -> dict:
 @pytest.fixture
 def said(capsys):
     """Calls the report; returns (status, stdout, stderr)."""
-
-    def run(*argv):
-        status = report.main([str(word) for word in argv])
-        return (status, *capsys.readouterr())
-
-    return run
+    return partial(outcome_of, report.main, capsys)
 
 
 @pytest.fixture
@@ -138,6 +134,11 @@ def test_rows_of_other_test_lists_are_marked(tmp_path, said):
     assert "another list" not in said(runs[0], runs[3])[1]
 
 
+def test_a_row_without_a_checksum_counts_as_of_the_list_with_as_many_images_per_class():
+    records = [{"test_counts": [4, 2], "test_checksum": 7}] * 2 + [{"test_counts": [4, 2]}]
+    assert list_numbers(records) == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("mean", "said_so"), [(0.2, True), (1 / 3, True), (0.34, False), (None, False)])
 def test_a_class_mean_at_or_below_chance_is_called_that(tmp_path, said, mean, said_so):
     out = said(write_run(tmp_path / "run", RECORD | {"class_mean": mean}))[1]
@@ -177,6 +178,15 @@ def test_mean_prints_mean_and_sample_standard_deviation_over_seeds(tmp_path, sai
         "stage_i, linear classifier", "3", "75.0 ± 0.0", "50.0 ± 0.0", "30.0 ± 26.5",
     ]  # fmt: skip
     assert json.loads(said(tmp_path / "s0", "--mean", "--json")[1])[0]["few_std"] is None
+
+
+def test_means_are_of_one_classifier(tmp_path, said):
+    for seed in (0, 1):
+        folder = tmp_path / f"s{seed}"
+        soft = RECORD | {"classifier": "soft", "many": 0.25}
+        write_run(folder, RECORD | {"classifier": "hard"}, soft, args=arguments(seed, folder))
+    rows = json.loads(said(tmp_path, "--mean", "--json")[1])
+    assert [(row["classifier"], row["many"]) for row in rows] == [("hard", 0.75), ("soft", 0.25)]
 
 
 @pytest.mark.parametrize("runs, names, seeds, note", [

@@ -376,3 +376,18 @@ def test_linked_folders_are_searched_once(tmp_path):
     (tmp_path / "runs" / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "runs" / "a" / "loop").symlink_to(tmp_path / "runs")
     assert run_folders(tmp_path / "runs") == [tmp_path / "runs" / "a" / "link"]
+
+
+def test_a_line_of_the_log_is_on_the_disk_before_its_checkpoint_is_written(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((tmp_path / "log.txt").read_text()) or fsync(file))
+    append_epoch(tmp_path, {"epoch": 0})
+    assert flushed == ['{"epoch": 0}\n']
+
+
+def test_what_a_report_compares_is_written(trained, plain_tree, tmp_path):
+    run = train("ii", plain_tree, tmp_path / "ii", "--epochs", 1, *source("ii", trained))
+    args, (record,) = args_of(run), results_of(run)
+    assert args["identity"] == PARSERS["ii"]().parse_args(["."]).marked["identity"]
+    assert args["starts_from"] == ["last_stage_ckpt"]
+    assert record["test_checksum"] == args["list_checksums"]["test"]

@@ -160,3 +160,11 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     args = checkpoint(trained["iii"])["args"]
     assert args["cos"] is True and args["lr"] == 0.1 and args["schedule"] == [120, 160]
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
+
+
+def test_a_run_with_a_seed_stays_deterministic_without_the_flag(trained, plain_tree, tmp_path):
+    content = checkpoint(trained["i"], PREVIOUS)
+    torch.save(content | {"run": content["run"] | {"deterministic": True}}, tmp_path / LAST)
+    args = PARSERS["i"]().parse_args(["--resume", str(tmp_path / LAST), str(plain_tree)])
+    load_resume(args, PARSERS["i"](), SSFL)
+    assert args.deterministic

@@ -8,6 +8,7 @@ import torch
 
 from models import SDL, SLG, SSFL
 from models import STAGES as NETWORKS
+from models.moco import SplitBatchNorm
 from models.state_dicts import strip_module, strip_prefix
 from tests.helpers import (
     BEST,
@@ -36,8 +37,10 @@ from tests.helpers import (
     write_tree,
 )
 from tests.helpers_processes import free_port
+from utils import metrics, run_folder
 from utils.arguments import settle_defaults
 from utils.command_line import __version__
+from utils.errors import UserError
 from utils.train_state import prepare_model
 
 CLASSIFIERS = {"i": ["linear"], "ii": ["lws"], "iii": ["hard", "soft"], "tuned": ["lws"]}
@@ -330,3 +333,30 @@ def test_the_command_of_the_readme_trains(plain_tree, tmp_path):
     flags = f"--cos --dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --epochs 1"
     folder = train("i", plain_tree, tmp_path / "i", *flags.split())
     assert len(log_of(folder)) == 1 and results_of(folder)[0]["count"] == TEST_IMAGES
+
+
+@pytest.mark.parametrize(("stage", "flags", "expected"), [
+    ("i", "--moco-m 0.7 --moco-t 0.3", {"momentum": 0.7, "temperature": 0.3}),
+    ("ii", "--num_samples_cls 3", {"samples_per_class": 3}),
+    ("iii", "--kd_t 3", {"temperature": 3.0}),
+])  # fmt: skip
+def test_flags_and_seed_reach_network_and_data(stage, flags, expected, trained, plain_tree, tmp_path, monkeypatch):
+    def start(folder, state, data):
+        sampler, views = data.train.batch_sampler.sampler, data.train.dataset.transform
+        splits = {module.splits for module in state.model.modules() if isinstance(module, SplitBatchNorm)}
+        found.update(vars(sampler) | vars(state.model) | {"seeds": (sampler.seed, views.seed), "splits": splits})
+        raise UserError("started")
+
+    found = {}
+    monkeypatch.setattr(run_folder.RunFolder, "start", start)
+    words = ["--bn-splits", 4, "--seed", 9, *flags.split(), *source(stage, trained)]
+    assert "started" in run_stage(stage, plain_tree, tmp_path / "run", *words).err
+    assert found.items() >= (expected | {"seeds": (9, 9), "splits": {4}}).items()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_epochs_are_validated_on_the_val_list_and_the_end_is_tested(stage, trained, plain_tree, tmp_path, monkeypatch):
+    names, evaluate = [], metrics.evaluate
+    monkeypatch.setattr(metrics, "evaluate", lambda *words: names.append(words[1].name) or evaluate(*words))
+    train(stage, plain_tree, tmp_path / "run", *source(stage, trained), "--epochs", 1)
+    assert names == ["val", "test"]

@@ -2,13 +2,18 @@
 
 import contextlib
 import itertools
+import math
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from models import STAGES
 from tests.helpers import SCRIPTS, stage_flags
+from utils import train_state
+from utils.checkpoint import check_finite
 from utils.errors import UserError
 from utils.train_state import TrainState
 
@@ -97,3 +102,57 @@ def test_fp16_that_overflows_in_every_step_ends_the_run(tmp_path):
     assert torch.equal(model.classifier.scales, before)
     with pytest.raises(UserError, match="--amp fp16: the gradients of epoch 1 overflow"):
         state.end_epoch(None, {})
+
+
+class Resumed(InMemory):
+    def start_at(self, epoch, position):
+        self.started = epoch, position
+
+
+def drawn(tmp_path, monkeypatch, seed=3, epoch=0, rank=0):
+    """Random numbers of an epoch of one step of two micro-batches, from each generator."""
+    monkeypatch.setattr(train_state, "get_rank", lambda: rank)
+    model = STAGES["ii"]("resnet8", CLASSES)
+    _, _, state = step_of("ii", model, tmp_path, "--seed", seed, "--accum-steps", 2)
+    state.epoch = epoch
+    for _ in range(2):
+        state.metrics.update({"loss": torch.zeros(())}, (), None)
+    return [(float(torch.rand(1)), random.random(), np.random.rand()) for _ in state.micro_batches(Resumed(1))]
+
+
+def test_every_micro_batch_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    """Which depend on seed, epoch, rank and position, and on nothing else."""
+    every = [drawn(tmp_path, monkeypatch, **of) for of in ({}, {"seed": 4}, {"epoch": 1}, {"rank": 1})]
+    for of_generator in zip(*itertools.chain(*every), strict=True):
+        assert len(set(of_generator)) == 2 * len(every)
+    assert drawn(tmp_path, monkeypatch) == every[0]
+
+
+def test_no_image_comes_twice_after_a_change_of_the_number_of_processes(tmp_path, monkeypatch):
+    _, _, state = step_of("ii", STAGES["ii"]("resnet8", CLASSES), tmp_path)
+    state.images, loader = 80, Resumed(1)
+    monkeypatch.setattr(train_state, "get_world_size", lambda: 3)
+    next(state.micro_batches(loader))
+    assert loader.started == (0, 27)
+
+
+def test_fp16_does_not_take_a_loss_that_is_not_finite_for_an_overflow(tmp_path):
+    """Also in a micro-batch before the last."""
+    model = STAGES["ii"]("resnet8", CLASSES)
+    _, optimizer, state = step_of("ii", model, tmp_path, "--amp", "fp16", "--accum-steps", 2)
+    state.loader = InMemory(1)
+    state.loader.locate = lambda: "images"
+    for factor in (math.nan, 1.0):
+        loss = factor * model.classifier.scales.sum()
+        state.backward(loss)
+        state.metrics.update({"loss": loss}, (), None)
+    with pytest.raises(UserError, match="the loss is not finite"):
+        state.optimizer_step(optimizer)
+
+
+def test_a_momentum_that_is_not_finite_is_not_saved(tmp_path):
+    model = STAGES["ii"]("resnet8", CLASSES)
+    _, optimizer, state = step_of("ii", model, tmp_path)
+    optimizer.state[model.classifier.scales]["momentum_buffer"] = torch.full((CLASSES,), torch.inf)
+    with pytest.raises(UserError, match="momentum_buffer"):
+        check_finite(state)

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from benchmarks import study
 from benchmarks.study import Cell, Plan
 from tests.helpers import ROOT, SCRIPTS, STAGES, assert_mistake, class_image
+from tests.helpers_prepare import everything
 
 CELLS = (
     Cell("i", "i"),
@@ -63,24 +65,20 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", run)
 
 
-def files(folder) -> dict:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_missing_cells_are_trained_and_done_ones_are_kept(project, in_this_process, monkeypatch, capsys):
     assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
     group = project / "docs" / "study" / "imbalance_100" / "1_epochs"
     names = {f"{cell}/seed_0/{name}" for cell in ("i", "ii") for name in ("results.json", "log.txt", "args.json")}
-    assert set(files(group)) == names
+    assert set(everything(group)) == names
     (record,) = json.loads((group / "ii" / "seed_0" / "results.json").read_text())
     assert record["classifier"] == "lws" and record["count"] == 12 and "confusion" not in record
-    done = files(group)
+    done = everything(group)
 
     with monkeypatch.context() as patch:
         patch.setattr(study.subprocess, "run", None)  # nothing may be trained
         assert study.main(["main", "--source", "balanced", "--seeds", "0"]) == 0
     assert "all cells of main are done" in capsys.readouterr().out
-    assert files(group) == done
+    assert everything(group) == done
 
     shutil.rmtree(project / "runs")  # cells whose checkpoint is gone are trained again, but their records stay
     assert study.main(["more", "--dry-run"]) == 0
@@ -89,8 +87,8 @@ def test_missing_cells_are_trained_and_done_ones_are_kept(project, in_this_proce
     assert ["again" in line for line in lines] == [True, True, False, False]
     assert not (project / "runs").exists()
     assert study.main(["more", "--source", "balanced"]) == 0
-    assert {name: now for name, now in files(group).items() if name in done} == done
-    assert {"iii/seed_0/results.json", "iii_no_kd/seed_0/results.json"} <= set(files(group))
+    assert {name: now for name, now in everything(group).items() if name in done} == done
+    assert {"iii/seed_0/results.json", "iii_no_kd/seed_0/results.json"} <= set(everything(group))
 
 
 def test_plans_are_trained_seed_by_seed(project):
@@ -115,7 +113,32 @@ def test_several_cells_are_trained_at_the_same_time_each_after_its_source(projec
     assert len(ended) == 4
 
 
-def test_the_tables_average_over_the_seeds(project, capsys):
+def test_a_cell_is_trained_as_its_plan_says():
+    """And no test image takes part in the choice of settings."""
+
+    def words_of(name):
+        job = study.Job(study.PLANS[name], 3, study.PLANS[name].cells[0])
+        words = job.command(Path("work"), ["-j", "1"])
+        flags = ("--epochs", "--bn-splits", "--seed", "--test-list")
+        return words, [words[words.index(flag) + 1] if flag in words else None for flag in flags]
+
+    words, values = words_of("parts_50")
+    assert "@configs/cifar100_lt_50/stage_i.txt" in words and words[-1] == "work/data/imbalance_50"
+    assert values == ["100", "4", "3", None]
+    assert words_of("choice")[1] == ["30", "1", "3", "work/data/choice/val.txt"]
+
+
+def test_a_cell_counts_as_done_once_all_its_files_are_kept(project):
+    job = study.Job(study.PLANS["main"], 0, study.PLANS["main"].cells[0])
+    folder = project / "work" / job.path
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("[]")
+    with pytest.raises(FileNotFoundError):
+        study.keep(job, project / "work")
+    assert not job.done
+
+
+def test_the_tables_and_the_plot_average_over_the_seeds(project, capsys, monkeypatch):
     values = {0: 0.25, 1: 0.5}
     for seed, value in values.items():
         folder = project / "docs" / "study" / "imbalance_100" / "1_epochs" / "i" / f"seed_{seed}"
@@ -129,6 +152,10 @@ def test_the_tables_average_over_the_seeds(project, capsys):
     assert study.main(["--write", "doc.md"]) == 0
     assert study.main(["--plot", "absent/plot.png"]) == 2
     assert study.main(["--plot", "plot.png"]) == 0 and (project / "plot.png").stat().st_size > 1000
+    drawn = []
+    monkeypatch.setattr(study, "running_mean", lambda counts, means: drawn.append(means) or (counts, means))
+    study.draw(project / "plot.png")
+    assert drawn == [[37.5, 18.75]]
     mean, deviation = 100 * statistics.mean(values.values()), 100 * statistics.stdev(values.values())
     row = next(line for line in (project / "doc.md").read_text().splitlines() if line.startswith("| i, linear"))
     assert row.count(f"{mean:.1f} ± {deviation:.1f}") == 6 and "| 2 |" in row

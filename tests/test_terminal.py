@@ -109,6 +109,7 @@ def test_the_commands_at_the_end_run(plain_tree, tmp_path):
         following = re.search(r"^next:\n  python (\S+) (.*)$", outcome.out, re.M)
         stage = (re.fullmatch(r"ssd_stage_(i+)\.py", following[1]) or [None, None])[1]
         given = shlex.split(following[2])
+        assert ("--classifier" in given) == (stages == ["i", "ii", "iii"])  # the soft one is tuned
         out = [] if "--output_dir" in given else ["--output_dir", str(tmp_path / f"stage_{stage}")]
         words = ["--epochs", "1", "-b", "16", *out, *given]
     assert stages == ["i", "ii", "iii", "ii"]

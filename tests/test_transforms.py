@@ -80,7 +80,7 @@ def compositions(size):
     """The views (query, key, evaluation), composed of torchvision's transforms."""
     large = size > 64
     resize = [] if large else [T.Resize((size, size))]
-    query = [T.RandomResizedCrop(size)] if large else [*resize, T.RandomCrop(size, padding=8)]
+    query = [T.RandomResizedCrop(size)] if large else [*resize, T.RandomCrop(size, padding=size // 8)]
     key = [*resize, T.RandomResizedCrop(size, scale=(0.2, 1.0))]
     evaluated = [T.Resize({224: 256, 96: 110}[size]), T.CenterCrop(size)] if large else resize
     jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
@@ -92,7 +92,7 @@ def compositions(size):
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (*SIZES, 32))
 def test_views_equal_torchvisions_compositions(size):
     picture = image(130, 90)
     for made, reference in zip((query_view, key_view, eval_view), compositions(size), strict=True):

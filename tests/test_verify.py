@@ -310,3 +310,9 @@ def test_mistakes_end_in_one_line(root, verify, tmp_path):
         assert status == 2 and words in said, said
     append(root / "test.txt", "test/ant/0.jpg\n")
     assert "test.txt, line 7" in verify(root)[1]
+
+
+def test_the_images_of_a_split_within_another_are_shared(root, verify):
+    (root / "val.txt").write_text((root / "test.txt").read_text() + "val/ant/0.jpg 0\n")
+    status, said = verify(root)
+    assert status == 1 and "val and test share 6 images" in said

@@ -58,9 +58,8 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
     ranks, if it cannot be read or belongs to another stage.
     """
     latest = None
+    bring_back(Path(args.output_dir, LAST) if args.resume == "auto" else args.resume)
     with raise_on_all_ranks():
-        if args.resume and is_main_process():
-            settle_unless_in_use(Path(args.output_dir) if args.resume == "auto" else Path(args.resume).parent)
         if args.resume == "auto" and is_main_process():
             latest = find_latest(args.output_dir)
             if latest is None and args.evaluate:

@@ -51,14 +51,13 @@ def retry(read, path, *args):
             found = system_error(error)
             if found is None or found.errno not in PASSING:
                 raise
-        if pause is None:
-            break
+            if pause is None:
+                reason = f"{one_line(found)}, {len(PAUSES) + 1} attempts"
+                raise Unavailable(
+                    f"{path}: the system cannot read it now ({reason}); start again later with the same command, a "
+                    "training with --resume auto"
+                ) from found
         time.sleep(pause)
-    reason = f"{one_line(found)}, {len(PAUSES) + 1} attempts"
-    raise Unavailable(
-        f"{path}: the system cannot read it now ({reason}); start again later with the same command, a training with "
-        "--resume auto"
-    ) from found
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,6 @@ RUN is an --output_dir, or a folder that has several of them below it.
 """
 
 import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -19,15 +18,6 @@ from .errors import UserError, printable
 from .results import page, plots, tables
 from .results.records import Run, read_runs
 from .results.seeds import Group, group_by_seed
-
-
-def to_csv(rows: list[dict]) -> str:
-    """Rows with the same keys as CSV, numbers in full, None as an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def get_parser() -> ArgumentParser:
@@ -81,7 +71,9 @@ def print_tables(args, runs: list[Run], groups: list[Group] | None):
     else:
         found = [tables.summary_rows(runs) if groups is None else tables.mean_rows(groups)]
     if args.csv:
-        sys.stdout.write(to_csv([row for rows in found for row in rows]))
+        writer = csv.DictWriter(sys.stdout, found[0][0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for rows in found for row in rows)
     elif args.json:
         print(json.dumps([row for rows in found for row in rows], indent=1))
     elif args.per_class:

@@ -2,19 +2,20 @@
 
 import contextlib
 import errno
-import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.helpers import (
     LAST,
+    Interruption,
     assert_mistake,
     assert_mistake_of_all_ranks,
     call,
@@ -26,6 +27,7 @@ from tests.helpers import (
     stage_flags,
     train,
 )
+from tests.helpers_prepare import everything
 from utils import checkpoint as under_test
 from utils.errors import UserError
 from utils.log import write_json
@@ -44,10 +46,6 @@ def folder(tmp_path):
     for number in (1, 2, 3):
         under_test.write(tmp_path, state(number), is_best=number == 2)
     return tmp_path
-
-
-def contents(folder) -> dict:
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def epochs(folder) -> dict:
@@ -95,11 +93,7 @@ def test_file_and_folder_are_flushed_before_and_after_the_name_changes(folder, m
 
 def failing(number):
     """A function that raises the system's error of this number."""
-
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    return fail
+    return Mock(side_effect=OSError(number, os.strerror(number)))
 
 
 FAULTS = {
@@ -114,13 +108,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_write_that_fails_leaves_every_earlier_checkpoint(folder, monkeypatch, fault):
     place, number, reason = FAULTS[fault]
-    before = contents(folder)
+    before = everything(folder)
     with monkeypatch.context() as patch:
         patch.setattr(place, failing(number))
         with pytest.raises(UserError, match=reason) as caught:
             under_test.write(folder, state(4), is_best=True)
     assert str(folder / LAST) in str(caught.value)
-    assert "\n" not in str(caught.value) and contents(folder) == before
+    assert "\n" not in str(caught.value) and everything(folder) == before
 
 
 @contextlib.contextmanager
@@ -136,11 +130,11 @@ def file_size_limit(size):
 
 @pytest.mark.parametrize("size", [0, 1000, 50_000])
 def test_a_write_that_stops_half_way_leaves_every_earlier_checkpoint(folder, size):
-    before = contents(folder)
+    before = everything(folder)
     with pytest.raises(UserError, match="File too large") as caught, file_size_limit(size):
         under_test.write(folder, state(4))
     assert str(folder / LAST) in str(caught.value) and "\n" not in str(caught.value)
-    assert contents(folder) == before
+    assert everything(folder) == before
 
 
 @pytest.fixture
@@ -160,10 +154,10 @@ def test_a_full_disk_leaves_every_earlier_checkpoint(small_disk):
         under_test.write(small_disk, state(number))
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize  # depends on the size of a page
     (small_disk / "other").write_bytes(b"x" * (free - 40_000))
-    before = contents(small_disk)
+    before = everything(small_disk)
     with pytest.raises(UserError, match="No space left on device"):
         under_test.write(small_disk, state(3))
-    assert contents(small_disk) == before
+    assert everything(small_disk) == before
     (small_disk / "other").unlink()
     under_test.write(small_disk, state(3))
     assert epochs(small_disk) == {LAST: 3, PREVIOUS: 2}
@@ -171,27 +165,27 @@ def test_a_full_disk_leaves_every_earlier_checkpoint(small_disk):
 
 def test_a_read_only_disk_leaves_every_earlier_checkpoint(small_disk):
     under_test.write(small_disk, state(1))
-    before = contents(small_disk)
+    before = everything(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match="Read-only file system"):
         under_test.write(small_disk, state(2))
-    assert contents(small_disk) == before
+    assert everything(small_disk) == before
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "os.link", "os.replace"])
 def test_a_kill_during_a_save_loses_nothing_and_its_leftovers_are_removed(folder, monkeypatch, moment):
     """The kills come before the flush, before the link to previous, and before the rename to last."""
-    before = contents(folder)
+    before = everything(folder)
     pid = os.fork()
     if pid == 0:
         monkeypatch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         under_test.write(folder, state(4))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert set(contents(folder)) - set(before), "the kill must leave a file for this test to mean anything"
-    assert {name: contents(folder)[name] for name in before} == before
+    assert set(everything(folder)) - set(before), "the kill must leave a file for this test to mean anything"
+    assert {name: everything(folder)[name] for name in before} == before
     under_test.settle(folder)
-    assert contents(folder) == before
+    assert everything(folder) == before
     assert under_test.find_latest(folder) == folder / LAST
 
 
@@ -199,11 +193,11 @@ def test_only_temporary_files_are_removed(folder):
     keep = ("log.txt", "args.json", "results.json", ".lock", "notes.tar", ".last_checkpoint.pth.tar", "model.link")
     for name in keep:
         (folder / name).touch()
-    before = set(contents(folder))
+    before = set(everything(folder))
     for name in (f".{LAST}.abcd_123", f".{BEST}.abcd_123", ".args.json.abcd_123", ".log.txt.abcd_123"):
         (folder / name).touch()
     under_test.settle(folder)
-    assert set(contents(folder)) == before
+    assert set(everything(folder)) == before
 
 
 # ---- which checkpoint --resume auto takes
@@ -241,10 +235,10 @@ def test_a_damaged_last_checkpoint_never_becomes_the_previous_one(folder):
 
 
 def test_a_readable_checkpoint_is_not_renamed(folder):
-    before = contents(folder)
+    before = everything(folder)
     for name in (LAST, PREVIOUS):
         under_test.quarantine_unreadable(folder, folder / name)
-    assert contents(folder) == before
+    assert everything(folder) == before
 
 
 # ---- in a run
@@ -254,15 +248,10 @@ def test_a_run_whose_disk_fills_stops_and_can_continue(trained, plain_tree, tmp_
     """The checkpoint of its second epoch does not fit; that of the first is kept."""
     run = tmp_path / "run"
 
-    class FullAtTheSecond(io.StringIO):
-        def write(self, text):
-            if text.startswith("epoch 2/2 [1/"):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            return super().write(text)
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = Interruption("epoch 2/2 [1/", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1])))
     try:
-        outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=FullAtTheSecond())
+        outcome = call("i", stage_flags("i", plain_tree, run, ["--cos", "-p", 1]), out=full)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_mistake(outcome, f"{run / LAST}: cannot be written (File too large)")
@@ -276,17 +265,13 @@ def test_a_log_that_cannot_be_written_is_named_and_costs_no_checkpoint(trained, 
     shutil.copy(run / PREVIOUS, run / LAST)
     before = (run / LAST).read_bytes()
 
-    class InTheWay(io.StringIO):
-        """Makes a folder with the file's name after training has begun."""
-
-        def write(self, text):
-            if text.startswith("epoch 2/2 [1/"):
-                (run / "log.txt").unlink()
-                (run / "log.txt").mkdir()
-            return super().write(text)
+    def make_folder():
+        (run / "log.txt").unlink()
+        (run / "log.txt").mkdir()
 
     flags = ["--cos", "-p", 1, "--resume", "auto"]
-    outcome = call("i", stage_flags("i", plain_tree, run, flags), out=InTheWay())
+    out = Interruption("epoch 2/2 [1/", make_folder)
+    outcome = call("i", stage_flags("i", plain_tree, run, flags), out=out)
     assert_mistake(outcome, f"{run / 'log.txt'}: cannot be written")
     assert (run / LAST).read_bytes() == before
 
@@ -309,7 +294,7 @@ def test_two_processes_with_a_full_disk_end_in_one_line(plain_tree, tmp_path):
 
 def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monkeypatch):
     """The last checkpoint says how good the best is: it must not be ahead of the file."""
-    before = contents(folder)
+    before = everything(folder)
 
     def link(source, target, real=under_test.link):
         if target.name == BEST:
@@ -319,4 +304,4 @@ def test_a_best_checkpoint_that_cannot_be_named_leaves_the_last_one(folder, monk
     monkeypatch.setattr(under_test, "link", link)
     with pytest.raises(UserError, match="No space left on device"):
         under_test.write(folder, state(4), is_best=True)
-    assert {name: contents(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}
+    assert {name: everything(folder)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}

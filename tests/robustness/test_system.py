@@ -28,6 +28,7 @@ from tests.helpers import (
     assert_same_run,
     checkpoint,
     copied,
+    outcome_of,
     results_of,
     run_ranks,
     run_stage,
@@ -66,12 +67,6 @@ def broken(monkeypatch):
         return monkeypatch
 
     return break_
-
-
-def outcome_of(main, capsys, *argv):
-    capsys.readouterr()
-    status = main(list(map(str, argv)))
-    return status, *capsys.readouterr()
 
 
 # ---- images

@@ -37,7 +37,7 @@ def notes(results: dict[str, dict]) -> list[str]:
         if seen := record.get("test_trained_on"):
             what = f"{seen} of {record['count']} test images were trained on, by the run or one that it came from"
             rows.setdefault(what, []).append(name)
-    lines += [f"{text}: {', '.join(names)}." for text, names in rows.items()]
+    lines += [f"{text}: {'; '.join(names)}." for text, names in rows.items()]
     return ["", *lines] if lines else []
 
 
