@@ -186,6 +186,8 @@ def test_a_backbone_that_depends_on_the_image_size_trains_hands_on_and_loads(pat
             logits = network(torch.stack([network.transform(load_rgb(file)) for file in files]))
         assert network.transform.size == 48 and logits[0].shape[-1] == CLASSES
         assert same(list(logits) if stage == "iii" else [logits], seen)
+    for stage, more in (("i", ["--con-weight", 0]), ("iii", ["--kd-weight", 0])):
+        train(stage, plain_tree, tmp_path / f"again_{stage}", *flags, *more, "--pretrained", tmp_path / "i" / LAST)
 
 
 def test_its_buffers_reach_every_rank(patches, plain_tree, tmp_path):

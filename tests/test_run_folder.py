@@ -312,6 +312,7 @@ def test_a_log_that_is_no_text_ends_in_one_line(folder, plain_tree):
         ("i", "--cos --schedule 1 --schedule-factor 0.5", "--schedule and --schedule-factor: not used, since --cos"),
         ("i", "--con-weight 0 --moco-t 0.1", "--moco-t: not used, since --con-weight is 0"),
         ("iii", "--kd-weight 0 --kd_t 3 --teacher_ckpt x", "--teacher-ckpt and --kd-t: not used, since"),
+        ("i", "--resume x --start-epoch 1", "--start-epoch: not used, since --resume sets the epoch"),
     ],
 )
 def test_a_flag_without_effect_is_named(plain_tree, tmp_path, capsys, stage, flags, words):

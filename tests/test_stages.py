@@ -37,7 +37,7 @@ from tests.helpers import (
     write_tree,
 )
 from tests.helpers_processes import free_port
-from utils import metrics, run_folder
+from utils import log, metrics, run_folder, train_state
 from utils.arguments import settle_defaults
 from utils.command_line import __version__
 from utils.errors import UserError
@@ -190,8 +190,11 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(trained):
 
 @EACH_RUN
 def test_evaluate_repeats_the_results_of_the_training(trained, plain_tree, tmp_path, run):
-    outcome = run_stage(script(run), plain_tree, tmp_path / "e", "--resume", trained[run] / LAST, "--evaluate")
-    assert (outcome.status, outcome.err) == (0, "")
+    """Whatever the flags of a training are: with these it would be refused."""
+    idle = "-b 500 --bn-splits 3 --warmup-epochs 2 --eval-batch-size 16 --schedule 1 --cos"
+    flags = ["--resume", trained[run] / LAST, "--evaluate", "--overwrite", *idle.split()]
+    outcome = run_stage(script(run), plain_tree, tmp_path / "e", *flags)
+    assert (outcome.status, outcome.err) == (0, "") and "not used" not in outcome.out
     assert results_of(tmp_path / "e") == results_of(trained[run])
     rows = [line for line in outcome.out.splitlines() if "classifier |" in line]
     for column, name in ((5, "class_mean"), (6, "overall")):
@@ -211,7 +214,7 @@ def test_evaluate_without_output_dir_writes_nothing(trained, plain_tree, tmp_pat
 
 
 def test_con_weight_0_leaves_queue_and_key_encoder_unchanged(plain_tree, tmp_path):
-    folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0, "--epochs", 1)
+    folder = train("i", plain_tree, tmp_path / "i", "--con-weight", 0, "--moco-k", 10, "--epochs", 1)
     state = weights_of(folder)
     assert all(record["contrastive"] == 0 for record in log_of(folder))
     assert state["queue_ptr"] == 0 and torch.all(state["label_queue"] == -1)
@@ -335,28 +338,51 @@ def test_the_command_of_the_readme_trains(plain_tree, tmp_path):
     assert len(log_of(folder)) == 1 and results_of(folder)[0]["count"] == TEST_IMAGES
 
 
+# None of these has its default; the memory check and the summary of the settings have to know of them too.
+WIRED = (
+    "--bn-splits 4 --seed 9 --lr 0.07 --momentum 0 --wd 0.1 --schedule 1 --schedule-factor 0.5 --warmup-epochs 1 "
+    "--amp fp16 --accum-steps 2 --channels-last --compile --tf32 --mean 0.5 0.4 0.3 --std 0.3 0.2 0.1"
+)
+SAID = "in 2 micro-batches", "float16", "0.07, warm-up of 1 epochs, times 0.5 at epochs 1; momentum 0, weight decay 0.1"
+
+
 @pytest.mark.parametrize(("stage", "flags", "expected"), [
     ("i", "--moco-m 0.7 --moco-t 0.3", {"momentum": 0.7, "temperature": 0.3}),
     ("ii", "--num_samples_cls 3", {"samples_per_class": 3}),
     ("iii", "--kd_t 3", {"temperature": 3.0}),
 ])  # fmt: skip
-def test_flags_and_seed_reach_network_and_data(stage, flags, expected, trained, plain_tree, tmp_path, monkeypatch):
+def test_flags_and_seed_reach_network_data_and_optimizer(
+    stage, flags, expected, trained, plain_tree, tmp_path, monkeypatch
+):
     def start(folder, state, data):
         sampler, views = data.train.batch_sampler.sampler, data.train.dataset.transform
         splits = {module.splits for module in state.model.modules() if isinstance(module, SplitBatchNorm)}
         found.update(vars(sampler) | vars(state.model) | {"seeds": (sampler.seed, views.seed), "splits": splits})
+        found["loaders"] = [loader.options for loader in (data.train, data.val, data.test)]
+        found["sgd"] = [state.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay", "fused")]
+        found["summary"] = log.run_summary(state, data)
+        found["evaluated"] = data.test.batch_sampler.batch_size
         raise UserError("started")
 
-    found = {}
+    found, checked = {}, {}
     monkeypatch.setattr(run_folder.RunFolder, "start", start)
-    words = ["--bn-splits", 4, "--seed", 9, *flags.split(), *source(stage, trained)]
-    assert "started" in run_stage(stage, plain_tree, tmp_path / "run", *words).err
+    monkeypatch.setattr(train_state, "check_memory", lambda *_, **options: checked.update(options))
+    outcome = run_stage(stage, plain_tree, tmp_path / "run", *WIRED.split(), *flags.split(), *source(stage, trained))
+    assert "started" in outcome.err
     assert found.items() >= (expected | {"seeds": (9, 9), "splits": {4}}).items()
+    options = {"channels_last": True, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    assert (found["loaders"], found["sgd"], found["evaluated"]) == ([options] * 3, [0, 0.1, True], 8)
+    assert checked.items() >= {"momentum": False, "dtype": torch.float16, "compiled": True, "accum_steps": 2}.items()
+    assert all(text in found["summary"] for text in SAID), found["summary"]
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark) == (True, False)
+    seed = torch.initial_seed()
+    train_state.seed_everything(9)
+    assert seed == torch.initial_seed()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_epochs_are_validated_on_the_val_list_and_the_end_is_tested(stage, trained, plain_tree, tmp_path, monkeypatch):
     names, evaluate = [], metrics.evaluate
     monkeypatch.setattr(metrics, "evaluate", lambda *words: names.append(words[1].name) or evaluate(*words))
-    train(stage, plain_tree, tmp_path / "run", *source(stage, trained), "--epochs", 1)
+    train(stage, plain_tree, tmp_path / "run", *source(stage, trained), "--eval-freq", 2)
     assert names == ["val", "test"]

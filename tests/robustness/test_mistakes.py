@@ -128,6 +128,10 @@ def test_more_than_the_machine_has_and_no_data_folder_are_refused(plain_tree, mo
     assert "--workers 33: at most 32" in refusal("i", plain_tree, "none", "-j", 33)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "--device cuda" in refusal("i", plain_tree, "none", "--device", "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "--gpu 1: this machine has 1 CUDA" in refusal("i", plain_tree, "none", "--device", "auto", "--gpu", 1)
+    several = ["--device", "auto", "--gpu", 0, "--multiprocessing-distributed"]
+    assert "--gpu: one GPU contradicts" in refusal("i", plain_tree, "none", *several)
     assert_mistake(call("i", []), "DIR")
 
 

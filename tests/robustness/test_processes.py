@@ -51,10 +51,10 @@ from utils import arguments, metrics
 from utils.arguments import training_parser
 from utils.distributed import DistInfo, block_signals, get_dist_info, num_cores, raise_on_all_ranks, stop_requested
 from utils.errors import UserError
-from utils.launch import launch, spawn
+from utils.launch import launch, rendezvous, spawn
 from utils.launch.failures import LOST_CONTACT, describe_failure
 from utils.launch.network import resolve
-from utils.launch.rendezvous import check_equal_starts, master_address, select_device
+from utils.launch.rendezvous import check_equal_starts, detect_launcher, master_address, select_device
 
 LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 SEVERAL_WORKERS = ["-j", 2]
@@ -367,6 +367,27 @@ def test_the_tasks_of_srun_share_the_cores_of_the_node(monkeypatch):
     assert num_cores() == 32
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # in the batch script
     assert num_cores() == own
+
+
+def test_flags_choose_gpus_processes_backend_and_timeout(monkeypatch):
+    """On a node that seems to have three GPUs."""
+    for name, stand_in in (("is_available", lambda: True), ("device_count", lambda: 3), ("set_device", Mock())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def parsed(*flags):
+        return PARSERS["i"]().parse_args([*map(str, flags), str(ROOT)])
+
+    devices = [select_device(parsed(*flags), DistInfo()) for flags in ([], ["--gpu", 2], ["--device", "cpu"])]
+    assert devices == [torch.device("cuda", 0), torch.device("cuda", 2), torch.device("cpu")]
+    numbers = [detect_launcher(parsed("--multiprocessing-distributed", *n)).world_size for n in ([], ["--nproc", 2])]
+    assert numbers == [3, 2]
+    met, info = Mock(), DistInfo(0, 2, 0, 2, "spawn", "tcp://127.0.0.1:1")
+    monkeypatch.setattr(torch.distributed, "init_process_group", met)
+    monkeypatch.setattr(rendezvous, "join_store", Mock())
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    for backend in ("nccl", "gloo"):
+        rendezvous.init_process_group(parsed("--dist-backend", backend, "--dist-timeout", 7), info, devices[0])
+        assert met.call_args.args == (backend,) and met.call_args.kwargs["timeout"].total_seconds() == 7
 
 
 def test_one_gpu_for_several_processes_is_refused():
