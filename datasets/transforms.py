@@ -17,7 +17,7 @@ from .device_augment import NEUTRAL
 
 
 class GaussianBlur:
-    """SimCLR's blur (Chen et al., 2020): a Gaussian of random radius, in pixels."""
+    """SimCLR's blur (Chen et al., 2020): a Gaussian of a radius from 0.1 to 2 pixels."""
 
     def draw(self) -> float:
         return torch.empty(1).uniform_(0.1, 2.0).item()

@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_to(size: int):
-    """Resizes an image to size x size; an image that has this size already stays as it is."""
+    """A transform that resizes images to size x size; one that has this size already stays as it is."""
     return functools.partial(v2.functional.resize, size=[size, size])
 
 
