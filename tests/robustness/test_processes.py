@@ -390,6 +390,12 @@ def test_flags_choose_gpus_processes_backend_and_timeout(monkeypatch):
         assert met.call_args.args == (backend,) and met.call_args.kwargs["timeout"].total_seconds() == 7
 
 
+def test_flags_that_a_launcher_leaves_without_effect_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(arguments, "get_dist_info", lambda: DistInfo(0, 2, 0, 2, "torchrun", "env://"))
+    arguments.settle_defaults(PARSERS["i"]().parse_args([*map(str, TWO), "--seed", "3", str(ROOT)]))
+    assert "--multiprocessing-distributed and --nproc: not used, since a launcher" in capsys.readouterr().out
+
+
 def test_one_gpu_for_several_processes_is_refused():
     args, info = SimpleNamespace(gpu=0, device="auto"), DistInfo(1, 2, 1, 2, "torchrun", "env://")
     assert "--gpu 0: would put all 2 processes" in refusal(select_device, args, info)
