@@ -102,7 +102,7 @@ class Split(NamedTuple):
             command = shlex.join(["python", "-m", "datasets.verify", self.root, *given, "--report", "FILE"])
             remedy = self.cause_of_missing() or "correct DIR or the list"
             if is_file(Path(self.images.name).with_name(PREPARED_FILE)):
-                remedy += ", or run datasets.prepare folder again, with --overwrite"
+                remedy += ", or run datasets.prepare folder again, with --overwrite and the flags of its last run"
             raise UserError(f"{self.missing_message()}; {remedy}; {command} lists them all")
 
     def cause_of_missing(self) -> str | None:

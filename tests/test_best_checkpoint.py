@@ -61,8 +61,9 @@ def test_a_list_is_balanced_if_its_classes_have_as_many_images(lines, balanced):
 
 
 def test_a_resumed_run_keeps_its_loss_scale(tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
-    assert restored(tmp_path, True, "--amp", "fp16", scaler=scaler).scaler.get_scale() == 8
+    saved = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
+    scaler = restored(tmp_path, True, "--amp", "fp16", scaler=saved).scaler
+    assert scaler.state_dict() == saved and scaler.get_scale() == 8
 
 
 def test_a_run_in_a_later_epoch_than_epochs_is_not_taken_for_a_finished_one(tmp_path):

@@ -135,7 +135,8 @@ def test_photos_in_no_list_are_counted(tmp_path, capsys):
     succeeds(capsys, *shlex.split(note.split("; ")[1].removesuffix(" adds them"))[3:])
     assert unlisted_note(find_splits(data, given)) == [] and {*before["val"]} <= {*read_lists(out)["val"]}
     (data / "cat" / "new.jpg").unlink()
-    assert "run datasets.prepare folder again, with --overwrite" in short_run(data, tmp_path / "gone", *lists).err
+    remedy = "run datasets.prepare folder again, with --overwrite and the flags of its last run"
+    assert remedy in short_run(data, tmp_path / "gone", *lists).err
     (data / "prepared.json").unlink()  # other lists need not have all images
     assert unlisted_note(find_splits(data, {})) == []
 

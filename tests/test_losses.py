@@ -95,7 +95,9 @@ def test_a_key_of_no_class_is_a_negative_for_every_query(label):
     q, k, labels, queue, _ = batch()
     labels[:] = label
     unlabeled, foreign = (torch.full((queue.shape[1],), number) for number in (-1, CLASSES + 1))
-    assert contrastive_loss(q, k, labels, queue, unlabeled, T) == contrastive_loss(q, k, labels, queue, foreign, T)
+    loss = contrastive_loss(q, k, labels, queue, unlabeled, T)
+    assert loss == contrastive_loss(q, k, labels, queue, foreign, T)
+    assert loss > contrastive_loss(q, k, labels, queue, batch()[-1], T)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])

@@ -274,7 +274,7 @@ def test_a_closed_pipe_ends_the_command_quietly(trained, plain_tree):
     assert process.stderr.read() == b"" and process.wait(60) == 141
 
 
-def test_images_are_normalized_with_the_statistics_of_the_checkpoint(trained, rewritten, plain_tree):
+def test_images_are_normalized_with_the_statistics_of_the_checkpoint(rewritten):
     mean, std = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
     model, seen = models.load(rewritten(args={"mean": list(mean), "std": list(std)})), []
     model.encoder_q.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks import probe
 from datasets.splits import find_splits
-from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, write_tree
+from tests.helpers import LAST, STAGES, assert_mistake, checkpoint, outcome_of, write_tree
 from utils import predict
 
 TRAIN_COUNTS = torch.tensor([200, 150, 50, 30, 10, 5])
@@ -72,4 +72,4 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
         ([tmp_path / "other", data], [tmp_path / "other"]),
         ([trained["i"] / LAST, data], [data / "test.txt", "class 1"]),
     ):
-        assert_mistake((probe.main(list(map(str, words))), *capsys.readouterr()), *named)
+        assert_mistake(outcome_of(probe.main, capsys, *words), *named)

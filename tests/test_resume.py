@@ -177,12 +177,6 @@ def test_a_run_without_contrast_or_teacher_resumes_without_it(plain_tree, tmp_pa
     assert results_of(tmp_path / "rest") == results_of(whole)
 
 
-def test_the_loss_scale_of_fp16_is_taken_from_the_checkpoint():
-    saved, scaler = torch.amp.GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu")
-    restore_scaler(scaler, saved.state_dict())
-    assert scaler.state_dict() == saved.state_dict() and scaler.get_scale() == 8
-
-
 @pytest.mark.parametrize(
     ("scale", "words"), [(0.0, "scale of 0"), (-1.0, "negative"), (float("inf"), "not finite"), ("8", "not finite")]
 )

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.study import Cell, Plan
-from tests.helpers import ROOT, SCRIPTS, STAGES, assert_mistake, class_image
+from tests.helpers import ROOT, SCRIPTS, STAGES, assert_mistake, class_image, outcome_of
 from tests.helpers_prepare import everything
 
 CELLS = (
@@ -166,7 +166,7 @@ def test_the_tables_and_the_plot_average_over_the_seeds(project, capsys, monkeyp
     ("mian", ["mian", "choose one of main"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line(project, capsys, flags, named):
-    assert_mistake((study.main(flags.split()), *capsys.readouterr()), *named)
+    assert_mistake(outcome_of(study.main, capsys, *flags.split()), *named)
 
 
 def test_a_training_that_fails_and_missing_lists_are_named(project, capsys):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import check_recipes
-from tests.helpers import QUEUE, ROOT, SMALL, assert_mistake, copied, results_of
+from tests.helpers import QUEUE, ROOT, SMALL, assert_mistake, copied, outcome_of, results_of
 from tests.helpers_prepare import everything
 from tests.helpers_processes import wait_until
 from utils.checkpoint import set_aside
@@ -146,10 +146,9 @@ def refused(words, capsys):
     """What check_recipes.py says of CONFIG DIR OUT [flags], which it must refuse."""
 
     def refused(*flags, words=words):
-        status = check_recipes.main(list(map(str, (*words, *flags))))
-        outcome = status, *capsys.readouterr()
+        outcome = outcome_of(check_recipes.main, capsys, *words, *flags)
         assert_mistake(outcome)
-        return outcome[2]
+        return outcome.err
 
     return refused
 

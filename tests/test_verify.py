@@ -8,6 +8,7 @@ from PIL import Image
 
 from datasets.prepare import verify as module
 from datasets.verify import main
+from tests.helpers import outcome_of
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": (12, 3, 2), "val": (1, 1, 1), "test": (2, 2, 2)}
@@ -34,14 +35,12 @@ def verify(capsys):
     """Runs the command: (exit status, stdout); on status 2 (2, the one line on stderr)."""
 
     def run(*argv):
-        capsys.readouterr()
-        status = main([str(word) for word in argv])
-        output = capsys.readouterr()
+        status, out, err = outcome_of(main, capsys, *argv)
         if status == 2:
-            assert output.err.count("\n") == 1 and output.err.endswith("\n")
-            return status, output.err
-        assert output.err == ""
-        return status, output.out
+            assert err.count("\n") == 1 and err.endswith("\n")
+            return status, err
+        assert err == ""
+        return status, out
 
     return run
 

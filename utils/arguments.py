@@ -77,11 +77,11 @@ class TrainingParser(ArgumentParser):
 
         Such a recipe may say what the checkpoint would, so with one the words that describe the network go on too.
         """
-        given = args.given
+        given, actions = args.given, self.marked(GOES_ON)
         if args.recipes:
             own = [END if word.startswith("@") else word for word in words]
             given = super().parse_args(own if args.data in own else [*own, args.data]).given  # DIR may be in a recipe
-        actions = self.marked(GOES_ON, NETWORK) if args.recipes else self.marked(GOES_ON)
+            actions |= self.marked(NETWORK)
         return [option_words(actions[name], getattr(args, name)) for name in given if name in actions]
 
     def parse_known_args(self, args=None, namespace=None):

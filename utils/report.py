@@ -70,12 +70,13 @@ def print_tables(args, runs: list[Run], groups: list[Group] | None):
         found = [tables.class_rows(run, record) for run in runs for record in run.records]
     else:
         found = [tables.summary_rows(runs) if groups is None else tables.mean_rows(groups)]
+    every_row = [row for rows in found for row in rows]
     if args.csv:
-        writer = csv.DictWriter(sys.stdout, found[0][0], lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, every_row[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for rows in found for row in rows)
+        writer.writerows(every_row)
     elif args.json:
-        print(json.dumps([row for rows in found for row in rows], indent=1))
+        print(json.dumps(every_row, indent=1))
     elif args.per_class:
         for rows in found:
             print(f"{rows[0]['run']}, {rows[0]['classifier']} classifier\n")
