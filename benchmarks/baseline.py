@@ -24,10 +24,14 @@ class StageI(nn.Module):
 
     def __init__(self, arch, num_classes, queue_size, dim=128, momentum=0.999, temperature=0.2):
         super().__init__()
-        self.size, self.m, self.temperature = queue_size, momentum, temperature
-        self.encoder_q, self.encoder_k = build_backbone(arch), build_backbone(arch)
+        self.size = queue_size
+        self.m = momentum
+        self.temperature = temperature
+        self.encoder_q = build_backbone(arch)
+        self.encoder_k = build_backbone(arch)
         num_features = self.encoder_q.num_features
-        self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)
+        self.q_fc = projection_head(num_features, dim)
+        self.k_fc = projection_head(num_features, dim)
         self.classifier = nn.Linear(num_features, num_classes)
         for param_q, param_k in self.pairs():
             param_k.data.copy_(param_q.data)
@@ -47,7 +51,8 @@ class StageI(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys, labels):
-        pointer, count = int(self.queue_ptr), len(keys)
+        pointer = int(self.queue_ptr)
+        count = len(keys)
         if pointer + count > self.size:
             pointer = 0
         self.queue[:, pointer : pointer + count] = keys.T
@@ -89,16 +94,19 @@ class StageIII(nn.Module):
     def __init__(self, arch, num_classes, queue_size=None, temperature=2.0):
         super().__init__()
         self.temperature = temperature
-        self.encoder_q, self.encoder_t = build_backbone(arch), build_backbone(arch)
+        self.encoder_q = build_backbone(arch)
+        self.encoder_t = build_backbone(arch)
         num_features = self.encoder_q.num_features
-        self.classifier, self.classifier_kd = nn.Linear(num_features, num_classes), nn.Linear(num_features, num_classes)
+        self.classifier = nn.Linear(num_features, num_classes)
+        self.classifier_kd = nn.Linear(num_features, num_classes)
         self.classifier_t = LWS(num_features, num_classes)
         for module in (self.encoder_t, self.classifier_t):
             module.requires_grad_(False)
 
     def forward(self, im, labels):
         features = self.encoder_q(im)
-        hard, soft = self.classifier(features), self.classifier_kd(features)
+        hard = self.classifier(features)
+        soft = self.classifier_kd(features)
         teacher = self.classifier_t(self.encoder_t(im))
         losses = [F.cross_entropy(hard, labels), distillation_loss(soft, teacher.detach(), self.temperature)]
         return {"hard": hard, "soft": soft}, losses

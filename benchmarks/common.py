@@ -27,7 +27,8 @@ LONG = 5  # seconds of a first call that are worth a line
 def argument_parser(doc, name: str, repeats: int | None = None) -> ArgumentParser:
     """A benchmark's parser; repeats: the default of --repeats, for a timed one."""
     parser = ArgumentParser(doc, prog=f"python -m benchmarks.{name}")
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--write", metavar="FILE", help="also put the tables into this file, between their marks")
     if repeats:
         # fmt: off

@@ -91,7 +91,8 @@ class Result(NamedTuple):
 
 def parts(args, work: Path) -> list[Part]:
     """The parts, in the order of their importance: if the time is too short for all, the last are left out."""
-    python, flags = sys.executable, {name: own[args.quick] for name, own in FLAGS.items()}
+    python = sys.executable
+    flags = {name: own[args.quick] for name, own in FLAGS.items()}
     if not args.quick:
         flags["steps"] += f" --batch {args.batch}"
     files = [str(file) for file in sorted((common.ROOT / "tests").glob("*.py")) if "mark.gpu" in file.read_text()]
@@ -177,7 +178,8 @@ def machine_rows(device: str) -> list[tuple[str, str]]:
 
 def report(args, argv, results: list[Result], missing: int) -> str:
     """The Markdown file; missing: the number of parts that have not run yet."""
-    passed, seconds = sum(result.passed for result in results), sum(result.seconds for result in results)
+    passed = sum(result.passed for result in results)
+    seconds = sum(result.seconds for result in results)
     summary = f"{passed} of {len(results)} parts passed, in {seconds:.0f} s"
     summary += f"; {missing} are still to come" if missing else ""
     outcomes = [(result.part.name, result.outcome, f"{result.seconds:.0f}") for result in results]
@@ -195,7 +197,9 @@ def check(args, argv) -> int:
     """Runs the parts and writes the report after each; returns the exit status."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu --quick")
-    file, results, end = Path(args.write), [], time.monotonic() + 60 * args.minutes
+    file = Path(args.write)
+    results = []
+    end = time.monotonic() + 60 * args.minutes
     args.data = args.data and Path(args.data).resolve()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -68,7 +68,8 @@ def make_images(root: Path, counts: list[int], size=(500, 375)):
 
 def loaders(folder: Path, names, workers: int, args) -> dict:
     """The loaders of the views with these names, by version."""
-    device, (images, _) = torch.device(args.device), class_folders(folder.parent, folder.name)
+    device = torch.device(args.device)
+    (images, _) = class_folders(folder.parent, folder.name)
 
     def ours(augment):
         dataset = Split("train", str(folder.parent), images).dataset(Views(names, args.size, 0, augment))
@@ -134,7 +135,8 @@ def tables(args, argv) -> list[common.Table]:
 
 def main(argv=None) -> int:
     parser = common.argument_parser(__doc__, "loader", repeats=5)
-    add, count = parser.add_argument, whole_number(1)
+    add = parser.add_argument
+    count = whole_number(1)
     add("--data", metavar="DIR", help="folder of class folders of images")
     add("--images", type=count, default=256, metavar="N", help="images to generate if no DIR is given")
     add("--size", type=whole_number(SMALL + 1), default=224, metavar="S", help="side of the views")

@@ -31,7 +31,8 @@ def inputs(batch, queue, args) -> tuple:
     def classes(count):
         return torch.randint(args.classes, (count,), generator=generator, device=args.device)
 
-    q, k = unit(batch, args.dim, dim=1).requires_grad_(), unit(batch, args.dim, dim=1)
+    q = unit(batch, args.dim, dim=1).requires_grad_()
+    k = unit(batch, args.dim, dim=1)
     return q, k, classes(batch), unit(args.dim, queue, dim=0), classes(queue), TEMPERATURE
 
 

@@ -28,14 +28,18 @@ from utils.predict import load_network
 from utils.results.tables import format_accuracy
 from utils.train_state import set_numerics
 
-DECAY, SEEDS, ACCURACIES = 0.01, (0, 1, 2), ("overall", "many", "medium", "few")
+DECAY = 0.01
+SEEDS = (0, 1, 2)
+ACCURACIES = ("overall", "many", "medium", "few")
 
 
 @torch.no_grad()
 def extract_features(model, split, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(standardized features, float64 (N, d), labels (N,)) of a split's images; model: of any stage, in eval mode."""
-    backbone, view = getattr(model, model.backbone.removesuffix(".")).to(device), model.transform
-    dataset, batches = split.dataset(Views(("eval",), view.size)), eval_batches(len(split.images), 128)
+    backbone = getattr(model, model.backbone.removesuffix(".")).to(device)
+    view = model.transform
+    dataset = split.dataset(Views(("eval",), view.size))
+    batches = eval_batches(len(split.images), 128)
     with closing(Loader(split.name, dataset, batches, num_cores(), device, mean=view.mean, std=view.std)) as loader:
         parts = [(backbone(images).double(), labels) for (images,), labels, _ in loader]
     features, labels = map(torch.cat, zip(*parts, strict=True))

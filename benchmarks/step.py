@@ -73,8 +73,12 @@ class RepeatedBatch:
     """
 
     def __init__(self, views, labels, device, channels_last: bool = False, count: int = 1):
-        self.views, self.labels, self.device, self.channels_last = views, labels, device, channels_last
-        self.count, self.images_per_step = count, len(labels)
+        self.views = views
+        self.labels = labels
+        self.device = device
+        self.channels_last = channels_last
+        self.count = count
+        self.images_per_step = len(labels)
 
     def start_at(self, epoch: int, position: int):
         """Does nothing: every epoch and step has the same batch."""
@@ -95,7 +99,8 @@ class Ours:
     """The training of a stage's script, called with one batch at a time; variant: one of VARIANTS."""
 
     def __init__(self, stage, variant, args):
-        self.script, self.device = SCRIPTS[stage], torch.device(args.device)
+        self.script = SCRIPTS[stage]
+        self.device = torch.device(args.device)
         self.args = options = script_args(stage, variant, args)
         torch.manual_seed(0)
         self.model = prepare_model(network(stage, options), self.device, options)
@@ -117,7 +122,8 @@ class Ours:
 
     def loss(self, views, labels) -> float:
         """Runs a step and returns its loss."""
-        self.state.step, self.state.images = 0, 0
+        self.state.step = 0
+        self.state.images = 0
         self.state.metrics.reset()
         self(views, labels)
         return self.state.metrics.means()["loss"]
@@ -138,7 +144,7 @@ class Baseline:
         return baseline.step(self.model, self.optimizer, images, labels)
 
 
-def batch_of(stage, batch, args) -> tuple:
+def make_batch(stage, batch, args) -> tuple:
     """(uint8 views, labels) on the device."""
     generator = torch.Generator().manual_seed(0)
     shape = (baseline.STAGES[stage].views, batch, 3, args.size, args.size)
@@ -149,11 +155,13 @@ def batch_of(stage, batch, args) -> tuple:
 
 def stepper(stage, version, batch, args):
     """A function without arguments that runs a step of the version: "baseline" or one of VARIANTS."""
-    views, labels = batch_of(stage, batch, args)
+    views, labels = make_batch(stage, batch, args)
     if version == "baseline":
-        step, images = Baseline(stage, args), [normalize(view) for view in views]
+        step = Baseline(stage, args)
+        images = [normalize(view) for view in views]
     else:
-        step, images = Ours(stage, version, args), views
+        step = Ours(stage, version, args)
+        images = views
     return lambda: step(images, labels)
 
 
@@ -173,7 +181,8 @@ def step_flops(stage, args) -> float:
     (PyTorch's counter goes wrong in the backward pass of grouped convolutions; heads and losses are below 1 %.)
     """
     with torch.device("meta"):
-        backbone, image = build_backbone(args.arch).eval(), torch.empty(1, 3, args.size, args.size)
+        backbone = build_backbone(args.arch).eval()
+        image = torch.empty(1, 3, args.size, args.size)
     with FlopCounterMode(display=False) as counter:
         backbone(image)
     return STAGES[stage].passes * counter.get_total_flops()
@@ -184,7 +193,9 @@ def table_rows(stage, batch, args, argv) -> list[tuple[str, ...]]:
     versions = ["baseline", *args.variants]
     functions = {version: stepper(stage, version, batch, args) for version in versions}
     taken = common.medians(functions, args.repeats, args.device)
-    flops, options, rows = step_flops(stage, args) * batch, [*argv, "--batch", str(batch)], []
+    flops = step_flops(stage, args) * batch
+    options = [*argv, "--batch", str(batch)]
+    rows = []
     for version, seconds in taken.items():
         peak = None if args.no_memory else common.in_fresh_process("benchmarks.step", options, f"{stage}:{version}")
         times = f"{batch / seconds:.2f}", f"{taken['baseline'] / seconds:.2f}"
@@ -264,7 +275,8 @@ def drift_tables(args, argv) -> list[common.Table]:
 def get_parser(drift: bool = False):
     """The flags; drift: with the defaults of --drift."""
     parser = common.argument_parser(__doc__, "step", repeats=5)
-    add, size = parser.add_argument, whole_number(1)
+    add = parser.add_argument
+    size = whole_number(1)
     add("--drift", action="store_true", help="show how much the switches change the losses, on small images")
     add("--steps", type=size, default=200, metavar="N", help="steps of --drift (default: %(default)s)")
     add("--stages", nargs="+", default=["i"] if drift else list(SCRIPTS), choices=SCRIPTS)

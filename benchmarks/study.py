@@ -162,7 +162,8 @@ class Job(NamedTuple):
 
     def command(self, work: Path, flags: list[str]) -> list[str]:
         """The words of the training's command."""
-        stage, data = self.cell.stage, work / "data" / self.plan.lists
+        stage = self.cell.stage
+        data = work / "data" / self.plan.lists
         recipe = RECIPES.get(self.plan.lists, RECIPE)
         words = [sys.executable, f"ssd_stage_{stage}.py", f"@{recipe}/stage_{stage}.txt"]
         if stage != "ii":
@@ -240,7 +241,8 @@ def train(job: Job, work: Path, flags: list[str], threads: int) -> float:
 
 def train_all(needed: list[Job], args):
     """Trains the jobs, at most args.jobs at a time, each as soon as the one that it starts from is finished."""
-    pending, running = list(needed), {}
+    pending = list(needed)
+    running = {}
     threads = max(1, num_cores() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         while pending or running:

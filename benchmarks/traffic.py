@@ -74,7 +74,8 @@ def ring(size: int) -> float:
 
 def counted_functions(counts: Counter) -> dict:
     """Replacements of torch.distributed's functions, by name, that add the bytes received to `counts`, by content."""
-    rank, others = dist.get_rank(), dist.get_world_size() - 1
+    rank = dist.get_rank()
+    others = dist.get_world_size() - 1
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_to_all_single", "broadcast")}
 
     def all_reduce(tensor, *args, **kwargs):  # called by the hook for a bucket of gradients, and for the flags
@@ -106,11 +107,12 @@ def steps_of_a_rank(rank: int, world_size: int, stage: str, args, folder: str):
     """Takes the steps of one of the processes; writes the bytes that it received to folder/<rank>."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    ours, counts = step.Ours(stage, "float32", args), Counter()
+    ours = step.Ours(stage, "float32", args)
+    counts = Counter()
     model = distribute(ours.model, ours.device)
     if world_size > 1:
         model.register_comm_hook(None, allreduce_hook)  # reduces buckets as without it, in a function that is counted
-    views, labels = step.batch_of(stage, args.batch // world_size, args)
+    views, labels = step.make_batch(stage, args.batch // world_size, args)
     loader = step.RepeatedBatch(views, labels, ours.device, count=args.steps)
     with mock.patch.multiple(dist, **counted_functions(counts)):
         ours.train(model, loader)
@@ -147,7 +149,8 @@ def measured_rows(args) -> list[tuple[str, ...]]:
     rows = []
     for stage in args.stages:
         for world_size in args.processes:
-            found, expected = measured(stage, world_size, args), calculated(stage, world_size, args.batch, args)
+            found = measured(stage, world_size, args)
+            expected = calculated(stage, world_size, args.batch, args)
             if world_size == 1:
                 found, expected = ({"all": sum(values.values())} for values in (found, expected))
             for content in [*expected, *(name for name in found if name not in expected)]:

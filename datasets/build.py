@@ -137,11 +137,13 @@ def locate_splits(args, info) -> dict:
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
     difference = find_difference({name: split.images.checksum for name, split in splits.items()})
     if difference:
-        file, rank = splits[difference[0]].images.name, difference[1]
+        file = splits[difference[0]].images.name
+        rank = difference[1]
         raise UserError(
             f"{file}: differs between rank 0 and rank {rank}; give all nodes the same data", on_all_ranks=True
         )
-    host, files = platform.node(), {name: (split.layout, split.missing) for name, split in splits.items()}
+    host = platform.node()
+    files = {name: (split.layout, split.missing) for name, split in splits.items()}
     reports = gather_objects((host, info.local_rank, files))
     files = next(files for node, local_rank, files in reports if node == host and local_rank == 0)
     return {name: s._replace(layout=files[name][0], missing=files[name][1]) for name, s in splits.items()}
@@ -170,7 +172,8 @@ def check_labels(args, splits: dict) -> int:
 
 def list_warnings(splits: dict, train_counts: torch.Tensor):
     """Yields a line for each list that may not be the one that was meant."""
-    train, empty = splits["train"].images, (train_counts == 0).nonzero()[:, 0].tolist()
+    train = splits["train"].images
+    empty = (train_counts == 0).nonzero()[:, 0].tolist()
     if empty:
         number = f"{len(empty)} of {len(train_counts)}"
         yield f"warning: {train.name}: {number} classes have no images, such as class {empty[0]}{train.label_hint()}"

@@ -14,12 +14,15 @@ class ListFileDataset(torch.utils.data.Dataset):
     """Images of a split (splits.Split).
 
     Indexed by (epoch, draw, index), which the samplers yield: draw counts how often the index has come before in the
-    epoch. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns, a tuple of
-    uint8 tensors (3, S, S). Raises UserError or Unavailable, with file and list line, for an image that cannot be read.
+    epoch, on this rank. An item is (views, label, index); views is what transform(image, (epoch, index, draw)) returns,
+    a tuple of uint8 tensors (3, S, S). Raises UserError or Unavailable, with file and list line, for an image that
+    cannot be read.
     """
 
     def __init__(self, split, transform):
-        self.split, self.images, self.transform = split, split.images, transform
+        self.split = split
+        self.images = split.images
+        self.transform = transform
 
     def __len__(self):
         return len(self.images)

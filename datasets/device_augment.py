@@ -13,7 +13,11 @@ from torchvision.transforms.v2 import functional as TF
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
-FACTORS, ORDER, GRAYSCALE, BLUR, NUM_PARAMETERS = slice(0, 4), slice(4, 8), 8, 9, 10
+FACTORS = slice(0, 4)
+ORDER = slice(4, 8)
+GRAYSCALE = 8
+BLUR = 9
+NUM_PARAMETERS = 10
 BLUR_HALF_WIDTH = 8  # of the kernel, in pixels: four times the largest radius in use
 
 

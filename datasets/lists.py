@@ -27,7 +27,8 @@ def parse_line(line: bytes) -> tuple[bytes, int] | None:
         return None
     if len(words) == 1:
         raise ValueError("no label: a line is '<path> <label>'")
-    path, label = words[0].strip(), words[1]
+    path = words[0].strip()
+    label = words[1]
     if not label.isdigit():
         raise ValueError(f"the label {label.decode(errors='replace')!r} is not a whole number of at least 0")
     if len(label) > 10 or int(label) > MAX_LABEL:
@@ -58,25 +59,30 @@ class ImageList:
 
     def __init__(self, name: str, content: bytes, lines):
         """lines: those of the content. Raises UserError, naming file and line, if one is malformed, or without any."""
-        starts, labels = array("q"), array("i")
+        starts = array("q")
+        labels = array("i")
         position = 0
         for number, line in enumerate(lines, 1):
-            start, position = position, position + len(line)
+            start = position
+            position += len(line)
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                start, line = 3, line[3:]
+                start = 3
+                line = line[3:]
             try:
                 entry = parse_line(line)
             except ValueError as error:
-                where, hint = f"{name}, line {number}", ""
+                where = f"{name}, line {number}"
+                hint = ""
                 if os.path.isdir(name):  # the lines were made of its files
                     file = os.fsdecode(line.rsplit(None, 1)[0])
-                    where, hint = os.path.join(os.path.dirname(name), file), "; rename the file or folder"
+                    where = os.path.join(os.path.dirname(name), file)
+                    hint = "; rename the file or folder"
                 raise UserError(f"{where}: {error}{hint}") from None
             if entry is not None:
                 starts.append(start)
                 labels.append(entry[1])
         if not starts:
-            raise UserError(f"{name}: the list is empty")
+            raise UserError(f"{name}: the list is empty; name another")
         self.name = name
         self.content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self.starts = torch.frombuffer(starts, dtype=torch.int64)
@@ -90,7 +96,9 @@ class ImageList:
         try:
             return cls.from_bytes(str(file), retry(Path.read_bytes, Path(file)))
         except OSError as error:
-            raise UserError(f"{file}: cannot read the list: {error.strerror}") from None
+            raise UserError(
+                f"{file}: cannot read the list ({error.strerror}); correct the path or its permissions"
+            ) from None
 
     @classmethod
     def from_bytes(cls, name: str, content: bytes) -> "ImageList":
@@ -108,7 +116,8 @@ class ImageList:
 
     def path(self, i: int) -> str:
         """The path of entry i, as written in the list."""
-        starts, content = self.starts.numpy(), self.content.numpy()  # the same memory, and faster to index
+        starts = self.starts.numpy()  # the same memory, and faster to index
+        content = self.content.numpy()
         end = starts[i + 1] if i + 1 < len(starts) else len(content)
         line = content[starts[i] : end].tobytes().split(b"\n", 1)[0]
         return os.fsdecode(line.rsplit(None, 1)[0].strip())
@@ -146,7 +155,8 @@ class ImageList:
     def check_num_classes(self, hint: str = ""):
         """Raises UserError, which ends with the hint, if the largest label means more classes than MAX_CLASSES."""
         if self.num_classes > MAX_CLASSES:
-            where, number = self.locate([int(self.labels.argmax())]), self.num_classes
+            where = self.locate([int(self.labels.argmax())])
+            number = self.num_classes
             hint = self.label_hint() + hint
             raise UserError(f"{where}: the label {number - 1} would mean {number} classes; correct the list{hint}")
 

@@ -94,7 +94,9 @@ class Loader(DataLoader):
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # otherwise it would draw from the global one
         )
-        self.name, self.device, self.options = name, device, options
+        self.name = name
+        self.device = device
+        self.options = options
         self.indices = deque(maxlen=getattr(batch_sampler, "accum_steps", 1))  # of the latest step's batches
 
     @property
@@ -160,7 +162,8 @@ class Loader(DataLoader):
     def close(self):
         """Ends the workers. They ignore the signals by which an exit would end them."""
         if self._iterator is not None:
-            iterator, self._iterator = self._iterator, None
+            iterator = self._iterator
+            self._iterator = None
             try:
                 iterator._shutdown_workers()
             finally:

@@ -18,7 +18,10 @@ class ShuffledSampler:
     depends_on_ranks = False  # the images of a step are the same for any number of ranks
 
     def __init__(self, labels, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.seed, self.rank, self.world_size = len(labels), seed, rank, world_size
+        self.size = len(labels)
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self):
         """Images per rank and epoch."""
@@ -49,7 +52,8 @@ class ClassAwareSampler(ShuffledSampler):
 
     def __init__(self, labels, samples_per_class: int, seed: int, rank: int = 0, world_size: int = 1):
         super().__init__(labels, seed, rank, world_size)
-        self.labels, self.samples_per_class = np.asarray(labels), samples_per_class
+        self.labels = np.asarray(labels)
+        self.samples_per_class = samples_per_class
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shard = self.permutation(epoch)[self.rank :: self.world_size]
@@ -84,11 +88,14 @@ class BatchSampler:
     """
 
     def __init__(self, sampler, batch_size: int, accum_steps: int = 1):
-        self.sampler, self.batch_size, self.accum_steps = sampler, batch_size, accum_steps
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.accum_steps = accum_steps
         self.start_at(0)
 
     def start_at(self, epoch: int, position: int = 0):
-        self.next_epoch, self.position = epoch, position
+        self.next_epoch = epoch
+        self.position = position
 
     @property
     def images_per_step(self) -> int:
@@ -105,7 +112,9 @@ class BatchSampler:
         return max(0, len(self.sampler) - self.position) // self.images_per_step * self.accum_steps
 
     def __iter__(self):
-        epoch, first, batches = self.next_epoch, self.position, len(self)
+        epoch = self.next_epoch
+        first = self.position
+        batches = len(self)
         self.start_at(epoch + 1)
         draws, indices = (array.tolist() for array in self.sampler.epoch(epoch))
         for start in range(first, first + batches * self.batch_size, self.batch_size):

@@ -55,9 +55,11 @@ def split_named(file) -> str | None:
 
 def explain_missing(root, path: str) -> str | None:
     """Why root/path is no regular file, and what helps; None if it is simply not there."""
-    place, mode = str(root), stat.S_IFDIR
+    place = str(root)
+    mode = stat.S_IFDIR
     for name in path.split("/"):
-        folder, place = place, os.path.join(place, name)
+        folder = place
+        place = os.path.join(place, name)
         try:
             mode = os.stat(place).st_mode
         except OSError as error:
@@ -142,7 +144,8 @@ def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Sp
 
     progress: wraps the iterator over the results.
     """
-    entries, found = range(len(split.images)), []
+    entries = range(len(split.images))
+    found = []
     for layout in layouts:
         split = split._replace(layout=layout)
 
@@ -206,9 +209,9 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[I
     found, left_out = class_paths(folder)
     classes = classes or list(found)
     if unknown := sorted(set(found) - set(classes)):
-        raise UserError(f"{folder}/{unknown[0]}: a class that train/ does not have")
+        raise UserError(f"{folder}/{unknown[0]}: a class that train/ does not have; remove or rename it")
     if not any(found.values()):
-        raise UserError(f"{folder}: no images in its class folders")
+        raise UserError(f"{folder}: no images in its class folders; correct DIR")
     labels = {name: label for label, name in enumerate(classes)}
     entries = ((f"{split}/{path}", labels[name]) for name, paths in found.items() for path in paths)
     images = ImageList.from_entries(folder, entries)
@@ -229,7 +232,8 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
     if photos := [name for name in beside if is_image_file(name)]:
         what = f"{len(photos)} images beside the class folders, such as {printable(photos[0])}"
         left_out.append(f"left out: {what}; move each into the folder of its class")
-    classes, endings = {}, {}  # ending: files
+    classes = {}
+    endings = {}  # ending: files
     for folder, names in tree:
         below = os.path.relpath(folder, root)
         paths = classes.setdefault(below.split(os.sep)[0], [])
@@ -252,7 +256,8 @@ def find_splits(root, given: dict[str, str | None], wanted=SPLITS, progress=iter
     recorded, not raised (Split.require raises). Raises UserError for what cannot be read.
     """
     lists = choose_lists(root, given, wanted)
-    splits, classes = {}, None
+    splits = {}
+    classes = None
     for split in SPLITS if lists is None else lists:  # train comes first: it numbers the classes
         if lists is None:
             images, classes = class_folders(root, split, classes)

@@ -33,7 +33,10 @@ class ColorAugment:
     """
 
     def __init__(self, jitter: T.ColorJitter | None, jitter_p=1.0, grayscale_p=0.0, blur_p=0.0):
-        self.jitter, self.jitter_p, self.grayscale_p, self.blur_p = jitter, jitter_p, grayscale_p, blur_p
+        self.jitter = jitter
+        self.jitter_p = jitter_p
+        self.grayscale_p = grayscale_p
+        self.blur_p = blur_p
         self.blur = GaussianBlur()
         operations = []
         if jitter is not None:
@@ -47,7 +50,10 @@ class ColorAugment:
 
     def draw(self) -> torch.Tensor:
         """One row of device_augment's parameters."""
-        order, factors, grayscale, radius = range(4), NEUTRAL, False, 0.0
+        order = range(4)
+        factors = NEUTRAL
+        grayscale = False
+        radius = 0.0
         if self.jitter is not None and (self.jitter_p == 1 or torch.rand(1).item() <= self.jitter_p):
             ranges = self.jitter.brightness, self.jitter.contrast, self.jitter.saturation, self.jitter.hue
             order, *drawn = self.jitter.get_params(*ranges)
@@ -63,7 +69,9 @@ class RandomView:
     """Crop, color changes, flip; called with a PIL image, it returns one."""
 
     def __init__(self, crop, color: ColorAugment):
-        self.crop, self.color, self.flip = T.Compose(crop), color, T.RandomHorizontalFlip()
+        self.crop = T.Compose(crop)
+        self.color = color
+        self.flip = T.RandomHorizontalFlip()
 
     def __call__(self, image):
         return self.flip(self.color(self.crop(image)))
@@ -103,7 +111,8 @@ class Views:
     def __init__(self, names, size: int, seed: int = 0, augment: str = "pil", jitter: float = 0.4):
         options = {"query": {"jitter": jitter}}
         self.views = [VIEWS[name](size, **options.get(name, {})) for name in names]
-        self.seed, self.augment = seed, augment
+        self.seed = seed
+        self.augment = augment
 
     def __call__(self, image, sample_key):
         if self.augment == "device":  # resizing such a tensor takes half the time of resizing a PIL image

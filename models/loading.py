@@ -39,16 +39,16 @@ def load(path) -> nn.Module:
     soft one, or the hard one after --kd-weight 0. Raises OSError if the file cannot be opened or is not a regular file;
     ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
     """
-    return network_of(path, read_checkpoint(path))
+    return build_network(path, read_checkpoint(path))
 
 
-def network_of(path, content: dict) -> nn.Module:
+def build_network(path, content: dict) -> nn.Module:
     """The network in the content of the checkpoint at path, as load returns it. Raises ValueError as load does."""
     state_dict = find_state_dict(path, content)
     try:
-        transform = transform_of(content)
+        transform = build_transform(content)
         network = from_state_dict(state_dict, transform.size)
-        network.classes = class_names_of(content, len(network.state_dict()[f"{network.linear}weight"]))
+        network.classes = read_class_names(content, len(network.state_dict()[f"{network.linear}weight"]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
     network.transform = transform
@@ -61,7 +61,7 @@ def is_soft_trained(content: dict) -> bool:
     return (content.get("args") or {}).get("kd_weight") != 0
 
 
-def class_names_of(content: dict, num_classes: int) -> list[str] | None:
+def read_class_names(content: dict, num_classes: int) -> list[str] | None:
     """The names of the classes in a checkpoint, or None. Raises ValueError if they are not num_classes names."""
     names = content.get("classes")
     if names is None:
@@ -73,13 +73,14 @@ def class_names_of(content: dict, num_classes: int) -> list[str] | None:
     return names
 
 
-def transform_of(content: dict) -> EvalTransform:
+def build_transform(content: dict) -> EvalTransform:
     """What evaluation does to an image, as a checkpoint's content says.
 
     If they are missing there, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one line,
     if one of them is invalid.
     """
-    saved, run = content.get("args") or {}, content.get("run") or {}
+    saved = content.get("args") or {}
+    run = content.get("run") or {}
     if not isinstance(saved, dict) or not isinstance(run, dict):
         raise ValueError("its args or run is not a dict")
     size = run.get("image_size", saved.get("image_size", 224))
@@ -177,7 +178,9 @@ def check_zip(file) -> Counter:
 
 def storage_sizes(content) -> Counter:
     """The sizes in bytes of the storages of all tensors in nested dicts, lists and tuples, with their number."""
-    storages, seen, stack = {}, set(), [content]
+    storages = {}
+    seen = set()
+    stack = [content]
     while stack:
         value = stack.pop()
         if id(value) in seen:
@@ -215,7 +218,8 @@ def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:
     found = infer_stage_and_arch(state_dict, image_size)
     if found is None or found["arch"] is None:
         raise ValueError("the names and shapes in it belong to no stage of SSD-LT with a known backbone")
-    stage, arguments = STAGES[found.pop("stage")], found | {"image_size": image_size}
+    stage = STAGES[found.pop("stage")]
+    arguments = found | {"image_size": image_size}
     with torch.device("meta"):  # nothing is allocated
         return stage(**arguments), arguments
 

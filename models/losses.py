@@ -32,7 +32,9 @@ class _ContrastiveLoss(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             scaled = q / temperature
             positive = (scaled * k).sum(dim=1)
-            maximum, total, weighted_keys = positive, torch.ones_like(positive), k
+            maximum = positive
+            total = torch.ones_like(positive)
+            weighted_keys = k
             for start in range(0, queue.shape[1], chunk_size):
                 keys = queue[:, start : start + chunk_size]
                 scores = scaled @ keys

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 @torch.no_grad()
 def momentum_update(encoder_q: nn.Module, encoder_k: nn.Module, m: float):
     """theta_k <- m theta_k + (1 - m) theta_q, for the parameters; the BatchNorm buffers stay as they are."""
-    params_q, params_k = list(encoder_q.parameters()), list(encoder_k.parameters())
+    params_q = list(encoder_q.parameters())
+    params_k = list(encoder_k.parameters())
     if params_k:  # an encoder without parameters is allowed
         torch._foreach_lerp_(params_k, params_q, 1 - m)  # theta_k + (1 - m) (theta_q - theta_k)
 
@@ -35,7 +36,8 @@ def dequeue_and_enqueue(queue, label_queue, queue_ptr, keys, labels):
     stay among the negatives until the queue has gone around. (The scripts end a run before that, since its loss is not
     finite.) Raises ValueError if N > K.
     """
-    size, count = queue.shape[1], len(keys)
+    size = queue.shape[1]
+    count = len(keys)
     if count > size:
         raise ValueError(f"a queue of {size} keys cannot take a batch of {count}; make the queue larger (--moco-k)")
     slots = (queue_ptr + torch.arange(count, device=queue.device)) % size
@@ -52,7 +54,8 @@ _exchange = True
 def without_exchange():
     """Within the block this process computes as if it were the only one, without waiting for the other ranks."""
     global _exchange
-    before, _exchange = _exchange, False
+    before = _exchange
+    _exchange = False
     try:
         yield
     finally:
@@ -64,7 +67,7 @@ def _world_size() -> int:
 
 
 @torch.no_grad()
-def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+def concat_all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors (N, ...) of all ranks, concatenated in the order of ranks; the tensor itself without a group."""
     world_size = _world_size()
     if world_size == 1:
@@ -96,7 +99,8 @@ def forward_shuffle_bn(encoder, images: torch.Tensor, splits: int = 1) -> torch.
     the images that it encodes and no others, and sends their features back to their owners; the host waits for the
     device once, to learn how many images go where.
     """
-    world_size, count = _world_size(), len(images)
+    world_size = _world_size()
+    count = len(images)
     if world_size * splits == 1:
         return encoder(images)
     order = torch.randperm(world_size * count, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
@@ -110,7 +114,8 @@ def forward_shuffle_bn(encoder, images: torch.Tensor, splits: int = 1) -> torch.
     own = slice(dist.get_rank() * count, (dist.get_rank() + 1) * count)
     sources = order[own] // count  # the ranks that own the images order[own], which this rank encodes
     positions = order.argsort()[own]  # of this rank's images in the shuffled order
-    send_order, receive_order = positions.argsort(), sources.argsort(stable=True)  # sorted by destination, by source
+    send_order = positions.argsort()  # by destination
+    receive_order = sources.argsort(stable=True)  # by source
     ranks = torch.arange(world_size, device=order.device)[:, None]
     sent, received = torch.stack([positions // count == ranks, sources == ranks]).sum(2).tolist()
     shuffled[receive_order] = exchange_rows(images[send_order], sent, received)
@@ -140,7 +145,8 @@ class SplitBatchNorm(_BatchNorm):
             return super().forward(x)
         if len(x) % self.splits:
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} equal pieces")
-        momentum, running = self.momentum, []
+        momentum = self.momentum
+        running = []
         means = variances = [None] * self.splits
         if self.running_mean is not None:
             self.num_batches_tracked.add_(1)
@@ -165,5 +171,6 @@ def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
         if isinstance(norm, _BatchNorm):
             if type(norm).forward not in (_BatchNorm.forward, SplitBatchNorm.forward):
                 raise ValueError(f"{type(norm).__name__} cannot be split: its forward pass is not BatchNorm's")
-            norm.__class__, norm.splits = SplitBatchNorm, splits
+            norm.__class__ = SplitBatchNorm
+            norm.splits = splits
     return module

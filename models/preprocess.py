@@ -9,9 +9,13 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+# Of ImageNet.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 MIN_STD = 1e-4
-MIN_SIZE, MAX_SIZE = 8, 4096  # side of a view in pixels
+# Sides of a view in pixels.
+MIN_SIZE = 8
+MAX_SIZE = 4096
 SMALL = 64  # images of at most this size are resized without a central crop
 MAX_ASPECT_RATIO = 20
 
@@ -24,7 +28,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith(("I", "F")):  # convert() would clip, not scale
         values = np.asarray(image)
-        low, high, floats = values.min(), values.max(), image.mode == "F"
+        low = values.min()
+        high = values.max()
+        floats = image.mode == "F"
         twelve_bits = getattr(image, "tag_v2", {}).get(258) == (12,)
         top = 1 if floats and high <= 1 else 255 if high <= 255 else 4095 if twelve_bits else 65535
         if not 0 <= low <= high <= top or (floats and 0 < high < top / 8):
@@ -87,7 +93,9 @@ class EvalTransform:
     """
 
     def __init__(self, size: int = 224, mean=MEAN, std=STD):
-        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.size = size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.view = eval_view(size)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:

@@ -12,7 +12,7 @@ from .backbones import build_backbone
 from .heads import LWS, projection_head
 from .losses import contrastive_loss, distillation_loss
 from .moco import (
-    all_gather,
+    concat_all_gather,
     dequeue_and_enqueue,
     forward_shuffle_bn,
     init_queue,
@@ -64,20 +64,28 @@ class SSFL(Stage):
     image_size: as in build_backbone.
     """
 
-    stage, number, title = "i", "I", "self-supervised guided feature learning"
+    stage = "i"
+    number = "I"
+    title = "self-supervised guided feature learning"
     classifiers = ("linear",)
-    backbone, mark, linear = "encoder_q.", "encoder_k.", "classifier."
+    backbone = "encoder_q."
+    mark = "encoder_k."
+    linear = "classifier."
 
     def __init__(
         self, arch, num_classes, dim=128, queue_size=115712, momentum=0.999, temperature=0.2, contrast=True,
         bn_splits=1, image_size=224,
     ):  # fmt: skip
         super().__init__()
-        self.momentum, self.temperature, self.contrast, self.bn_splits = momentum, temperature, contrast, bn_splits
+        self.momentum = momentum
+        self.temperature = temperature
+        self.contrast = contrast
+        self.bn_splits = bn_splits
         self.encoder_q = build_backbone(arch, image_size)  # f_q
         self.encoder_k = build_backbone(arch, image_size)  # f_k
         num_features = self.encoder_q.num_features
-        self.q_fc, self.k_fc = projection_head(num_features, dim), projection_head(num_features, dim)  # g_q, g_k
+        self.q_fc = projection_head(num_features, dim)  # g_q
+        self.k_fc = projection_head(num_features, dim)  # g_k
         self.classifier = nn.Linear(num_features, num_classes)  # W, b
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.k_fc.load_state_dict(self.q_fc.state_dict())
@@ -139,7 +147,7 @@ class SSFL(Stage):
 
     def _enqueue_pending(self):
         """Moves the pending keys and labels of all ranks into the queue: rank by rank, each rank's in call order."""
-        keys, labels = (all_gather(torch.cat(values)) for values in zip(*self.pending, strict=True))
+        keys, labels = (concat_all_gather(torch.cat(values)) for values in zip(*self.pending, strict=True))
         self.pending = []
         dequeue_and_enqueue(self.queue, self.label_queue, self.queue_ptr, keys, labels)
 
@@ -153,9 +161,13 @@ class SLG(Stage):
     bn_splits, image_size: as in SSFL.
     """
 
-    stage, number, title = "ii", "II", "soft label generation"
+    stage = "ii"
+    number = "II"
+    title = "soft label generation"
     classifiers = ("lws",)
-    backbone, mark, linear = "encoder.", "encoder.", "classifier.fc."
+    backbone = "encoder."
+    mark = "encoder."
+    linear = "classifier.fc."
     takes = ("i", "iii")
     passes = 1
 
@@ -203,14 +215,20 @@ class SDL(Stage):
     distill=False trains the hard classifier alone: no teacher runs, the soft classifier stays as it is, kd_loss is 0.
     """
 
-    stage, number, title = "iii", "III", "joint training with self-distillation"
+    stage = "iii"
+    number = "III"
+    title = "joint training with self-distillation"
     classifiers = ("hard", "soft")
-    backbone, mark, linear = "encoder_q.", "encoder_t.", "classifier."
+    backbone = "encoder_q."
+    mark = "encoder_t."
+    linear = "classifier."
     takes = ("ii",)
 
     def __init__(self, arch, num_classes, temperature=2.0, freeze_bn=False, distill=True, bn_splits=1, image_size=224):
         super().__init__()
-        self.temperature, self.freeze_bn, self.distill = temperature, freeze_bn, distill
+        self.temperature = temperature
+        self.freeze_bn = freeze_bn
+        self.distill = distill
         if not distill:
             self.classifiers = ("hard",)
         self.encoder_q = build_backbone(arch, image_size)
@@ -253,7 +271,8 @@ class SDL(Stage):
             with torch.no_grad():
                 teacher = full_precision(self.classifier_t(self.encoder_t(im)))  # (W_t f_t(x) + b_t) * s_t
         features = self.encoder_q(im)  # h = f(x)
-        hard, soft = full_precision(self.classifier(features)), full_precision(self.classifier_kd(features))
+        hard = full_precision(self.classifier(features))
+        soft = full_precision(self.classifier_kd(features))
         if not self.training:
             return hard, soft
         if not distill:

@@ -60,7 +60,8 @@ def check_command(parser: ArgumentParser, recipe: Path, data: str, flags: list[s
 
 def split_flags(flags: list[str], parsers: dict[str, ArgumentParser]) -> dict[str, list[str]]:
     """name -> the flags, with their values, that its parser has. Raises UserError for a flag that none has."""
-    groups, sources = [], [action for parser in parsers.values() for action in parser.marked(STARTS_FROM).values()]
+    groups = []
+    sources = [action for parser in parsers.values() for action in parser.marked(STARTS_FROM).values()]
     for word in flags:
         if not groups or re.match(r"-(?![\d.])|@", word):
             groups.append([])
@@ -92,11 +93,13 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
                 raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")
     actions = parser.marked(KEPT, IDENTITY)
     for dest in [*parser.marked(KEPT), *({"pretrained", "num_classes"} & actions.keys())]:  # others say how it runs
-        value, action = getattr(args, dest), actions[dest]
+        value = getattr(args, dest)
+        action = actions[dest]
         before = saved.get(dest, value)
         drawn = dest == "seed" and value is None and not saved.get("deterministic")
         if before != value and not drawn:
-            was, now = flag_words(action, before), flag_words(action, value)
+            was = flag_words(action, before)
+            now = flag_words(action, value)
             raise UserError(f"{run}: was trained {was}, not {now}; {remedy}")
 
 
@@ -123,10 +126,13 @@ def checkpoint_bytes(network, args, num_classes: int) -> int:
 
 def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
     """(text, name -> later_NAME); stages: name -> arguments. Raises UserError if lists cannot be read."""
-    lines, work, sizes = [], {}, []
+    lines = []
+    work = {}
+    sizes = []
     for name, own in stages.items():
         splits = read_splits(own.data, own.train_list, own.val_list, own.test_list)
-        images, network = len(splits[0].images), NETWORKS[STAGES[name].__name__.removeprefix("ssd_stage_")]
+        images = len(splits[0].images)
+        network = NETWORKS[STAGES[name].__name__.removeprefix("ssd_stage_")]
         done = own.epochs if (args.out / name / "results.json").exists() else len(read_log(args.out / name))
         status = {0: "", own.epochs: "; done"}.get(done, f"; {done} are done")
         lines.append(f"  {name}: {own.epochs} epochs of {images:,} images{status}")
@@ -136,7 +142,8 @@ def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
     disk = 3 * sum(sizes) + max(sizes), shutil.disk_usage(place).free  # last, previous, best; one is being written
     disk = "up to {:,.1f} GB in OUT, {:,.1f} GB are free".format(*(size / 1e9 for size in disk))
     counts = ", ".join(f"{len(split.images):,} {split.name}" for split in splits)
-    later, names = {}, list(work)
+    later = {}
+    names = list(work)
     for i, name in enumerate(names):
         later[name] = sum(count * passes for count, passes in map(work.get, names[i + 1 :])) // work[name][1]
     return "\n".join([f"plan: {counts} images; {disk}", *lines]), later
@@ -158,7 +165,9 @@ def find_begun(out: Path) -> list[str]:
 
 
 def check_all(args):
-    parsers, stages, network = {name: script.get_parser() for name, script in STAGES.items()}, {}, {}
+    parsers = {name: script.get_parser() for name, script in STAGES.items()}
+    stages = {}
+    network = {}
     flags = split_flags(args.flags, parsers)
     begun = find_begun(args.out)
     for name, parser in parsers.items():

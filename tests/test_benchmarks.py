@@ -132,7 +132,7 @@ def test_baseline_step_equals_the_scripts_step(stage):
     args = arguments()
     ours, plain = step.Ours(stage, "float32", args), step.Baseline(stage, args)
     plain.model.load_state_dict(ours.model.state_dict())
-    views, labels = step.batch_of(stage, args.batch, args)
+    views, labels = step.make_batch(stage, args.batch, args)
     for _ in range(3):
         loss = ours.loss(views, labels)
         read = plain([normalize(view) for view in views], labels)
@@ -167,7 +167,7 @@ def test_nothing_is_read_or_printed_between_timed_steps(monkeypatch, capsys):
     args = arguments()
     ours = step.Ours("ii", "float32", args)
     for _ in range(12):  # the scripts print every 10 steps
-        ours(*step.batch_of("ii", args.batch, args))
+        ours(*step.make_batch("ii", args.batch, args))
     assert ours.state.step == 12 and capsys.readouterr() == ("", "")
 
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.helpers import LAST, SCRIPTS, STAGES, assert_mistake, call, run_stage, source
+from tests.helpers import LAST, SCRIPTS, STAGES, assert_mistake, call, run_stage, source, stage_flags
 from utils.command_line import (
     ALIKE,
     EVALUATION,
@@ -15,7 +15,7 @@ from utils.command_line import (
     NETWORK,
     RUN_ONLY,
     STARTS_FROM,
-    facts_of,
+    get_facts,
     option_name,
 )
 from utils.errors import UserError
@@ -87,7 +87,7 @@ def test_the_facts_of_every_flag_are_consistent(stage):
     flags = parser.marked(*known)
     assert flags.keys() == vars(args).keys() & {a.dest for a in parser._actions if a.option_strings} >= {"lr", "resume"}
     for name, action in flags.items():
-        facts = facts_of(action)
+        facts = get_facts(action)
         assert facts <= known, name
         assert not {NETWORK, EVALUATION} & facts or KEPT in facts, f"{name}: a checkpoint has to keep it"
         assert STARTS_FROM not in facts or not {KEPT, GOES_ON} & facts, f"{name}: names the file of one run"
@@ -143,8 +143,17 @@ def test_the_next_command_of_a_run_in_this_folder_names_those_beside_it(plain_tr
     assert f"--output_dir {run}_tuned" in outcome.out and f"utils.report {tmp_path / 'runs'}\n" in outcome.out
 
 
-def test_the_next_command_repeats_what_a_resumed_run_took_from_its_checkpoint(trained, plain_tree, tmp_path):
-    flags = ["--freeze-bn", "--epochs", 1, *source("ii", trained)]
-    run_stage("ii", plain_tree, tmp_path / "run", *flags)
-    outcome = run_stage("ii", plain_tree, tmp_path / "again", "--resume", tmp_path / "run" / LAST)
-    assert "--freeze-bn" in outcome.out
+@pytest.mark.parametrize("seed", [[], ["--seed=5"]], ids=["drawn", "given"])
+def test_the_next_command_repeats_what_a_resumed_run_took_from_its_checkpoint(plain_tree, tmp_path, seed):
+    """But no seed that was drawn, as without a resume."""
+
+    def run(out, *flags):
+        words = stage_flags("i", plain_tree, tmp_path / out, flags)
+        at = words.index("--seed")
+        return call("i", words[:at] + words[at + 2 :])
+
+    run("run", "--jitter", 0.2, "--epochs", 1, *seed)
+    outcome = run("again", "--resume", tmp_path / "run" / LAST)
+    following = outcome.out.partition("next:\n")[2]
+    assert "--jitter 0.2" in following
+    assert "--seed 5" in following if seed else "--seed" not in following

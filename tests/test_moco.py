@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from models.moco import all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
+from models.moco import concat_all_gather, dequeue_and_enqueue, forward_shuffle_bn, init_queue, momentum_update
 from tests.helpers import on_ranks
 
 pytestmark = pytest.mark.method
@@ -291,10 +291,13 @@ def test_stage_two_takes_the_named_classifier():
 
 def shuffle_by_all_gather(encoder, images):
     """forward_shuffle_bn in its plain form, in which every rank receives the images of all ranks."""
-    everything, local = all_gather(images), slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
+    everything, local = (
+        concat_all_gather(images),
+        slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images)),
+    )
     order = torch.randperm(len(everything))
     dist.broadcast(order, src=0)
-    return all_gather(encoder(everything[order[local]]))[order.argsort()[local]]
+    return concat_all_gather(encoder(everything[order[local]]))[order.argsort()[local]]
 
 
 def shuffled_both_ways(rank, layout):

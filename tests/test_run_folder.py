@@ -37,7 +37,7 @@ from tests.helpers_processes import wait_until
 from utils import checkpoint as under_test
 from utils import pretrained
 from utils.arguments import settle_defaults
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.files import lock_folder
 from utils.log import append_epoch, environment
 from utils.results.records import read_runs, run_folders
@@ -326,12 +326,15 @@ def test_a_list_that_has_changed_since_the_checkpoint_is_named(folder, trained, 
     shorter = tmp_path / "shorter.txt"
     shorter.write_text((plain_tree / "train.txt").read_text().partition("\n")[2])
     other = ["--train-list", shorter]
-    assert words not in run_stage("i", plain_tree, folder, "--cos", "--resume", "auto").out
-    outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto", *other)
+    swapped = ["--val-list", plain_tree / "test.txt", "--test-list", plain_tree / "val.txt"]
+    assert "was trained with" not in run_stage("i", plain_tree, folder, "--cos", "--resume", "auto").out
+    outcome = run_stage("i", plain_tree, folder, "--cos", "--epochs", 3, "--resume", "auto", *other, *swapped)
     assert outcome.status == 0 and f"warning: {folder}/{words}" in outcome.out
+    assert "with another validation list" in outcome.out and "with another test list" in outcome.out
     assert args_of(folder)["list_checksums"]["train"] != args_of(trained["i"])["list_checksums"]["train"]
-    flags = ["--epochs", 1, *source("ii", trained), *other]
-    assert words in run_stage("ii", plain_tree, tmp_path / "ii", *flags).out
+    flags = ["--epochs", 1, *source("ii", trained), *other, *swapped]
+    outcome = run_stage("ii", plain_tree, tmp_path / "ii", *flags)
+    assert words in outcome.out and outcome.out.count("was trained with") == 1
     flags = ["--evaluate", "--resume", trained["i"] / LAST, *other]
     assert words not in run_stage("i", plain_tree, tmp_path / "e", *flags).out
 
@@ -363,7 +366,7 @@ def test_what_a_file_system_need_not_offer_is_done_without(tmp_path, monkeypatch
         return real(what, *args, **options)
 
     monkeypatch.setattr(os, name, refused)
-    with pytest.raises(UserError, match=r"Input/output error") if error == "EIO" else contextlib.nullcontext():
+    with pytest.raises(Unavailable, match=r"Input/output error") if error == "EIO" else contextlib.nullcontext():
         for epoch in (1, 2):
             append_epoch(tmp_path, {"epoch": epoch})
             under_test.write(tmp_path, {"epoch": epoch}, is_best=True)

@@ -146,8 +146,22 @@ def test_fp16_does_not_take_a_loss_that_is_not_finite_for_an_overflow(tmp_path):
         loss = factor * model.classifier.scales.sum()
         state.backward(loss)
         state.metrics.update({"loss": loss}, (), None)
-    with pytest.raises(UserError, match="the loss is not finite"):
+    with pytest.raises(UserError, match="the loss or another figure is not finite"):
         state.optimizer_step(optimizer)
+
+
+def test_a_figure_that_is_not_finite_ends_the_run_too(tmp_path):
+    """The averages of a checkpoint within the epoch could not hold it."""
+    model = STAGES["ii"]("resnet8", CLASSES)
+    _, optimizer, state = step_of("ii", model, tmp_path)
+    state.loader = InMemory(1)
+    state.loader.locate = lambda: "images"
+    loss = model.classifier.scales.sum()
+    state.backward(loss)
+    state.metrics.update({"loss": loss, "confidence": math.nan * loss}, (), None)
+    with pytest.raises(UserError, match=r"not finite \(confidence\)"):
+        state.optimizer_step(optimizer)
+    assert (model.classifier.scales == 1).all()
 
 
 def test_a_momentum_that_is_not_finite_is_not_saved(tmp_path):

@@ -10,13 +10,15 @@ import struct
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers import LAST, ROOT, args_of, call, run_stage, stage_flags
 from tests.helpers_processes import wait_until
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
+from utils.launch import failures
 
 
 class Terminal:
@@ -161,6 +163,29 @@ def test_traceback_prints_the_stack_of_a_command_before_the_line(monkeypatch, ca
     assert run_command(fail, ArgumentParser(prog="program"), []) == status
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and "in fail\n" in err and err.endswith(f"\n{line}")
+
+
+def test_traceback_shows_every_error_that_was_replaced(monkeypatch, capsys):
+    """Also on a rank whose line rank 0 prints."""
+    try:
+        try:
+            try:
+                1 / 0  # noqa: B018
+            except ZeroDivisionError:
+                raise ValueError("inner") from None
+        except ValueError:
+            raise UserError("outer", on_all_ranks=True) from None
+    except UserError as error:
+        monkeypatch.setenv("TRACEBACK", "1")
+        monkeypatch.setattr(failures, "get_dist_info", lambda: SimpleNamespace(rank=1))
+        assert failures.describe_failure(error) == (2, "")
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "ValueError: inner" in err and "UserError: outer" in err
+
+
+@pytest.mark.parametrize("kind", [UserError, Unavailable])
+def test_a_message_is_one_line_without_commands_for_the_terminal(kind):
+    assert str(kind("a\x1b[2Jb\nc")) == r"a\x1b[2Jb\nc"
 
 
 def test_a_command_whose_output_is_closed_ends_quietly():

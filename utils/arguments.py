@@ -77,7 +77,8 @@ class TrainingParser(ArgumentParser):
 
         Such a recipe may say what the checkpoint would, so with one the words that describe the network go on too.
         """
-        given, actions = args.given, self.marked(GOES_ON)
+        given = args.given
+        actions = self.marked(GOES_ON)
         if args.recipes:
             own = [END if word.startswith("@") else word for word in words]
             given = super().parse_args(own if args.data in own else [*own, args.data]).given  # DIR may be in a recipe
@@ -250,7 +251,8 @@ def add_process_flags(group):
 
 def check_arguments(args):
     """Raises UserError if two values contradict each other, or one cannot be used on this machine."""
-    most, gpus = max(32, WORKERS_PER_CORE * num_cores()), torch.cuda.device_count()
+    most = max(32, WORKERS_PER_CORE * num_cores())
+    gpus = torch.cuda.device_count()
     for name in args.recipes:
         script = f"ssd_{Path(name).stem}.py"
         if {script, args.program} <= SCRIPTS and script != args.program:
@@ -271,7 +273,8 @@ def check_arguments(args):
             args.device == "cuda" and not torch.cuda.is_available(),
         f"--gpu {args.gpu}: contradicts --device cpu; leave one of them out":
             args.gpu is not None and args.device == "cpu",
-        f"--gpu {args.gpu}: this machine has {gpus} CUDA devices": args.gpu is not None and args.gpu >= gpus,
+        f"--gpu {args.gpu}: this machine has {gpus} CUDA devices; correct it, or leave it out":
+            args.gpu is not None and args.gpu >= gpus,
         "--gpu: one GPU contradicts --multiprocessing-distributed; leave one of them out":
             args.gpu is not None and args.multiprocessing_distributed,
     }  # fmt: skip
@@ -346,7 +349,8 @@ def check_queue(args, loader):
     """
     if args.evaluate or args.con_weight == 0:
         return
-    num_images, images_per_step = len(loader.dataset), loader.images_per_step * get_world_size()
+    num_images = len(loader.dataset)
+    images_per_step = loader.images_per_step * get_world_size()
     if args.moco_k < images_per_step:
         raise UserError(
             f"--moco-k {args.moco_k}: the queue must hold at least one step's {images_per_step} keys; raise it, or "

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import models
-from models.loading import class_names_of, is_soft_trained, read_checkpoint, transform_of
+from models.loading import build_transform, is_soft_trained, read_checkpoint, read_class_names
 from models.state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module
 
 from .command_line import EVALUATION, GOES_ON, KEPT, NETWORK, option_words
@@ -82,7 +82,8 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
     Raises UserError, on all ranks, if it cannot be read, is of another stage than receiver takes, is incomplete, or has
     another backbone than --arch. hint: an alternative, for the message if the flag is missing.
     """
-    path, soft = getattr(args, flag.lstrip("-").replace("-", "_")), "soft" in options
+    path = getattr(args, flag.lstrip("-").replace("-", "_"))
+    soft = "soft" in options
     stages = [stage for stage in receiver.takes if not soft or "soft" in models.STAGES[stage].classifiers]
     bring_back(path)
     with raise_on_all_ranks():
@@ -136,7 +137,8 @@ def read(path, flag: str) -> dict:
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
         raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
     content |= {name: int(content[name]) for name in ("epoch", "step", "images") if name in content}
-    content["best_acc1"] = float(content.get("best_acc1", 0.0))
+    best = float(content.get("best_acc1", 0.0))
+    content["best_acc1"] = best / 100 if best > 1 else best  # published scripts count in percent
     return content
 
 
@@ -144,12 +146,12 @@ def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     """A checkpoint of one of the stages. Raises UserError as read does, and if it belongs to another stage."""
     content = read(path, flag)
     try:
-        image_size = transform_of(content).size
+        image_size = build_transform(content).size
         found = models.infer_stage_and_arch(content["state_dict"], image_size)
         if found is None:
             names = f"the names of its weights, such as {min(content['state_dict'], default='none')},"
             raise ValueError(f"{names} belong to no stage of SSD-LT")
-        class_names_of(content, found["num_classes"])
+        read_class_names(content, found["num_classes"])
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct {flag}") from None
     if found["stage"] not in stages:
@@ -249,7 +251,10 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
     Prints a warning for every given flag that differs from what was saved. Raises UserError if the command line could
     not give a saved value, or if the checkpoint has another backbone.
     """
-    actions, taken, warnings, found = parser.marked(*facts), [], [], loaded.found
+    actions = parser.marked(*facts)
+    taken = []
+    warnings = []
+    found = loaded.found
     shapes = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
     saved = loaded.content.get("args", {}) | {name: value for name, value in shapes.items() if value is not None}
     for name, value in saved.items():
@@ -266,7 +271,7 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
             continue
         setattr(args, name, value)
         taken.append(words)
-        if name in parser.marked(GOES_ON):
+        if name in parser.marked(GOES_ON) and (name != "seed" or loaded.run.get("deterministic")):  # not a drawn one
             args.following.append(words)
     args.deterministic = args.deterministic or bool(KEPT in facts and loaded.run.get("deterministic"))
     check_compatible(loaded, args.arch)
@@ -280,7 +285,9 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
     """Raises UserError, the same on all ranks, if a checkpoint has another backbone or number of classes."""
     if loaded is None:
         return
-    problem, backbone, classes = "", loaded.found["arch"] or "unknown", loaded.found["num_classes"]
+    problem = ""
+    backbone = loaded.found["arch"] or "unknown"
+    classes = loaded.found["num_classes"]
     if backbone != arch:
         problem = f"its backbone is {backbone}, not {arch}; correct --arch or {loaded.flag}"
     elif num_classes not in (None, classes):
@@ -328,7 +335,8 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
                 raise UserError(message) from None
         if not content.get("optimizer"):
             print_main(f"warning: {loaded.path} has no optimizer, like an export: the momentum starts at 0")
-        state.epoch, state.step = content.get("epoch", 0), content.get("step", 0)
+        state.epoch = content.get("epoch", 0)
+        state.step = content.get("step", 0)
         state.best = content["best_acc1"]  # of published checkpoints: over all images
         if state.best and content.get("best_metric") != BEST_METRIC and not data.val_balanced:
             state.best = 0.0
@@ -353,7 +361,8 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     the epoch over. Raises UserError if the epoch has fewer images here than were seen.
     """
     world_size = get_world_size()
-    per_step, per_epoch = train_loader.images_per_step * world_size, train_loader.images_per_epoch * world_size
+    per_step = train_loader.images_per_step * world_size
+    per_epoch = train_loader.images_per_epoch * world_size
     state.images = loaded.content.get("images", state.step * per_step)
     saved = loaded.run.get("world_size", world_size)
     # With W processes an epoch has up to W - 1 images twice, so that all have as many.
@@ -369,14 +378,16 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     how = f"continues after its first {state.images} images"
     if train_loader.depends_on_ranks:
         how = "starts over, since its batches are different now"
-        state.step, state.images = 0, 0
+        state.step = 0
+        state.images = 0
         state.metrics.reset()
     print_main(f"warning: epoch {state.epoch + 1} {how}")
 
 
 def restore_model(loaded: LoadedCheckpoint, model):
     """Loads all weights and buffers. Raises UserError naming the first entry that does not fit."""
-    state_dict, queue = loaded.state_dict, loaded.state_dict.get("queue")
+    state_dict = loaded.state_dict
+    queue = loaded.state_dict.get("queue")
     if queue is not None and hasattr(model, "queue") and queue.dim() == 2 and queue.shape != model.queue.shape:
         dim, size = queue.shape
         raise UserError(f"{loaded.path}: its queue has {size} keys of {dim}; use --moco-k {size} --moco-dim {dim}")
@@ -431,7 +442,7 @@ def save(state, is_best: bool = False):
     with raise_on_all_ranks():
         if is_main_process():
             check_finite(state)
-            write(state.args.output_dir, checkpoint_of(state, averages), is_best)
+            write(state.args.output_dir, build_checkpoint(state, averages), is_best)
             if state.args.overwrite:  # the run that was set aside goes
                 settle(state.args.output_dir)
     heartbeat()
@@ -447,7 +458,7 @@ def check_finite(state):
             raise UserError(f"not saved, since {name} is not finite: lower --lr; earlier checkpoints are kept")
 
 
-def checkpoint_of(state, averages: dict | None) -> dict:
+def build_checkpoint(state, averages: dict | None) -> dict:
     """The content of a training state's checkpoint; averages: the epoch's metrics so far, of all ranks."""
     args = state.args
     return {

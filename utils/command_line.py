@@ -13,7 +13,11 @@ from .errors import Unavailable, UserError, drop_unwritable_output, one_line, pr
 from .files import is_dir
 
 __version__ = "1.0.0"
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
+# Exit statuses.
+USER_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
 NOT_GIVEN = object()
 END = "--end-of-recipe"  # stands after the words of a recipe, so that its last flag does not take the word after @FILE
 MAX_DEPTH = 10  # of recipes within recipes
@@ -82,20 +86,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def knows(self, word: str) -> bool:
         """Whether a word names one of the flags, or is a short one with its value, such as -b64."""
-        names, name = set(map(with_hyphens, self._option_string_actions)), with_hyphens(word.partition("=")[0])
+        names = set(map(with_hyphens, self._option_string_actions))
+        name = with_hyphens(word.partition("=")[0])
         return name in names or (not word.startswith("--") and word[:2] in names)
 
     def marked(self, *facts: str) -> dict[str, argparse.Action]:
         """The flags of which one of the facts holds, by destination; of --flag and --no-flag the first declared."""
         found = {}
         for action in self._actions:
-            if has_value(action) and not set(facts).isdisjoint(facts_of(action)):
+            if has_value(action) and not set(facts).isdisjoint(get_facts(action)):
                 found.setdefault(action.dest, action)
         return found
 
     def check_value(self, action: argparse.Action, value):
         """Raises UserError if the command line could not give a flag this value, which comes from a file."""
-        namespace, words = argparse.Namespace(), option_words(action, value)
+        namespace = argparse.Namespace()
+        words = option_words(action, value)
         name, *values = shlex.split(words)
         is_flag = any(word.startswith("-") for word in values)  # such as --help, which would end the run
         try:
@@ -165,7 +171,7 @@ def add_flag(group, *names_and_facts: str, **options):
     group.add_argument(*names, **options).facts = {word for word in names_and_facts if word not in names}
 
 
-def facts_of(action: argparse.Action) -> set[str]:
+def get_facts(action: argparse.Action) -> set[str]:
     """What holds of a flag: also KEPT and IDENTITY unless it is RUN_ONLY, and ALIKE if it is one of these."""
     facts = set(getattr(action, "facts", ()))
     if action.option_strings and RUN_ONLY not in facts:

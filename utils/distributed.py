@@ -90,7 +90,10 @@ class Progress:
     bar = None  # the one on the screen
 
     def __init__(self, title: str, total: int, every: int, initial: int = 0):
-        self.title, self.total, self.every, self.done = title, total, every, initial
+        self.title = title
+        self.total = total
+        self.every = every
+        self.done = initial
         if is_main_process() and sys.stderr.isatty():
             columns = min(80, shutil.get_terminal_size().columns)
             form = "{desc} |{bar}| {n_fmt}/{total_fmt} {postfix}"
@@ -136,7 +139,10 @@ class StopState:
     """What this process knows of requests to stop, which signals.py notes."""
 
     def __init__(self, interactive: bool = False):
-        self.requested, self.deferred, self.heartbeat, self.ended = False, False, 0.0, threading.Event()
+        self.requested = False
+        self.deferred = False
+        self.heartbeat = 0.0
+        self.ended = threading.Event()
         self.interactive = interactive  # whether stderr is a terminal
 
 

@@ -22,17 +22,17 @@ class EndOfRun(Exception):
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
 
-
-class UserError(EndOfRun):
-    """A mistake that the user can correct: its one line names the file, line or flag and says how."""
-
     def __str__(self):
         """On one line, whatever characters a file's name contains."""
         return printable(super().__str__())
 
 
+class UserError(EndOfRun):
+    """A mistake that the user can correct: its one line names the file, line or flag and says how."""
+
+
 class Unavailable(EndOfRun):
-    """The system has failed to read a file in a way that passes: the same command may succeed later."""
+    """The system has failed to read or write in a way that passes: the same command may succeed later."""
 
 
 def system_error(error: BaseException | None) -> OSError | None:
@@ -72,8 +72,11 @@ def one_line(error: BaseException) -> str:
 
 
 def format_stack(error: BaseException) -> str:
-    """The traceback of an error, and of the one that it replaces; of a data worker's, first the traceback there."""
-    error.__suppress_context__ = False
+    """The traceback of an error, and of those that it replaces; of a data worker's, first the traceback there."""
+    replaced = error
+    while replaced is not None:
+        replaced.__suppress_context__ = False
+        replaced = replaced.__cause__ or replaced.__context__
     return getattr(error, "worker_stack", "") + "".join(traceback.format_exception(error)).rstrip()
 
 

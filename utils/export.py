@@ -138,7 +138,8 @@ def published_content(loaded: LoadedCheckpoint) -> dict:
 
 def check_out(args, arch: str):
     """Raises UserError if OUT cannot be written, exists and may not be replaced, or is not of the format."""
-    out, file_format = args.out, args.format
+    out = args.out
+    file_format = args.format
     if file_format == "torchvision" and arch not in TORCHVISION:
         raise UserError(f"--format torchvision: {arch} is not one of torchvision's ResNets; use --format onnx")
     if file_format != "onnx" and out.suffix == ".onnx":
@@ -168,7 +169,9 @@ def run(args):
     if args.format not in ("onnx", "network") and args.classes:
         raise UserError(f"--classes: a file of --format {args.format} has no names of classes; leave it out")
     model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
-    arch, classes, view = loaded.found["arch"], loaded.found["num_classes"], model.transform
+    arch = loaded.found["arch"]
+    classes = loaded.found["num_classes"]
+    view = model.transform
     check_out(args, arch)
     if args.format == "published":
         write(args.out, published_content(loaded), _use_new_zipfile_serialization=False)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from .errors import UserError, one_line, printable, retry, system_error
+from .errors import PASSING, Unavailable, UserError, one_line, printable, retry, system_error
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP}
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # all others do not say that a file is missing
@@ -31,7 +31,7 @@ def optional_service():
             raise
 
 
-def mode_of(path, follow: bool = True) -> int:
+def get_mode(path, follow: bool = True) -> int:
     """The st_mode of what is at a path, 0 if nothing is found; follow: of a link's target.
 
     Where the system cannot look, which os.path.exists and others take for a missing file, raises Unavailable if that
@@ -48,23 +48,23 @@ def mode_of(path, follow: bool = True) -> int:
 
 
 def is_file(path) -> bool:
-    """os.path.isfile, but for mode_of."""
-    return stat.S_ISREG(mode_of(path))
+    """os.path.isfile, but for get_mode."""
+    return stat.S_ISREG(get_mode(path))
 
 
 def is_dir(path) -> bool:
-    """os.path.isdir, but for mode_of."""
-    return stat.S_ISDIR(mode_of(path))
+    """os.path.isdir, but for get_mode."""
+    return stat.S_ISDIR(get_mode(path))
 
 
 def lexists(path) -> bool:
-    """os.path.lexists, but for mode_of."""
-    return mode_of(path, follow=False) != 0
+    """os.path.lexists, but for get_mode."""
+    return get_mode(path, follow=False) != 0
 
 
 def check_link(path):
     """Raises UserError, which names the target, for a link that leads nowhere."""
-    if lexists(path) and not mode_of(path):
+    if lexists(path) and not get_mode(path):
         raise UserError(broken_link(path))
 
 
@@ -117,12 +117,16 @@ def flush(file):
 
 @contextmanager
 def name_failure(path, kept: str):
-    """Makes a failure to write `path` a UserError that names the file, the system's reason, and what is kept."""
+    """Makes a failure to write `path` a UserError that names the file, the system's reason, and what is kept.
+
+    Unavailable if it passes; it is not tried again, since the system may have lost what it could not write.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        reason = one_line(system_error(error) or error)
-        raise UserError(f"{path}: cannot be written ({reason}); {kept}") from None
+        found = system_error(error)
+        kind = Unavailable if found is not None and found.errno in PASSING else UserError
+        raise kind(f"{path}: cannot be written ({one_line(found or error)}); {kept}") from None
 
 
 def lock_folder(folder):
@@ -184,9 +188,14 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
     file with a wanted name: under its own path or, if it lies elsewhere, that of the first link. A link to a folder
     around root is left out. Raises UserError for a folder that may not be read or searched, and OSError.
     """
-    top, tree = os.path.realpath(root), {}  # real folder: (folder, names)
-    folders, links, file_links = deque([os.fspath(root)]), deque(), []
-    hidden, repeated, broken = [], [], []
+    top = os.path.realpath(root)
+    tree = {}  # real folder: (folder, names)
+    folders = deque([os.fspath(root)])
+    links = deque()
+    file_links = []
+    hidden = []
+    repeated = []
+    broken = []
     with name_refused():
         while folders or links:
             if not folders:  # all real folders come before the first link
@@ -210,7 +219,7 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
                     tree[real][1].append(name)
     own = {f"{real}/{name}" for real, (_, names) in tree.items() if file_links for name in names if is_wanted(name)}
     for link in sorted(file_links, key=lambda link: (not is_wanted(os.path.basename(link)), link)):
-        if not is_wanted(os.path.basename(link)) and not mode_of(link):
+        if not is_wanted(os.path.basename(link)) and not get_mode(link):
             broken.append(link)
         elif (real := os.path.realpath(link)) in own:
             repeated.append(link)

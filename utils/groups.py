@@ -9,7 +9,9 @@ import torch
 
 from .errors import printable
 
-MANY_ABOVE, FEW_BELOW = 100, 20  # training images per class (Liu et al., 2019)
+# Training images of a class (Liu et al., 2019).
+MANY_ABOVE = 100
+FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
 MAX_NAMES = 4 * 2**20  # bytes of a file of class names; checkpoints contain the names too
 

@@ -58,11 +58,13 @@ def load_rgb(file, read=to_rgb) -> Image.Image:
     except (EndOfRun, MemoryError):
         raise
     except FileNotFoundError:
-        raise UserError(f"{file}: no such image") from None
+        raise UserError(f"{file}: no such image; restore it, or remove its line") from None
     except UnidentifiedImageError:
         raise UserError(f"{file}: not an image that can be read; convert it to JPEG or replace the file") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+        raise UserError(
+            f"{file}: a decompression bomb, over {2 * Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
+        ) from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
         number = getattr(error, "errno", None)  # of the system's errors
         if number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):

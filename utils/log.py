@@ -23,7 +23,8 @@ from .groups import GROUPS, shot_groups
 
 def run_summary(state, data) -> str:
     """The settings of a training or evaluation, one line each; state: its TrainState, data: its Data."""
-    args, parameters = state.args, list(state.model.parameters())
+    args = state.args
+    parameters = list(state.model.parameters())
     groups = torch.bincount(shot_groups(data.train_counts), minlength=len(GROUPS)).tolist()
     shots = ", ".join(f"{count} {name}" for count, name in zip(groups, GROUPS, strict=True))
     images = f"{int(data.train_counts.sum()):,} training, {len(data.test.dataset):,} test"
@@ -32,7 +33,8 @@ def run_summary(state, data) -> str:
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
     precision = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.amp]
-    threads, processes = torch.get_num_threads(), get_world_size()
+    threads = torch.get_num_threads()
+    processes = get_world_size()
     device = f"CPU with {threads} thread{'s' * (threads > 1)}"
     if data.test.device.type == "cuda":
         device = torch.cuda.get_device_name(data.test.device)
@@ -107,7 +109,8 @@ def append_epoch(folder, record: dict):
 
 def truncate_log(folder, epochs: int):
     """Removes the lines of log.txt after the given number of epochs, and a line that a crash cut short."""
-    path, kept = Path(folder) / "log.txt", []
+    path = Path(folder) / "log.txt"
+    kept = []
     try:
         lines = retry(Path.read_text, path).splitlines() if lexists(path) else []
         if lines and not epochs and not lines[0].startswith("{"):

@@ -50,8 +50,10 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
             return 0
         return int(fewest + (ROOM * available - few) / (many - few) * (batch_size - fewest)) // splits * splits
 
-    images, processes = batch_size * accum_steps, get_dist_info().local_world_size  # images of a step, in one process
-    largest, remedies = largest_batch(accum_steps), []
+    images = batch_size * accum_steps  # images of a step, in one process
+    processes = get_dist_info().local_world_size
+    largest = largest_batch(accum_steps)
+    remedies = []
     if largest:
         remedies.append(f"--batch-size {largest * accum_steps * processes}")
     largest = largest_batch(2)  # any --accum-steps above 1 needs as much
@@ -81,7 +83,8 @@ def activation_memory(model, batch_size: int, image_size: int, dtype, device) ->
     mode = FakeTensorMode()
     fakes = {id(tensor): mode.from_tensor(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     fake = copy.deepcopy(model, fakes.copy()).train()
-    saved, in_module = [], []
+    saved = []
+    in_module = []
 
     def note_module(module, inputs, output):
         in_module.append(storage_bytes([value for value in (*inputs, output) if torch.is_tensor(value)], held))
@@ -126,7 +129,8 @@ def available_memory(device, proc=Path("/proc"), groups=Path("/sys/fs/cgroup")) 
     found = [(int(line.split()[1]) * 1024, "MemAvailable") for line in lines]
     for path in [line[4:] for line in read_lines(proc / "self/cgroup") if line.startswith("0::/")]:
         for group in (groups / path, *(groups / path).parents):
-            limit, used = read_lines(group / "memory.max"), read_lines(group / "memory.current")
+            limit = read_lines(group / "memory.max")
+            used = read_lines(group / "memory.current")
             if limit and used and limit[0].isdecimal():
                 stat = dict(line.split() for line in read_lines(group / "memory.stat"))
                 cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))  # the kernel drops these

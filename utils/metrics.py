@@ -26,7 +26,9 @@ class Stopwatch:
     """Of an epoch since it began or was resumed: the images of all ranks, the time, and the time without data."""
 
     def __init__(self):
-        self.images, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.images = 0
+        self.seconds = 0.0
+        self.data_seconds = 0.0
         self.start = self.latest = time.perf_counter()
 
     def data_arrived(self):
@@ -51,12 +53,16 @@ class MetricLogger:
     """
 
     def __init__(self, device, classifiers: tuple[str, ...], accum_steps: int = 1):
-        self.device, self.classifiers, self.accum_steps = device, classifiers, accum_steps
+        self.device = device
+        self.classifiers = classifiers
+        self.accum_steps = accum_steps
         self.reset()
 
     def reset(self):
         """Begins an epoch."""
-        self.names, self.sums, self.updates = (), None, 0
+        self.names = ()
+        self.sums = None
+        self.updates = 0
         self.source = None  # the file that the sums so far were read from
         self.clock = Stopwatch()
 
@@ -73,9 +79,11 @@ class MetricLogger:
         values = dict(figures)
         for name, scores in zip(self.classifiers, logits, strict=False):  # stage III without a teacher has one
             _, top1, top5 = topk_hits(scores.detach(), labels)
-            values[f"top1_{name}"], values[f"top5_{name}"] = top1.float().mean(), top5.float().mean()
+            values[f"top1_{name}"] = top1.float().mean()
+            values[f"top5_{name}"] = top5.float().mean()
         if self.updates and tuple(values) != self.names:
-            names, own = ", ".join(self.names), ", ".join(values)
+            names = ", ".join(self.names)
+            own = ", ".join(values)
             what = f"metrics.update(): the epoch's averages are of {names}, this micro-batch has {own}"
             remedy = "log the same figures in every micro-batch"
             if self.source is not None:
@@ -83,7 +91,8 @@ class MetricLogger:
                 remedy = "resume from a checkpoint that was saved after an epoch (previous or best)"
             raise UserError(f"{what}; {remedy}", on_all_ranks=True)
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
-        self.names, self.sums = tuple(values), stacked if self.sums is None else self.sums.add_(stacked)
+        self.names = tuple(values)
+        self.sums = stacked if self.sums is None else self.sums.add_(stacked)
         self.updates += 1
 
     def not_finite(self) -> list[str]:
@@ -112,7 +121,9 @@ class MetricLogger:
         """
         sums = torch.tensor(state["sums"], dtype=torch.float64)  # (processes, names)
         own = sums[get_rank()] if len(sums) == get_world_size() else sums.mean(0)
-        self.names, self.sums, self.source = tuple(state["names"]), own.to(self.device), source
+        self.names = tuple(state["names"])
+        self.sums = own.to(self.device)
+        self.source = source
         self.updates = state["steps"] * self.accum_steps
 
     @staticmethod
@@ -143,7 +154,8 @@ class ShotAccuracy:
 
     def __init__(self, train_counts: torch.Tensor, device, classes: list[str] | None = None):
         num_classes = len(train_counts)
-        self.train_counts, self.classes = train_counts, classes
+        self.train_counts = train_counts
+        self.classes = classes
         self.top1, self.top5, self.images = torch.zeros(3, num_classes, dtype=torch.long, device=device)
         cells = shot_groups(train_counts) if num_classes > MAX_CONFUSION else torch.arange(num_classes)
         self.cells = cells.to(device)  # class -> its row and column in the confusion matrix
@@ -169,7 +181,8 @@ class ShotAccuracy:
         flat = all_reduce(torch.cat([self.top1, self.top5, self.images, self.confusion])).cpu()
         top1, top5, images = flat[: -(self.side**2)].view(3, -1)
         confusion = flat[-(self.side**2) :].view(self.side, self.side)
-        groups, count = shot_groups(self.train_counts), int(images.sum())
+        groups = shot_groups(self.train_counts)
+        count = int(images.sum())
         is_full = self.side == len(self.train_counts)
         of_group = F.one_hot(groups, len(GROUPS))
         between = of_group.T @ confusion @ of_group if is_full else confusion

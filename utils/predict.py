@@ -27,7 +27,7 @@ from tqdm import tqdm
 from datasets.lists import ImageList
 from datasets.splits import CLASSES_FILE, Split, find_files, split_named
 from models import STAGES
-from models.loading import network_of
+from models.loading import build_network
 from models.preprocess import normalize
 
 from . import checkpoint
@@ -35,7 +35,7 @@ from .arguments import MAX_PROCESSES
 from .command_line import ArgumentParser, run_command, whole_number
 from .distributed import num_cores
 from .errors import UserError, one_line, printable, retry
-from .files import atomic_write, check_link, is_dir, is_file, mode_of, walk
+from .files import atomic_write, check_link, get_mode, is_dir, is_file, walk
 from .groups import read_names, tell_names_apart
 from .images import UNREAD, is_image_file, load_rgb
 
@@ -88,7 +88,7 @@ def load_network(
     """
     loaded = checkpoint.read_stage(path, "CKPT", list(STAGES))
     try:
-        model = network_of(path, loaded.content)
+        model = build_network(path, loaded.content)
     except ValueError as error:
         raise UserError(str(error)) from None
     if classifier == "soft":
@@ -129,7 +129,9 @@ def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], 
     root: as in locate_images. Raises UserError as it does, for a malformed list, for a path that does not exist, and
     for a folder that cannot be read or has no images.
     """
-    files, unread, lists = [], [], []
+    files = []
+    unread = []
+    lists = []
     for path in paths:
         check_link(path)
         if is_dir(path):
@@ -143,7 +145,7 @@ def find_images(paths, root: str | None) -> tuple[list[tuple[str, int | None]], 
                 raise UserError(f"{path}: no images in this folder or below; image files end in .jpg, .png, ...")
             files += found
             unread += others
-        elif not mode_of(path):
+        elif not get_mode(path):
             raise UserError(f"{path}: no such file or folder; correct the path")
         elif path.lower().endswith(".txt"):
             lists.append(ImageList.from_file(path))
@@ -169,7 +171,8 @@ def read_batches(files: list[str], view, batch_size: int, workers: int):
     try:
         following = []
         for start in range(0, len(files) + batch_size, batch_size):
-            current, following = following, [pool.submit(read, file) for file in files[start : start + batch_size]]
+            current = following
+            following = [pool.submit(read, file) for file in files[start : start + batch_size]]
             if current:
                 yield [future.result() for future in current]
     finally:
@@ -203,7 +206,8 @@ def check_wrong(args, loaded, lists: list[ImageList]):
 
     Warns if a list's classes.txt has other names than the checkpoint.
     """
-    file, inputs = args.wrong, [args.checkpoint, *args.images, *([args.classes] if args.classes else [])]
+    file = args.wrong
+    inputs = [args.checkpoint, *args.images, *([args.classes] if args.classes else [])]
     if not lists or not file.parent.is_dir():
         raise UserError(f"--wrong {file}: needs images of a list, such as test.txt, and an existing folder")
     if file.suffix.lower() != ".csv" or is_dir(file) or (is_file(file) and any(map(file.samefile, inputs))):
@@ -211,7 +215,8 @@ def check_wrong(args, loaded, lists: list[ImageList]):
     num_classes = loaded.found["num_classes"]
     for images in lists:
         if images.num_classes > num_classes:
-            where, label = images.locate([int(images.labels.argmax())]), images.num_classes - 1
+            where = images.locate([int(images.labels.argmax())])
+            label = images.num_classes - 1
             raise UserError(f"{where}: the label {label}, but {args.checkpoint} has {num_classes} classes; correct one")
         if not args.classes:
             with redirect_stdout(sys.stderr), suppress(OSError, ValueError):  # no classes.txt, or of another number
@@ -238,11 +243,14 @@ def run(args) -> int:
     model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
     model.to(device)
     labeled, unread, lists = find_images(args.images, args.root)
-    files, wrong, unreadable = [file for file, _ in labeled], [], len(unread)
+    files = [file for file, _ in labeled]
+    wrong = []
+    unreadable = len(unread)
     num_classes = loaded.found["num_classes"]
     if args.wrong:
         check_wrong(args, loaded, lists)
-    topk, names = min(args.topk, num_classes), [printable(name) for name in model.classes or [""] * num_classes]
+    topk = min(args.topk, num_classes)
+    names = [printable(name) for name in model.classes or [""] * num_classes]
     shown = tell_names_apart(names) if model.classes else range(num_classes)
     if args.classifier == "auto" and len(model.classifiers) > 1:
         print(f"{args.checkpoint}: the {model.preferred} classifier is used (--classifier)", file=sys.stderr)

@@ -82,7 +82,7 @@ def print_tables(args, runs: list[Run], groups: list[Group] | None):
             print(f"{rows[0]['run']}, {rows[0]['classifier']} classifier\n")
             print(tables.markdown(tables.CLASS_COLUMNS, tables.class_cells(rows), texts=(0, 4)) + "\n")
     else:
-        lines = tables.notes(tables.records_of(runs))
+        lines = tables.notes(tables.collect_records(runs))
         print("\n".join([tables.markdown(*tables.summary_cells(found[0])), *lines]))
 
 

@@ -15,6 +15,8 @@ from .results import plots
 from .results.records import read_args, read_runs, saved_checksums
 from .results.tables import table
 
+LIST_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
 
 class RunFolder:
     """The run's --output_dir; a with block on it keeps other runs out of the folder.
@@ -25,9 +27,11 @@ class RunFolder:
     """
 
     def __init__(self, args):
-        self.args, self.path = args, Path(args.output_dir)
+        self.args = args
+        self.path = Path(args.output_dir)
         self.writes = not args.evaluate or "output_dir" in args.given
-        self.lock, self.summary_writer = None, None
+        self.lock = None
+        self.summary_writer = None
         self.test_facts = {}  # on rank 0: what the records of results.json say of the test list
 
     def __enter__(self):
@@ -55,16 +59,20 @@ class RunFolder:
 
     def _claim(self):
         """Locks the folder, and brings it in order."""
-        folder, args = self.path, self.args
+        folder = self.path
+        args = self.args
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(folder)
         except BlockingIOError:
             raise UserError(f"--output_dir {folder}: another run is writing there; choose another folder") from None
         except OSError as error:
-            raise UserError(f"--output_dir {folder}: cannot be written ({one_line(error)})") from None
+            raise UserError(
+                f"--output_dir {folder}: cannot be written ({one_line(error)}); choose another folder"
+            ) from None
         checkpoint.settle(folder)
-        present, has_results = checkpoint.present_in(folder), lexists(folder / "results.json")
+        present = checkpoint.present_in(folder)
+        has_results = lexists(folder / "results.json")
         problem = None
         if args.evaluate and present and has_results:
             problem = "holds the results.json of a training; to replace it add --overwrite"
@@ -113,16 +121,18 @@ class RunFolder:
     def _compare_with_sources(self, state, data):
         """Notes the images that the weights were or will be trained on, and names lists that may not be meant.
 
-        Those are lists that have some of these images, and another training list than a checkpoint's, as far as the
-        args.json next to it tells.
+        Those are lists that have some of these images, and others than a checkpoint's, as far as the args.json next to
+        it tells: the training list, of --resume all three.
         """
-        sources, digests = self._sources(), []
+        sources = self._sources()
+        digests = []
         for name, path in sources.items():
             if (found := checkpoint.trained_on(path)) is not None:
                 digests.append(found.flatten())
-            checksum = saved_checksums(Path(path).parent).get("train")
-            if not self.args.evaluate and name != "pretrained" and checksum not in (None, data.checksums["train"]):
-                print_main(f"warning: {path} was trained with another training list")
+            saved = {} if self.args.evaluate or name == "pretrained" else saved_checksums(Path(path).parent)
+            for split in LIST_NAMES if name == "resume" else ("train",):
+                if saved.get(split) not in (None, data.checksums.get(split)):
+                    print_main(f"warning: {path} was trained with another {LIST_NAMES[split]} list")
         if not self.args.evaluate and state.epoch < self.args.epochs:
             digests.append(data.train.dataset.digests())
         self.test_facts = {"test_checksum": data.checksums["test"]}
@@ -135,16 +145,17 @@ class RunFolder:
             if loader is data.test:
                 self.test_facts["test_trained_on"] = seen
             if seen:
-                what = {"val": "validation"}.get(loader.name, loader.name)
+                what = f"{seen} of {len(loader.dataset)} {LIST_NAMES[loader.name]} images"
                 print_main(
-                    f"warning: {seen} of {len(loader.dataset)} {what} images were trained on, by this run or one that "
-                    f"it came from{came_from}: accuracies on them say nothing of new images"
+                    f"warning: {what} were trained on, by this run or one that it came from{came_from}: accuracies on "
+                    "them say nothing of new images"
                 )
 
     def _write_args(self, state, data):
         """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
         file = self.path / "args.json"
-        values, starts_from = resolved(self.args), list(self.args.marked[STARTS_FROM])
+        values = resolved(self.args)
+        starts_from = list(self.args.marked[STARTS_FROM])
         if self._continues() and lexists(file):
             if state.epoch >= self.args.epochs:
                 return
@@ -156,7 +167,8 @@ class RunFolder:
         if (trained_on := state.model.trained_on) is not None:
             digests = {"images": len(trained_on), "checksum": zlib.crc32(trained_on.numpy())}
             values["trained_on"] = digests | {"test_images": self.test_facts["test_trained_on"]}
-        values |= {"num_classes": data.num_classes, "identity": self.args.marked[IDENTITY], "starts_from": starts_from}
+        values |= {"num_classes": data.num_classes, "device": data.test.device.type}
+        values |= {"identity": self.args.marked[IDENTITY], "starts_from": starts_from}
         log.write_json(file, values | {"list_checksums": data.checksums, "environment": log.environment()})
 
     def write_epoch(self, record: dict):

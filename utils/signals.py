@@ -77,7 +77,8 @@ def _watch(receive: int, state, report):
     while (number := os.read(receive, 1)[0]) not in STOP_SIGNALS:
         if number == 0:
             return
-    message, requested_at = STOPPED_EARLY, time.monotonic()
+    message = STOPPED_EARLY
+    requested_at = time.monotonic()
     if state.deferred:
         message = STOPPED_STUCK.format(STUCK_AFTER)
         while (left := max(requested_at, state.heartbeat) + STUCK_AFTER - time.monotonic()) > 0:

@@ -137,8 +137,13 @@ class TrainState:
     """
 
     def __init__(self, model, optimizer, device, args):
-        self.model, self.optimizer, self.args = model, optimizer, args
-        self.epoch, self.step, self.images, self.best = args.start_epoch, 0, 0, 0.0  # images: of all ranks
+        self.model = model
+        self.optimizer = optimizer
+        self.args = args
+        self.epoch = args.start_epoch
+        self.step = 0
+        self.images = 0  # of all ranks
+        self.best = 0.0
         self.metrics = MetricLogger(device, model.classifiers, args.accum_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if self.scaler.is_enabled():
@@ -157,7 +162,8 @@ class TrainState:
         defer_stop()
         self.loader = loader
         loader.start_at(self.epoch, -(-self.images // get_world_size()))
-        title, steps = f"epoch {self.epoch + 1}/{args.epochs}", self.step + len(loader) // args.accum_steps
+        title = f"epoch {self.epoch + 1}/{args.epochs}"
+        steps = self.step + len(loader) // args.accum_steps
         with self.progress(title, steps, self.step) as progress:
             self.metrics.clock = clock = Stopwatch()
             for number, (views, labels, _) in enumerate(loader):
@@ -188,7 +194,8 @@ class TrainState:
 
     def _bar_text(self) -> str:
         """The text of the bar: the first figure (the loss), rate, speed, time left of all stages, best so far."""
-        lr, speed = self.optimizer.param_groups[0]["lr"], self.metrics.clock.images_per_second
+        lr = self.optimizer.param_groups[0]["lr"]
+        speed = self.metrics.clock.images_per_second
         name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
         later = float(os.environ.get(LATER_IMAGES) or 0)
@@ -234,7 +241,8 @@ class TrainState:
 
     def check_finite(self, optimizer):
         """What the ranks agree on in a step, in one exchange: losses and gradients are finite; is a stop asked for?"""
-        bad_loss = torch.stack(self.not_finite).any()
+        # A figure that is not finite could not be saved in the averages of a checkpoint.
+        bad_loss = torch.stack(self.not_finite).any() | ~self.metrics.sums.isfinite().all()
         self.not_finite = []
         bad_gradient = torch.zeros_like(bad_loss)
         if not self.scaler.is_enabled():
@@ -248,7 +256,11 @@ class TrainState:
         terms = self.metrics.not_finite()
         found = gather_objects((terms, self.loader.locate()))
         terms, where = next((one for one in found if one[0]), found[0])
-        what = "the loss is not finite" if bad_loss else "gradients are too large, or not finite although the loss is"
+        what = (
+            "the loss or another figure is not finite"
+            if bad_loss
+            else "gradients are too large, or not finite although the loss is"
+        )
         what += f" ({', '.join(terms)})" if terms else ""
         raise UserError(
             f"{what}, at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
@@ -293,14 +305,18 @@ class TrainState:
                 f"of {self.scaler.get_scale():g}; use --amp bf16 or lower --lr; the last checkpoint is intact",
                 on_all_ranks=True,
             )
-        means, clock, lr = self.metrics.global_means(), self.metrics.clock, self.optimizer.param_groups[0]["lr"]
+        means = self.metrics.global_means()
+        clock = self.metrics.clock
+        lr = self.optimizer.param_groups[0]["lr"]
         val = {name: {key: result[key] for key in VALIDATION_COLUMNS} for name, result in results.items()}
         record = {"epoch": self.epoch, "lr": lr, **means, "val": val}
         record |= {"images_per_second": clock.images_per_second, "seconds": clock.seconds}
         class_mean = val[self.model.classifiers[-1]]["class_mean"] if val else 0.0
         is_best = class_mean > self.best
         self.best = max(class_mean, self.best)
-        self.epoch, self.step, self.images = self.epoch + 1, 0, 0
+        self.epoch += 1
+        self.step = 0
+        self.images = 0
         self.metrics.reset()
         with raise_on_all_ranks():
             if is_main_process():

@@ -74,7 +74,7 @@ def verify(name: str, file: Path, record: Path) -> str:
     return found
 
 
-def record_of(out: Path) -> Path:
+def locate_record(out: Path) -> Path:
     """The file beside out that keeps the SHA-256 of the first verified file, as sha256sum --check reads it."""
     return out.with_name(f"{out.name}.sha256")
 
@@ -83,7 +83,8 @@ def describe(found: dict | None) -> str:
     """What models.infer_stage_and_arch found, in words."""
     if found is None:
         return "names that belong to no stage"
-    number, arch = models.STAGES[found["stage"]].number, found["arch"] or "an unknown backbone"
+    number = models.STAGES[found["stage"]].number
+    arch = found["arch"] or "an unknown backbone"
     return f"stage {number}, {arch}, {found['num_classes']} classes"
 
 
@@ -98,7 +99,7 @@ def obtain(name: str, source: Path | None, out: Path) -> str:
             with open(source or fetch(name, folder), "rb") as release:
                 shutil.copyfileobj(release, file)
             file.flush()
-            return verify(name, Path(file.name), record_of(out))
+            return verify(name, Path(file.name), locate_record(out))
         except ValueError as error:
             link = f"https://drive.google.com/file/d/{RELEASES[name]['google_drive_id']}/view"
             command = shlex.join(["python", "-m", "weights.download", name, "--out", str(out), "--from", "FILE"])
@@ -112,7 +113,7 @@ def verify_existing(name: str, source: Path | None, out: Path) -> str:
             raise ValueError("it is not a regular file")
         if source is not None and not filecmp.cmp(source, out, shallow=False):
             raise ValueError(f"it differs from {source}")
-        return verify(name, out, record_of(out))
+        return verify(name, out, locate_record(out))
     except ValueError as error:
         raise UserError(f"{out}: exists already: {error}; move it away, or choose another --out") from None
 
@@ -123,9 +124,9 @@ def download(args):
     if out.is_relative_to(Path.cwd()):
         out = out.relative_to(Path.cwd())
     if args.source is not None and not args.source.is_file():
-        raise UserError(f"--from {args.source}: no such file")
+        raise UserError(f"--from {args.source}: no such file; correct the path")
     digest = (verify_existing if out.exists() else obtain)(args.name, args.source, out)
-    record = record_of(out)
+    record = locate_record(out)
     if not record.exists():
         with atomic_write(record) as file:
             file.write(f"{digest}  {out.name}\n".encode())

@@ -21,7 +21,8 @@ from .list_writer import list_files, read_entries, write_files
 from .trees import fold, require_files
 
 LEAST = 5  # images that a share gives a class, if these are no more than a quarter of it
-COARSE, SHOWN = 10, 10  # test images below which a class is named; classes named at most
+COARSE = 10  # test images below which a class is named
+SHOWN = 10  # classes named at most
 
 
 def split_class(count: int, val: float, test: float) -> tuple[int, int]:
@@ -101,7 +102,9 @@ def read_earlier(folder: Path) -> Earlier:
         lines = retry(read_names, folder / CLASSES_FILE)
     except (ValueError, TypeError):
         raise UserError(f"{folder}: {PREPARED_FILE} or {CLASSES_FILE} is damaged; remove it") from None
-    places, names, entries = {}, {}, []
+    places = {}
+    names = {}
+    entries = []
     for split in SPLITS:
         if (flags or {}).get(split) != 0:  # else its list is that of the other split
             images = ImageList.from_file(folder / f"{split}.txt")
@@ -173,11 +176,13 @@ def split_folder(root: Path, earlier: Earlier, flags: dict, overwrite: bool):
     if not keep:
         drawn = " ".join(f"--{name} {value}" for name, value in earlier.flags.items())
         notes.append(f"all splits are drawn anew: the earlier lists were drawn with {drawn or 'folders for splits'}")
-    classes, added = [], 0
+    classes = []
+    added = 0
     entries = {split: [] for split in SPLITS}
     lacking = {split: [] for split in SPLITS}
     for name in numbered:
-        old, found = former.get(name, name), paths.get(name, [])
+        old = former.get(name, name)
+        found = paths.get(name, [])
         before = earlier.places.get(old, {})
         places = place_photos(found, before if keep else {}, **flags)
         if found:
@@ -229,7 +234,9 @@ def coarse_note(classes: list[str], tested) -> list[str]:
 def own_splits(root: Path):
     """As split_folder, for a tree of train/, val/ and test/; if val/ or test/ is absent, the other is used for both."""
     there = [split for split in SPLITS if is_dir(root / split)]
-    entries, classes, left_out = {}, None, []
+    entries = {}
+    classes = None
+    left_out = []
     for split in there:  # train comes first: it numbers the classes
         image_list, classes = class_folders(root, split, classes)
         left_out += image_list.notes
@@ -248,7 +255,8 @@ def write_folder_lists(root: Path, out: Path, val: float, test: float, seed: int
     check_folder(root, "DIR is the folder that contains one folder of images per class")
     flags = {"val": val, "test": test, "seed": seed}
     if is_dir(root / "train") and any(is_dir(root / split) for split in ("val", "test")):
-        flags, before = {}, []
+        flags = {}
+        before = []
         with suppress(OSError, ValueError):  # not there, too large
             before = read_names(out / CLASSES_FILE)
         classes, entries, notes = own_splits(root)

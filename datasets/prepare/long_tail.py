@@ -36,7 +36,8 @@ def long_tail_counts(largest: int, imbalance, num_classes: int) -> list[int]:
 
     imbalance: a number of at least 1, or a string of one. Exact: rounding never makes a count one too small.
     """
-    ratio, last = Fraction(imbalance), num_classes - 1
+    ratio = Fraction(imbalance)
+    last = num_classes - 1
     counts = []
     for c in range(num_classes):
         count = int(largest * float(ratio) ** (-c / last)) + 1
@@ -80,15 +81,16 @@ def read_fashion_mnist(source: Path | None, download_to: Path, url=None) -> Smal
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """The array in an idx file of the folder, or in its gzipped form. Raises UserError."""
-    file, archive = folder / name, folder / f"{name}.gz"
+    file = folder / name
+    archive = folder / f"{name}.gz"
     if not is_file(file) and not is_file(archive):
-        raise UserError(f"--source {folder}: neither {name} nor {name}.gz is in it")
+        raise UserError(f"--source {folder}: neither {name} nor {name}.gz is in it; correct the path")
     reader = read_image_file if "images" in name else read_label_file
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             return reader(str(file) if is_file(file) else extract_archive(str(archive), unpacked)).numpy()
         except Exception as error:  # the reader raises nearly anything on a damaged file
-            raise UserError(f"{folder / name}: damaged, or not an idx file ({one_line(error)})") from None
+            raise UserError(f"{folder / name}: damaged, or not an idx file ({one_line(error)}); get it again") from None
 
 
 def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=None) -> SmallImages:
@@ -109,7 +111,9 @@ def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=Non
     with tempfile.TemporaryDirectory() as unpacked:
         if not is_dir(folder / original.base_folder):
             if not is_file(archive):
-                raise UserError(f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there")
+                raise UserError(
+                    f"--source {source}: neither {original.filename} nor {original.base_folder}/ is there; correct it"
+                )
             if not check_integrity(archive, original.tgz_md5):
                 what = f"is not the published {original.filename}: its MD5 is not {original.tgz_md5}"
                 raise UserError(f"{archive}: {what}; get it again")
@@ -118,7 +122,7 @@ def read_cifar(num_classes: int, source: Path | None, download_to: Path, url=Non
         try:
             train, test = (original(str(folder), train=part) for part in (True, False))
         except RuntimeError as error:
-            raise UserError(f"{source}: incomplete or damaged ({one_line(error)})") from None
+            raise UserError(f"{source}: incomplete or damaged ({one_line(error)}); get it again") from None
     return SmallImages(train.classes, train.data, np.array(train.targets), test.data, np.array(test.targets))
 
 
@@ -129,7 +133,8 @@ def pick(labels: np.ndarray, counts: list[int], held_out: int, seed: int):
     the same generator draws in the same order.
     """
     random = np.random.RandomState(seed)
-    train, rest = [], []
+    train = []
+    rest = []
     for label, count in enumerate(counts):
         numbers = np.flatnonzero(labels == label)
         random.shuffle(numbers)
@@ -187,7 +192,8 @@ def write_long_tail(data: SmallImages, out: Path, selection: Selection, overwrit
         "val": (held, data.train_pixels, data.train_labels),
         "test": (range(len(data.test_labels)), data.test_pixels, data.test_labels),
     }
-    lists, images = {}, {}
+    lists = {}
+    images = {}
     for split, (numbers, pixels, labels) in sources.items():
         lists[split] = [(f"{split}/{folders[labels[i]]}/{i:05}.png", int(labels[i])) for i in numbers]
         images |= {path: pixels[i] for (path, _), i in zip(lists[split], numbers, strict=True)}
@@ -217,7 +223,9 @@ def link_long_tail(source: Path, out: Path, selection: Selection, overwrite: boo
         raise UserError(f"--out {out}: is the source itself; choose another folder for the lists")
     train, classes = class_folders(source, "train")
     if len(classes) < 2 or (num_classes and len(classes) != num_classes):
-        raise UserError(f"{source / 'train'}: has {len(classes)} class folders, not {num_classes or 'two or more'}")
+        raise UserError(
+            f"{source / 'train'}: has {len(classes)} class folders, not {num_classes or 'two or more'}; correct it"
+        )
     counts, chosen, held = selection.choose(train.labels.numpy(), classes)
     held_apart = {split: class_folders(source, split, classes)[0] for split in others}
     entries = {split: read_entries(images) for split, images in held_apart.items()}

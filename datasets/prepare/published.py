@@ -33,7 +33,9 @@ def check_list(content: bytes, source: str, facts: dict) -> ImageList:
 
     facts: a split of the manifest.
     """
-    found, name, wanted = git_blob_id(content), facts["file"], facts["git_blobs"]
+    found = git_blob_id(content)
+    name = facts["file"]
+    wanted = facts["git_blobs"]
     if found in wanted:
         return ImageList.from_bytes(name, content)
     if content.lstrip()[:1] == b"<":
@@ -71,7 +73,7 @@ def find_on_disk(given: Path, name: str, wanted: dict[str, dict]) -> dict[str, P
     name: the data set's, which folders of lists have. Raises UserError if there is none.
     """
     if not lexists(given):
-        raise UserError(f"--from {given}: no such file or folder")
+        raise UserError(f"--from {given}: no such file or folder; correct the path")
     found = {}
     for split, facts in wanted.items():
         if is_file(given):

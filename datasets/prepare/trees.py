@@ -101,7 +101,8 @@ def diagnose(split: Split) -> str:
         return cause
     root = Path(split.root)
     some = split.missing[:: max(1, len(split.missing) // 200)]
-    paths, files = [split.images.path(i) for i in some], [split.path(i) for i in some]
+    paths = [split.images.path(i) for i in some]
+    files = [split.path(i) for i in some]
     absent = [folder for folder in sorted({os.path.dirname(file) for file in files}) if not (root / folder).is_dir()]
     missing = Missing(split, root, paths, files, absent)
     for cause, find, remedy in CAUSES:
@@ -140,7 +141,8 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     targets = {}
     for name, split in splits.items():
         for i in range(len(split.images)):
-            image, link = os.path.abspath(split.file(i)), layout(split.images.path(i), name)
+            image = os.path.abspath(split.file(i))
+            link = layout(split.images.path(i), name)
             if targets.setdefault(link, image) != image:
                 both = f"{image} and {targets[link]}"
                 raise UserError(f"--link {out}: {both} would both be {link}; use the tree as it is")
@@ -157,7 +159,8 @@ def make_link(link: Path, image, replace: bool, flag: str) -> bool:
     UserError, which names the flag of the link's folder, if something else is there.
     """
     folder, name = os.path.split(os.path.abspath(image))
-    target, ends = os.path.join(folder, name), (real_folder(folder), real_folder(link.parent))
+    target = os.path.join(folder, name)
+    ends = (real_folder(folder), real_folder(link.parent))
     if os.path.commonpath(ends) != os.sep:
         target = os.path.join(os.path.relpath(*ends), name)
     is_link = link.is_symlink()

@@ -86,7 +86,9 @@ def decode_image(file: str) -> list[tuple[str, str]]:
     """(kind of finding, detail) of a file after decoding all of it."""
 
     def look(image):
-        kind, mode, transparent = image.format, image.mode, image.has_transparency_data
+        kind = image.format
+        mode = image.mode
+        transparent = image.has_transparency_data
         with LARGE_IMAGE if image.width * image.height > MAX_PARALLEL_PIXELS else nullcontext():
             low, high = zip(*to_rgb(image).getextrema(), strict=True)
             transparent = transparent and image.convert("RGBA").getextrema()[3][0] < 255
@@ -146,7 +148,11 @@ def first_lines(found: list, line, rest: str) -> list[str]:
 def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[str], list[str]]:
     """(problems, information): lines about images of several splits, repeated entries, and classes without images."""
     again = set()  # splits with the images of another one
-    problems, information, paths, labeled, contradictions = [], [], {}, {}, []
+    problems = []
+    information = []
+    paths = {}
+    labeled = {}
+    contradictions = []
     for name, split in splits.items():
         paths[name] = set()
         for i, label in enumerate(split.images.labels.tolist()):
@@ -193,7 +199,8 @@ def same_bytes(one: ImageList, j: int, other: ImageList, i: int) -> str:
 
 def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[tuple]:
     """(list, entry, list, entry) with the same bytes under different paths, in two classes or two splits."""
-    first, found = {}, []
+    first = {}
+    found = []
     for split in splits:
         for i, digest in findings[split.name]["digest"]:
             one, j = first.setdefault(digest, (split.images, i))
@@ -267,7 +274,7 @@ def given_lists(args) -> dict[str, str | None]:
         if split is None:
             raise UserError(f"{file}: its name does not end in train, val or test; give it with --train-list, ...")
         if given[split] is not None:
-            raise UserError(f"{file}: a second {split} list, after {given[split]}")
+            raise UserError(f"{file}: a second {split} list, after {given[split]}; name one of them")
         given[split] = file
     return given
 

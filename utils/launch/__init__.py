@@ -28,7 +28,8 @@ def launch(main_worker, parser, argv=None) -> int:
     reader of the output has closed it; 1 after any other failure. The reason is printed on stderr, in one line if it is
     known; with TRACEBACK=1 in the environment the stack is printed before it.
     """
-    status, message = 0, ""
+    status = 0
+    message = ""
     others = active_children()
     prepare_streams()
     fork_workers()

@@ -77,10 +77,10 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         match = re.search(words, text)
         if match and (isinstance(error, kind) if isinstance(kind, type | tuple) else kind(error)):
             break
-    if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
-        return status, ""
     if message is not format_stack:
         print_stack(error)
+    if getattr(error, "on_all_ranks", False) and get_dist_info().rank > 0:
+        return status, ""
     if callable(message):
         return status, message(error)
     return status, message.format(text=text, seconds=int(match.groupdict().get("ms", 0)) / 1000)

@@ -18,7 +18,8 @@ def resolve(url: str) -> tuple[str, int]:
     """IPv4 address and port of tcp://HOST:PORT. Raises UserError for anything else."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host = parts.hostname
+        port = parts.port
     except ValueError:
         host = port = None
     if not host or port is None or parts.scheme != "tcp":
@@ -60,7 +61,8 @@ def interface_address(name: str) -> str:
 
 def check_interfaces(variable: str):
     """Raises UserError if no interface is as a variable of NCCL or gloo says."""
-    present, value = [name for _, name in socket.if_nameindex()], os.environ.get(variable, "")
+    present = [name for _, name in socket.if_nameindex()]
+    value = os.environ.get(variable, "")
     names = tuple(name.partition(":")[0] for name in value.lstrip("=").split(","))
     exact = value.startswith("=") or variable.startswith("GLOO")  # else NCCL takes the beginnings of names
     if not value.startswith("^") and not any(p in names if exact else p.startswith(names) for p in present):

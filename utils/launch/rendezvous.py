@@ -75,7 +75,8 @@ def srun_info(url: str | None) -> DistInfo:
         raise UserError(f"srun: {world_size} tasks on {nodes} nodes; give every node as many, with --ntasks-per-node")
     nodes_of_step = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     hosts = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes_of_step)  # gpu[07-09,12] -> gpu07
-    job, step = env_number("SLURM_JOB_ID", 0), env_number("SLURM_STEP_ID", 0, 2**32 - 1, 0)  # salloc's is above 2**31
+    job = env_number("SLURM_JOB_ID", 0)
+    step = env_number("SLURM_STEP_ID", 0, 2**32 - 1, 0)  # salloc's is above 2**31
     url = url or f"tcp://{hosts.partition(',')[0]}:{20000 + (job + 1009 * step) % 20000}"
     return DistInfo(rank, world_size, local_rank, world_size // nodes, "srun", url)
 
@@ -159,7 +160,8 @@ def init_process_group(args, info: DistInfo, device):
         if interface and not os.environ.get(variable):
             os.environ[variable] = interface
     network.check_interfaces(f"{args.dist_backend.upper()}_SOCKET_IFNAME")
-    timeout, meeting = timedelta(seconds=args.dist_timeout), {"init_method": "env://"}
+    timeout = timedelta(seconds=args.dist_timeout)
+    meeting = {"init_method": "env://"}
     store = None if info.launcher == "torchrun" else join_store(args, info)
     try:
         with network.hide_native_messages():
@@ -170,7 +172,8 @@ def init_process_group(args, info: DistInfo, device):
             dist.init_process_group(args.dist_backend, timeout=timeout, **meeting)
     except RuntimeError as error:
         if "Unable to find address for" in str(error):  # gloo's
-            found, known = os.environ.get("GLOO_SOCKET_IFNAME"), ", ".join(network.interfaces())
+            found = os.environ.get("GLOO_SOCKET_IFNAME")
+            known = ", ".join(network.interfaces())
             raise UserError(f"GLOO_SOCKET_IFNAME {found}: has no address; unset it, or name one of {known}") from None
         if not isinstance(error, dist.DistError) and "connectFullMesh failed" not in str(error):  # gloo's
             raise
@@ -208,9 +211,11 @@ def session_store(info: DistInfo, timeout: timedelta):
     session, every rank answers in it with a key of its own, and rank 0 confirms them: an old session has other
     keys.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    own, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    own = secrets.token_hex(8)
+    end = time.monotonic() + timeout.total_seconds()
     if info.rank == 0:
         store.set("session", own)
         session = dist.PrefixStore(own, store)
@@ -239,7 +244,8 @@ def open_store(args, info: DistInfo, is_master: bool):
         host = network.interface_address(args.dist_interface)
     elif is_master:
         refuse_loopback(info.url.removeprefix("tcp://"), host, f"--dist-url {info.url}")
-    timeout, own = timedelta(seconds=args.dist_timeout), "a run without srun"
+    timeout = timedelta(seconds=args.dist_timeout)
+    own = "a run without srun"
     if info.launcher == "srun":
         own = f"step {os.environ.get('SLURM_STEP_ID', '0')} of SLURM's job {os.environ['SLURM_JOB_ID']}"
     try:

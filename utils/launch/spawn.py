@@ -19,7 +19,8 @@ from .rendezvous import open_store, process_group, say_if_waiting
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
-FAILURE, LOST = 1, 3  # of ORDER: other statuses, and those that only follow another process's failure
+FAILURE = 1  # of ORDER: other statuses, and those that only follow another process's failure
+LOST = 3
 ORDER = {USER_ERROR: 0, os.EX_TEMPFAIL: 2, 0: 4}  # of outcomes by status, from the most informative
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
@@ -41,7 +42,9 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     except BaseException as error:  # for instance a second SIGINT, or too many open files
         end_processes(mp.active_children())
         if isinstance(error, OSError):
-            raise UserError(f"--nproc {info.local_world_size}: cannot be started ({one_line(error)})") from None
+            raise UserError(
+                f"--nproc {info.local_world_size}: cannot be started ({one_line(error)}); lower it"
+            ) from None
         raise
     outcomes = []
     for local_rank, process in enumerate(context.processes):
@@ -66,7 +69,9 @@ def watch(processes) -> set:
 
     A stop is not a failure: it is passed on, and each process may take as long as it needs to save.
     """
-    running, stopping, deadline = set(processes), False, None
+    running = set(processes)
+    stopping = False
+    deadline = None
     while running and (deadline is None or time.monotonic() < deadline):
         connection.wait([process.sentinel for process in running], timeout=POLL)
         heartbeat()
@@ -106,7 +111,8 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
         try:
             with process_group(args, info) as device:
                 main_worker(args, device)
-            status, message = 0, ""
+            status = 0
+            message = ""
         except (Exception, KeyboardInterrupt) as error:
             status, message = describe_failure(error)
         report((status, message[-MAX_MESSAGE:]))

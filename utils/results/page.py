@@ -12,7 +12,16 @@ from ..files import atomic_write
 from ..groups import FEW_BELOW, MANY_ABOVE
 from .plots import draw
 from .records import Group, Run, read_args
-from .tables import CLASS_COLUMNS, class_cells, class_rows, mean_rows, notes, records_of, summary_cells, summary_rows
+from .tables import (
+    CLASS_COLUMNS,
+    class_cells,
+    class_rows,
+    collect_records,
+    mean_rows,
+    notes,
+    summary_cells,
+    summary_rows,
+)
 
 TEMPLATE = Path(__file__).with_name("page.html")
 OPEN_UP_TO = 30  # classes; longer tables are collapsed
@@ -35,7 +44,7 @@ def write_page(file, runs: list[Run], groups: list[Group] | None):
         with atomic_write(file) as out:
             out.write(text.encode())
     except OSError as error:
-        raise UserError(f"--html {file}: cannot be written ({one_line(error)})") from None
+        raise UserError(f"--html {file}: cannot be written ({one_line(error)}); name another file") from None
 
 
 def format_summary(runs: list[Run], groups: list[Group] | None) -> str:
@@ -44,7 +53,7 @@ def format_summary(runs: list[Run], groups: list[Group] | None) -> str:
     if groups is not None:
         means = format_table(*summary_cells(mean_rows(groups)))
         tables = f"<h3>Mean ± standard deviation over seeds</h3>\n{means}<h3>Single runs</h3>\n{tables}"
-    lines = notes(records_of(runs))[1:]
+    lines = notes(collect_records(runs))[1:]
     return tables + "".join(f'<p class="note">{escape(line)}</p>\n' for line in lines)
 
 

@@ -36,7 +36,9 @@ def write_plots(run: Run, folder: Path):
             figure.savefig(folder / f"{name}.png")
             figure.savefig(folder / f"{name}.pdf")
     except OSError as error:
-        raise UserError(f"--plots {folder}: cannot be written ({one_line(error)})") from None
+        raise UserError(
+            f"--plots {folder}: cannot be written ({one_line(error)}); correct that, or leave it out"
+        ) from None
 
 
 def save_figure(figure, file, flag: str):
@@ -72,7 +74,8 @@ def read_curves(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
     A loss is every number of an epoch that is neither bookkeeping nor an accuracy (top1_*, top5_*). Accuracies are
     top-1 in training, and the mean over classes in validation.
     """
-    losses, accuracies = {}, {}
+    losses = {}
+    accuracies = {}
     for record in read_log(folder):
         epoch = record["epoch"]
         for name, value in record.items():

@@ -148,7 +148,8 @@ def saved_checksums(folder: Path) -> dict[str, int]:
 
 def read_log(folder: Path) -> list[dict]:
     """The records in log.txt, their epochs counted from 1; [] without that file. Lines that a crash cut are skipped."""
-    file, records = folder / "log.txt", []
+    file = folder / "log.txt"
+    records = []
     for line in retry(Path.read_bytes, file).decode(errors="replace").splitlines() if lexists(file) else []:
         try:
             record = json.loads(line)

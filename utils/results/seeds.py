@@ -22,7 +22,8 @@ class Settings(NamedTuple):
 
 def read_settings(folder: Path, records=(), after: tuple = ()) -> Settings | None:
     """A run's settings; None if its args.json has no identity. after: the folders of the runs that started from it."""
-    args, place = read_args(folder), os.path.realpath(folder)
+    args = read_args(folder)
+    place = os.path.realpath(folder)
     if not isinstance(args.get("identity"), dict) or place in after:
         return None
     images = [

@@ -76,7 +76,7 @@ def markdown(header: list[str], rows: list[list[str]], texts: tuple[int, ...] = 
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
-def records_of(runs: list[Run]) -> dict[str, dict]:
+def collect_records(runs: list[Run]) -> dict[str, dict]:
     """Row name -> record of each classifier of the runs."""
     return {row_name(run.name, record["classifier"]): record for run in runs for record in run.records}
 
@@ -102,7 +102,8 @@ def mean_rows(groups: list[Group]) -> list[dict]:
 
     It is the sample standard deviation (n - 1), None for a single seed.
     """
-    rows, numbers = [], iter(list_numbers([record for group in groups for record in group.runs[0].records]))
+    rows = []
+    numbers = iter(list_numbers([record for group in groups for record in group.runs[0].records]))
     for group in groups:
         for record in group.runs[0].records:
             same = [r for run in group.runs for r in run.records if r["classifier"] == record["classifier"]]
@@ -138,7 +139,8 @@ def class_rows(run: Run, record: dict) -> list[dict]:
     without a confusion matrix or a mistake. Classes with the same accuracy are sorted by training images; those
     without test images come last.
     """
-    names, rows = record["classes"], []
+    names = record["classes"]
+    rows = []
     for label, accuracy in enumerate(record["per_class"]):
         taken_for = record["confusion"][label] if record["confusion"] else []
         wrong = [0 if i == label else count for i, count in enumerate(taken_for)]
