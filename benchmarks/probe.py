@@ -39,7 +39,7 @@ def extract_features(model, split, device) -> tuple[torch.Tensor, torch.Tensor]:
     backbone = getattr(model, model.backbone.removesuffix(".")).to(device)
     view = model.transform
     dataset = split.dataset(Views(("eval",), view.size))
-    batches = eval_batches(len(split.images), 128)
+    batches = eval_batches(len(split.image_list), 128)
     with closing(Loader(split.name, dataset, batches, num_cores(), device, mean=view.mean, std=view.std)) as loader:
         parts = [(backbone(images).double(), labels) for (images,), labels, _ in loader]
     features, labels = map(torch.cat, zip(*parts, strict=True))
@@ -81,8 +81,10 @@ def probe(args):
     test.require()
     features, labels = extract_features(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if 1 in (test_counts := labels.bincount().tolist()):
-        raise UserError(f"{test.images.name}: one image of class {test_counts.index(1)}; the probe halves each class")
-    train_counts = train.images.counts(len(test_counts))
+        raise UserError(
+            f"{test.image_list.name}: one image of class {test_counts.index(1)}; the probe halves each class"
+        )
+    train_counts = train.image_list.counts(len(test_counts))
     found = [split_accuracies(features, labels, train_counts, seed) for seed in SEEDS]
     record = {"checkpoint": args.checkpoint, "images": len(labels), "weight_decay": DECAY, "seeds": list(SEEDS)}
     for name in ACCURACIES:

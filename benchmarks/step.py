@@ -123,7 +123,7 @@ class Ours:
     def loss(self, views, labels) -> float:
         """Runs a step and returns its loss."""
         self.state.step = 0
-        self.state.images = 0
+        self.state.images_seen = 0
         self.state.metrics.reset()
         self(views, labels)
         return self.state.metrics.means()["loss"]

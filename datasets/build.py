@@ -61,7 +61,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
     with raise_on_all_ranks():
         num_classes = check_labels(args, splits)
         classes, note = find_class_names(args.data, splits["train"], num_classes)
-        train = splits["train"].images
+        train = splits["train"].image_list
         sampler = sampler_class(train.labels, seed=args.seed, **ranks, **sampler_options)
         sampler = BatchSampler(sampler, batch_size, args.accum_steps)
         if not args.evaluate and sampler.images_per_step * get_world_size() > len(train):  # it would repeat some
@@ -78,15 +78,15 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             transform = Views(views, args.image_size, args.seed, args.augment, args.jitter)
         else:
             transform = Views(("eval",), args.image_size)
-            sampler = eval_batches(len(split.images), eval_batch_size, **ranks)
+            sampler = eval_batches(len(split.image_list), eval_batch_size, **ranks)
         workers = -(-args.workers // info.local_world_size)
         options = {"channels_last": args.channels_last, "mean": args.mean, "std": args.std}
         loaders[name] = Loader(name, split.dataset(transform), sampler, workers, device, **options)
     try:
         yield Data(
             loaders["train"], loaders.get("val"), loaders["test"], num_classes, train_counts,
-            classes, "val" in splits and is_balanced(splits["val"].images),
-            {name: split.images.checksum for name, split in splits.items()},
+            classes, "val" in splits and is_balanced(splits["val"].image_list),
+            {name: split.image_list.checksum for name, split in splits.items()},
         )  # fmt: skip
     finally:
         for loader in loaders.values():
@@ -135,9 +135,9 @@ def locate_splits(args, info) -> dict:
     progress = partial(tqdm, desc="looking for the images", leave=False, disable=disable)
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
-    difference = find_difference({name: split.images.checksum for name, split in splits.items()})
+    difference = find_difference({name: split.image_list.checksum for name, split in splits.items()})
     if difference:
-        file = splits[difference[0]].images.name
+        file = splits[difference[0]].image_list.name
         rank = difference[1]
         raise UserError(
             f"{file}: differs between rank 0 and rank {rank}; give all nodes the same data", on_all_ranks=True
@@ -156,31 +156,31 @@ def check_labels(args, splits: dict) -> int:
             split.require()
     num_classes = args.num_classes
     if num_classes is None:
-        images = splits["train"].images
+        images = splits["train"].image_list
         images.check_num_classes(hint=", or give --num-classes")
         num_classes = images.num_classes
     for split in splits.values():
-        largest = split.images.num_classes - 1
+        largest = split.image_list.num_classes - 1
         if largest >= num_classes:
-            where = split.images.locate([int(split.images.labels.argmax())])
+            where = split.image_list.locate([int(split.image_list.labels.argmax())])
             raise UserError(
-                f"{where}: the label {largest} is out of range of {num_classes} classes{split.images.label_hint()}; "
-                f"correct the list, or give --num-classes {largest + 1}"
+                f"{where}: the label {largest} is out of range of {num_classes} classes"
+                f"{split.image_list.label_hint()}; correct the list, or give --num-classes {largest + 1}"
             )
     return num_classes
 
 
 def list_warnings(splits: dict, train_counts: torch.Tensor):
     """Yields a line for each list that may not be the one that was meant."""
-    train = splits["train"].images
+    train = splits["train"].image_list
     empty = (train_counts == 0).nonzero()[:, 0].tolist()
     if empty:
         number = f"{len(empty)} of {len(train_counts)}"
         yield f"warning: {train.name}: {number} classes have no images, such as class {empty[0]}{train.label_hint()}"
     for name, split in splits.items():
-        yield from split.images.notes
-        if name != "train" and split.images.checksum == train.checksum:
-            yield f"warning: {split.images.name}: has the images of the training list"
+        yield from split.image_list.notes
+        if name != "train" and split.image_list.checksum == train.checksum:
+            yield f"warning: {split.image_list.name}: has the images of the training list"
 
 
 def is_balanced(images) -> bool:

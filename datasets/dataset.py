@@ -21,11 +21,11 @@ class ListFileDataset(torch.utils.data.Dataset):
 
     def __init__(self, split, transform):
         self.split = split
-        self.images = split.images
+        self.image_list = split.image_list
         self.transform = transform
 
     def __len__(self):
-        return len(self.images)
+        return len(self.image_list)
 
     def digests(self) -> torch.Tensor:
         """8 bytes of a hash of each image's path below root, int64 (images,); they tell which images lists share.
@@ -41,8 +41,8 @@ class ListFileDataset(torch.utils.data.Dataset):
         try:
             image = load_rgb(self.split.file(i))
         except EndOfRun as error:
-            raise type(error)(self.images.with_line(str(error), i)) from None
-        return self.transform(image, (epoch, i, draw)), int(self.images.labels[i]), i
+            raise type(error)(self.image_list.with_line(str(error), i)) from None
+        return self.transform(image, (epoch, i, draw)), int(self.image_list.labels[i]), i
 
     def __getitems__(self, items):
         """The items of a batch, or the EndOfRun of one of them: raised in a worker, it would print a traceback."""

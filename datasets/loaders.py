@@ -130,7 +130,7 @@ class Loader(DataLoader):
 
     def locate(self) -> str:
         """The images of the latest step, for messages."""
-        return self.dataset.images.locate(sorted(itertools.chain(*self.indices)))
+        return self.dataset.image_list.locate(sorted(itertools.chain(*self.indices)))
 
     def __iter__(self):
         batches = self._start()

@@ -82,14 +82,14 @@ class Split(NamedTuple):
 
     name: str
     root: str
-    images: ImageList
+    image_list: ImageList
     layout: object = as_listed
     missing: tuple[int, ...] = ()
     folders: list[str] | None = None
 
     def path(self, i: int) -> str:
         """Where the file of entry i lies below root."""
-        return self.layout(self.images.path(i), self.name)
+        return self.layout(self.image_list.path(i), self.name)
 
     def file(self, i: int) -> str:
         return os.path.join(self.root, self.path(i))
@@ -100,24 +100,24 @@ class Split(NamedTuple):
     def require(self):
         """Raises UserError with the first missing files and their number, if there are any."""
         if self.missing:
-            given = [f"--{self.name}-list", self.images.name] if self.images.has_list_file else []
+            given = [f"--{self.name}-list", self.image_list.name] if self.image_list.has_list_file else []
             command = shlex.join(["python", "-m", "datasets.verify", self.root, *given, "--report", "FILE"])
             remedy = self.cause_of_missing() or "correct DIR or the list"
-            if is_file(Path(self.images.name).with_name(PREPARED_FILE)):
+            if is_file(Path(self.image_list.name).with_name(PREPARED_FILE)):
                 remedy += ", or run datasets.prepare folder again, with --overwrite and the flags of its last run"
             raise UserError(f"{self.missing_message()}; {remedy}; {command} lists them all")
 
     def cause_of_missing(self) -> str | None:
         """Why files are missing, and what helps, if that is certain of one in up to 200 of them."""
         for i in self.missing[:: max(1, len(self.missing) // 200)]:
-            path = self.images.path(i)
+            path = self.image_list.path(i)
             for layout in (self.layout, as_listed, by_split):
                 if why := explain_missing(self.root, layout(path, self.name)):
                     return why
                 for other in (path.replace("\\", "/"), path.replace("/", "\\")):  # a list or an archive of Windows
                     there = layout(other, self.name)
                     if other != path and os.path.isfile(os.path.join(self.root, there)):
-                        where = self.images.name if "\\" in path else "a file's name"
+                        where = self.image_list.name if "\\" in path else "a file's name"
                         return f"{where} has \\ for /: {path} is {there} there; write / in both"
         return None
 
@@ -127,8 +127,8 @@ class Split(NamedTuple):
         for i in self.missing[:3]:
             exists = os.path.exists(self.file(i))  # a FIFO, a folder
             shown.append(self.path(i)[:200] + (" (not a regular file)" if exists else ""))
-        number = f"{len(self.missing)} of {len(self.images)}"
-        return f"{self.images.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
+        number = f"{len(self.missing)} of {len(self.image_list)}"
+        return f"{self.image_list.name}: {number} files are not in {self.root}; the first: {', '.join(shown)}"
 
 
 def is_there(file) -> bool:
@@ -144,7 +144,7 @@ def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Sp
 
     progress: wraps the iterator over the results.
     """
-    entries = range(len(split.images))
+    entries = range(len(split.image_list))
     found = []
     for layout in layouts:
         split = split._replace(layout=layout)
@@ -275,8 +275,8 @@ def unlisted_note(splits: dict[str, Split]) -> list[str]:
     Only lists of `prepare folder` are meant to have all. splits: all three.
     """
     train = splits["train"]
-    prepared = Path(train.images.name).with_name(PREPARED_FILE)
-    if not (train.images.has_list_file and is_file(prepared)):
+    prepared = Path(train.image_list.name).with_name(PREPARED_FILE)
+    if not (train.image_list.has_list_file and is_file(prepared)):
         return []
     try:
         flags = dict(json.loads(retry(Path.read_bytes, prepared)))
@@ -285,7 +285,7 @@ def unlisted_note(splits: dict[str, Split]) -> list[str]:
         found, _ = class_paths(train.root)
     except (EndOfRun, OSError, ValueError, TypeError) as error:
         return [f"photos below {train.root} that are in no list could not be counted: {error}"]
-    listed = {split.images.path(i) for split in splits.values() for i in range(len(split.images))}
+    listed = {split.image_list.path(i) for split in splits.values() for i in range(len(split.image_list))}
     unlisted = [path for paths in found.values() for path in paths if path not in listed]
     number = sum(is_there(os.path.join(train.root, path)) for path in unlisted)
     words = ["python", "-m", "datasets.prepare", "folder", train.root, "--out", str(prepared.parent)]
@@ -299,7 +299,7 @@ def find_class_names(root, train: Split, num_classes: int) -> tuple[list[str] | 
 
     They are the lines of classes.txt, next to the training list or in root, else the names of the class folders.
     """
-    beside = (Path(train.images.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
+    beside = (Path(train.image_list.name).parent / CLASSES_FILE, Path(root) / CLASSES_FILE)
     file = next((file for file in beside if lexists(file)), None)
     if file is None and train.folders is None:
         return None, None

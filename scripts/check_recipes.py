@@ -89,8 +89,8 @@ def check_earlier(parser: ArgumentParser, args, run: Path):
     saved = read_args(run)
     if checksums := saved_checksums(run):
         for split in read_splits(args.data, args.train_list, args.val_list, args.test_list):
-            if split.images.checksum != checksums.get(split.name):
-                raise UserError(f"{run}: was trained on other data than {split.images.name} has now; {remedy}")
+            if split.image_list.checksum != checksums.get(split.name):
+                raise UserError(f"{run}: was trained on other data than {split.image_list.name} has now; {remedy}")
     actions = parser.marked(KEPT, IDENTITY)
     for dest in [*parser.marked(KEPT), *({"pretrained", "num_classes"} & actions.keys())]:  # others say how it runs
         value = getattr(args, dest)
@@ -131,7 +131,7 @@ def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
     sizes = []
     for name, own in stages.items():
         splits = read_splits(own.data, own.train_list, own.val_list, own.test_list)
-        images = len(splits[0].images)
+        images = len(splits[0].image_list)
         network = NETWORKS[STAGES[name].__name__.removeprefix("ssd_stage_")]
         done = own.epochs if (args.out / name / "results.json").exists() else len(read_log(args.out / name))
         status = {0: "", own.epochs: "; done"}.get(done, f"; {done} are done")
@@ -141,7 +141,7 @@ def make_plan(args, stages: dict) -> tuple[str, dict[str, int]]:
     place = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     disk = 3 * sum(sizes) + max(sizes), shutil.disk_usage(place).free  # last, previous, best; one is being written
     disk = "up to {:,.1f} GB in OUT, {:,.1f} GB are free".format(*(size / 1e9 for size in disk))
-    counts = ", ".join(f"{len(split.images):,} {split.name}" for split in splits)
+    counts = ", ".join(f"{len(split.image_list):,} {split.name}" for split in splits)
     later = {}
     names = list(work)
     for i, name in enumerate(names):
@@ -177,7 +177,7 @@ def check_all(args):
         network |= {dest: getattr(own, dest) for dest in parser.marked(NETWORK) if dest in own.given or not stages}
         vars(own).update(network)  # the next stages take it from their checkpoint
         lists = read_splits(own.data, own.train_list, own.val_list, own.test_list)
-        own.num_classes = own.num_classes or lists[0].images.num_classes
+        own.num_classes = own.num_classes or lists[0].image_list.num_classes
         if name in begun:
             check_earlier(parser, own, args.out / name)
         stages[name] = own

@@ -42,4 +42,4 @@ def test_the_stopwatch_tells_waiting_for_data_from_training(monkeypatch):
     for images in (0, 16):
         clock.data_arrived()
         clock.trained(images)
-    assert (clock.data_seconds, clock.seconds, clock.images) == (2.0, 10.0, 16)
+    assert (clock.data_seconds, clock.seconds, clock.images_seen) == (2.0, 10.0, 16)

@@ -253,7 +253,7 @@ def check_links(out, links=LINKS):
     """That every image of every list is below out, as a link to the right file; links: its path there -> as listed."""
     assert all((out / link).is_symlink() and (out / link).read_text() == path for link, path in links.items())
     found = find_splits(out, {})
-    assert {name: (len(split.images), split.missing) for name, split in found.items()} == {
+    assert {name: (len(split.image_list), split.missing) for name, split in found.items()} == {
         split: (len(entries), ()) for split, entries in LISTS.items()
     }
 
@@ -319,7 +319,7 @@ def test_inaturalist_tests_on_its_validation_list(lists, root, tmp_path, capsys)
     assert "its val list is used for test, and for validation" in said and "all 22 listed images" in said
     assert succeeds(capsys, "inaturalist18", "--out", lists).count("iNaturalist18_val.txt") == 3  # read once, for two
     found = find_splits(tmp_path / "out", {})
-    assert [(len(found[split].images), found[split].missing) for split in LISTS] == [(10, ()), (6, ()), (6, ())]
+    assert [(len(found[split].image_list), found[split].missing) for split in LISTS] == [(10, ()), (6, ()), (6, ())]
 
 
 def test_places_lt_keeps_its_nested_folders(lists, root, tmp_path, capsys):

@@ -57,7 +57,7 @@ def test_a_step_moves_exactly_the_parameters_that_train(stage, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args, optimizer, state = step_of(stage, model, tmp_path)
     SCRIPTS[stage].train_one_epoch(model, InMemory(2 if stage == "i" else 1), optimizer, state, args)
-    assert (state.step, state.images) == (STEPS, BATCH * STEPS)
+    assert (state.step, state.images_seen) == (STEPS, BATCH * STEPS)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == trained | follows
     means = state.metrics.means()
@@ -130,7 +130,7 @@ def test_every_micro_batch_has_random_numbers_of_its_own(tmp_path, monkeypatch):
 
 def test_no_image_comes_twice_after_a_change_of_the_number_of_processes(tmp_path, monkeypatch):
     _, _, state = step_of("ii", STAGES["ii"]("resnet8", CLASSES), tmp_path)
-    state.images, loader = 80, Resumed(1)
+    state.images_seen, loader = 80, Resumed(1)
     monkeypatch.setattr(train_state, "get_world_size", lambda: 3)
     next(state.micro_batches(loader))
     assert loader.started == (0, 27)

@@ -131,7 +131,7 @@ def test_the_time_left_counts_the_later_stages(monkeypatch):
     loader, optimizer = SimpleNamespace(images_per_epoch=100), SimpleNamespace(param_groups=[{"lr": 0.1}])
     clock = SimpleNamespace(images_per_second=10.0)
     logger = SimpleNamespace(clock=clock, means=lambda: {"loss": 1.0})
-    state = SimpleNamespace(optimizer=optimizer, metrics=logger, loader=loader, epoch=0, images=0, best=0.0,
+    state = SimpleNamespace(optimizer=optimizer, metrics=logger, loader=loader, epoch=0, images_seen=0, best=0.0,
                             args=SimpleNamespace(epochs=3))  # fmt: skip
     assert "0m30 left" in TrainState._bar_text(state)
     monkeypatch.setenv("SSD_LT_LATER_IMAGES", "600")

@@ -77,7 +77,7 @@ def train_once(rank, stage, data, world, accum_steps):
         state = Recorder(model, optimizer, CPU, args)
         script.train_one_epoch(distribute(model, CPU), loaders.train, optimizer, state, args)
         means = state.metrics.global_means()
-    assert (state.step, state.images, state.metrics.steps) == (STEPS, STEPS * BATCH, STEPS)
+    assert (state.step, state.images_seen, state.metrics.steps) == (STEPS, STEPS * BATCH, STEPS)
     return {"steps": state.steps, "partial": state.partial, "means": means}
 
 

@@ -363,23 +363,23 @@ def check_position(loaded: LoadedCheckpoint, state, train_loader):
     world_size = get_world_size()
     per_step = train_loader.images_per_step * world_size
     per_epoch = train_loader.images_per_epoch * world_size
-    state.images = loaded.content.get("images", state.step * per_step)
+    state.images_seen = loaded.content.get("images", state.step * per_step)
     saved = loaded.run.get("world_size", world_size)
     # With W processes an epoch has up to W - 1 images twice, so that all have as many.
-    if state.images >= per_epoch + saved or (state.images == 0) != (state.step == 0):
+    if state.images_seen >= per_epoch + saved or (state.images_seen == 0) != (state.step == 0):
         raise UserError(
-            f"{loaded.path}: stopped at step {state.step} after {state.images} images, an epoch has {per_epoch} here; "
-            "resume with the lists it was saved with"
+            f"{loaded.path}: stopped at step {state.step} after {state.images_seen} images, an epoch has {per_epoch} "
+            "here; resume with the lists it was saved with"
         )
     if saved != world_size:
         print_main(f"warning: {world_size} processes, saved by {saved}: the result will not be bit-identical")
-    if not state.step or (saved == world_size and state.images == state.step * per_step):
+    if not state.step or (saved == world_size and state.images_seen == state.step * per_step):
         return
-    how = f"continues after its first {state.images} images"
+    how = f"continues after its first {state.images_seen} images"
     if train_loader.depends_on_ranks:
         how = "starts over, since its batches are different now"
         state.step = 0
-        state.images = 0
+        state.images_seen = 0
         state.metrics.reset()
     print_main(f"warning: epoch {state.epoch + 1} {how}")
 
@@ -473,7 +473,7 @@ def build_checkpoint(state, averages: dict | None) -> dict:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "averages": averages,
-        "images": state.images,
+        "images": state.images_seen,
         "trained_on": state.model.trained_on,
         "args": {name: getattr(args, name) for name in args.marked[KEPT]},
         "run": {

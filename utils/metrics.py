@@ -26,7 +26,7 @@ class Stopwatch:
     """Of an epoch since it began or was resumed: the images of all ranks, the time, and the time without data."""
 
     def __init__(self):
-        self.images = 0
+        self.images_seen = 0
         self.seconds = 0.0
         self.data_seconds = 0.0
         self.start = self.latest = time.perf_counter()
@@ -38,11 +38,11 @@ class Stopwatch:
         """images: of the step, if this micro-batch was its last, else 0."""
         self.latest = time.perf_counter()
         self.seconds = self.latest - self.start
-        self.images += images
+        self.images_seen += images
 
     @property
     def images_per_second(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
+        return self.images_seen / max(self.seconds, 1e-9)
 
 
 class MetricLogger:
@@ -156,7 +156,7 @@ class ShotAccuracy:
         num_classes = len(train_counts)
         self.train_counts = train_counts
         self.classes = classes
-        self.top1, self.top5, self.images = torch.zeros(3, num_classes, dtype=torch.long, device=device)
+        self.top1, self.top5, self.test_counts = torch.zeros(3, num_classes, dtype=torch.long, device=device)
         cells = shot_groups(train_counts) if num_classes > MAX_CONFUSION else torch.arange(num_classes)
         self.cells = cells.to(device)  # class -> its row and column in the confusion matrix
         self.side = len(GROUPS) if num_classes > MAX_CONFUSION else num_classes
@@ -165,7 +165,7 @@ class ShotAccuracy:
     def update(self, logits, labels):
         """Adds a batch: logits (N, C), labels (N,)."""
         predicted, top1, top5 = topk_hits(logits, labels)
-        self.images.index_add_(0, labels, torch.ones_like(labels))
+        self.test_counts.index_add_(0, labels, torch.ones_like(labels))
         self.top1.index_add_(0, labels, top1.long())
         self.top5.index_add_(0, labels, top5.long())
         pairs = self.side * self.cells[labels] + self.cells[predicted]
@@ -178,22 +178,22 @@ class ShotAccuracy:
         that have test images. confusion_groups[i][j]: images of group i that were predicted as group j; confusion, for
         up to 1,000 classes: the same for classes.
         """
-        flat = all_reduce(torch.cat([self.top1, self.top5, self.images, self.confusion])).cpu()
-        top1, top5, images = flat[: -(self.side**2)].view(3, -1)
+        flat = all_reduce(torch.cat([self.top1, self.top5, self.test_counts, self.confusion])).cpu()
+        top1, top5, test_counts = flat[: -(self.side**2)].view(3, -1)
         confusion = flat[-(self.side**2) :].view(self.side, self.side)
         groups = shot_groups(self.train_counts)
-        count = int(images.sum())
+        count = int(test_counts.sum())
         is_full = self.side == len(self.train_counts)
         of_group = F.one_hot(groups, len(GROUPS))
         between = of_group.T @ confusion @ of_group if is_full else confusion
         record = {
             "overall": int(top1.sum()) / count if count else None,
-            "class_mean": mean_accuracy(top1, images),
+            "class_mean": mean_accuracy(top1, test_counts),
             "top5": int(top5.sum()) / count if count else None,
-            **{name: mean_accuracy(top1[groups == i], images[groups == i]) for i, name in enumerate(GROUPS)},
-            "per_class": [c / n if n else None for c, n in zip(top1.tolist(), images.tolist(), strict=True)],
+            **{name: mean_accuracy(top1[groups == i], test_counts[groups == i]) for i, name in enumerate(GROUPS)},
+            "per_class": [c / n if n else None for c, n in zip(top1.tolist(), test_counts.tolist(), strict=True)],
             "train_counts": self.train_counts.tolist(),
-            "test_counts": images.tolist(),
+            "test_counts": test_counts.tolist(),
             "classes": self.classes,
             "count": count,
             "confusion_groups": between.tolist(),
@@ -203,13 +203,13 @@ class ShotAccuracy:
         return record
 
 
-def mean_accuracy(correct: torch.Tensor, images: torch.Tensor) -> float | None:
-    """Mean of the accuracies of the classes that have images, None if there are none; correct, images: int (classes,).
+def mean_accuracy(correct: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Mean of the accuracies of the classes that have images, None if there are none; correct, counts: int (classes,).
 
     It is computed exactly and rounded once: if all classes have the same number of images, it is exactly the float
-    sum(correct) / sum(images), and equal means never differ by a rounding error.
+    sum(correct) / sum(counts), and equal means never differ by a rounding error.
     """
-    accuracies = [Fraction(c, n) for c, n in zip(correct.tolist(), images.tolist(), strict=True) if n]
+    accuracies = [Fraction(c, n) for c, n in zip(correct.tolist(), counts.tolist(), strict=True) if n]
     return float(sum(accuracies) / len(accuracies)) if accuracies else None
 
 

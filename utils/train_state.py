@@ -142,7 +142,7 @@ class TrainState:
         self.args = args
         self.epoch = args.start_epoch
         self.step = 0
-        self.images = 0  # of all ranks
+        self.images_seen = 0  # of all ranks
         self.best = 0.0
         self.metrics = MetricLogger(device, model.classifiers, args.accum_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -161,7 +161,7 @@ class TrainState:
         args = self.args
         defer_stop()
         self.loader = loader
-        loader.start_at(self.epoch, -(-self.images // get_world_size()))
+        loader.start_at(self.epoch, -(-self.images_seen // get_world_size()))
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         steps = self.step + len(loader) // args.accum_steps
         with self.progress(title, steps, self.step) as progress:
@@ -199,7 +199,7 @@ class TrainState:
         name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
         later = float(os.environ.get(LATER_IMAGES) or 0)
-        left = ((self.args.epochs - self.epoch) * per_epoch - self.images + later) / speed
+        left = ((self.args.epochs - self.epoch) * per_epoch - self.images_seen + later) / speed
         best = f", best {100 * self.best:.1f} %" if self.best else ""
         return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
 
@@ -210,7 +210,7 @@ class TrainState:
             f"{name} {100 * mean:.1f} %" if is_accuracy(name) else f"{name} {mean:.4g}"
             for name, mean in self.metrics.means().items()
         ]
-        steps = clock.images / (self.loader.images_per_step * get_world_size())
+        steps = clock.images_seen / (self.loader.images_per_step * get_world_size())
         waits = f"data {clock.data_seconds / steps:.3f} of {clock.seconds / steps:.3f} s per step"
         return ", ".join([*means, f"{clock.images_per_second:.0f} images/s", waits])
 
@@ -237,7 +237,7 @@ class TrainState:
         self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
-        self.images += self.loader.images_per_step * get_world_size()
+        self.images_seen += self.loader.images_per_step * get_world_size()
 
     def check_finite(self, optimizer):
         """What the ranks agree on in a step, in one exchange: losses and gradients are finite; is a stop asked for?"""
@@ -316,7 +316,7 @@ class TrainState:
         self.best = max(class_mean, self.best)
         self.epoch += 1
         self.step = 0
-        self.images = 0
+        self.images_seen = 0
         self.metrics.reset()
         with raise_on_all_ranks():
             if is_main_process():

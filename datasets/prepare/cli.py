@@ -77,7 +77,7 @@ def prepare_published(args):
         print(message)
     if args.root:
         splits = find_tree(args.root, files, sort_flat=args.link is not None)
-        total = sum(len(split.images) for split in splits.values())
+        total = sum(len(split.image_list) for split in splits.values())
         print(f"{args.root}: all {total} listed images are there")
     if args.link:
         nested = args.dataset == "places-lt"  # class folders within class folders: <class>/<file> would collide

@@ -43,7 +43,7 @@ def unsorted_files(missing: Missing):
 
 
 def other_roots(missing: Missing):
-    if len(missing.split.missing) < len(missing.split.images):
+    if len(missing.split.missing) < len(missing.split.image_list):
         return ()
     usual = [missing.root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
     below = sorted(child for child in missing.root.iterdir() if child.is_dir())[:1000]
@@ -101,7 +101,7 @@ def diagnose(split: Split) -> str:
         return cause
     root = Path(split.root)
     some = split.missing[:: max(1, len(split.missing) // 200)]
-    paths = [split.images.path(i) for i in some]
+    paths = [split.image_list.path(i) for i in some]
     files = [split.path(i) for i in some]
     absent = [folder for folder in sorted({os.path.dirname(file) for file in files}) if not (root / folder).is_dir()]
     missing = Missing(split, root, paths, files, absent)
@@ -140,9 +140,9 @@ def link_tree(splits: dict[str, Split], out: Path, layout=by_split) -> int:
     """
     targets = {}
     for name, split in splits.items():
-        for i in range(len(split.images)):
+        for i in range(len(split.image_list)):
             image = os.path.abspath(split.file(i))
-            link = layout(split.images.path(i), name)
+            link = layout(split.image_list.path(i), name)
             if targets.setdefault(link, image) != image:
                 both = f"{image} and {targets[link]}"
                 raise UserError(f"--link {out}: {both} would both be {link}; use the tree as it is")

@@ -72,7 +72,7 @@ def examine(split: Split, decode: bool) -> dict[str, list]:
             found.append(("outside", real))
         return found
 
-    number = len(split.images)
+    number = len(split.image_list)
     findings = defaultdict(list)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         looked = pool.imap(look, range(number), chunksize=64)
@@ -127,16 +127,16 @@ def print_table(splits: dict[str, Split], findings: dict[str, dict], decoded: bo
     row = "{:>5}  {:>6}  {:>7}  {:>4}  {:>6}  {:>4}  {:>9}  {:>7}  {:>10}  {}".format
     columns = "split images classes many medium few imbalance missing unreadable layout"
     print(row(*columns.split()))
-    groups = shot_groups(splits["train"].images.counts(0)) if "train" in splits else None
+    groups = shot_groups(splits["train"].image_list.counts(0)) if "train" in splits else None
     for name, split in splits.items():
-        counts = split.images.counts(0)
+        counts = split.image_list.counts(0)
         present = counts.nonzero().flatten()
         shots = "---"
         if groups is not None:
             shots = groups[present[present < len(groups)]].bincount(minlength=3).tolist()
         imbalance = f"{int(counts.max()) / int(counts[present].min()):.1f}"
         faults = len(split.missing), len(findings[name]["unreadable"]) if decoded else "-"
-        print(row(name, len(split.images), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
+        print(row(name, len(split.image_list), len(present), *shots, imbalance, *faults, LAYOUT_NAMES[split.layout]))
 
 
 def first_lines(found: list, line, rest: str) -> list[str]:
@@ -155,13 +155,13 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
     contradictions = []
     for name, split in splits.items():
         paths[name] = set()
-        for i, label in enumerate(split.images.labels.tolist()):
-            path = posixpath.normpath(split.images.path(i))
+        for i, label in enumerate(split.image_list.labels.tolist()):
+            path = posixpath.normpath(split.image_list.path(i))
             paths[name].add(path)
             other, j = labeled.setdefault(path, (split, i))
-            if label != int(other.images.labels[j]) and is_same_image(path, other, split):
-                contradictions.append((other.images, j, split.images, i))
-        if repeated := len(split.images) - len(paths[name]):
+            if label != int(other.image_list.labels[j]) and is_same_image(path, other, split):
+                contradictions.append((other.image_list, j, split.image_list, i))
+        if repeated := len(split.image_list) - len(paths[name]):
             information.append(f"{name}: {repeated} entries are in the list more than once")
     problems += first_lines(contradictions, two_labels, " paths with two labels")
     for one, other in combinations(splits, 2):
@@ -173,8 +173,8 @@ def compare(splits: dict[str, Split], findings: dict[str, dict]) -> tuple[list[s
             problems.append(f"{one} and {other} share {len(both)} images; the first: {min(both)}")
     copies = find_copies([split for name, split in splits.items() if name not in again], findings)
     problems += first_lines(copies, same_bytes, " images with the same bytes")
-    labels = {name: set(split.images.labels.unique().tolist()) for name, split in splits.items()}
-    hints = {name: split.images.label_hint() for name, split in splits.items()}
+    labels = {name: set(split.image_list.labels.unique().tolist()) for name, split in splits.items()}
+    hints = {name: split.image_list.label_hint() for name, split in splits.items()}
     if "train" in splits:
         if empty := set(range(max(labels["train"]))) - labels["train"]:
             information.append(f"train: {len(empty)} classes have no image, such as {min(empty)}{hints['train']}")
@@ -203,10 +203,10 @@ def find_copies(splits: list[Split], findings: dict[str, dict]) -> list[tuple]:
     found = []
     for split in splits:
         for i, digest in findings[split.name]["digest"]:
-            one, j = first.setdefault(digest, (split.images, i))
-            other_place = one is not split.images or one.labels[j] != split.images.labels[i]
-            if other_place and posixpath.normpath(one.path(j)) != posixpath.normpath(split.images.path(i)):
-                found.append((one, j, split.images, i))
+            one, j = first.setdefault(digest, (split.image_list, i))
+            other_place = one is not split.image_list or one.labels[j] != split.image_list.labels[i]
+            if other_place and posixpath.normpath(one.path(j)) != posixpath.normpath(split.image_list.path(i)):
+                found.append((one, j, split.image_list, i))
     return found
 
 
@@ -229,11 +229,11 @@ def describe(split: Split, findings: dict[str, list]):
             print(f"  {printable(line)}")
 
     def name_entry(i):
-        return split.images.with_line(split.path(i), i)
+        return split.image_list.with_line(split.path(i), i)
 
     missing, unreadable, outside = (findings[kind] for kind in (*FAULTS, "outside"))
     if missing:
-        show(missing, f"{len(missing)} of {len(split.images)} images are missing; {diagnose(split)}")
+        show(missing, f"{len(missing)} of {len(split.image_list)} images are missing; {diagnose(split)}")
     show(unreadable, f"{len(unreadable)} images cannot be read")
     if outside:
         where = f"links lead out of {split.root}; the first: {name_entry(outside[0][0])}"
@@ -251,14 +251,14 @@ def write_report(file: Path, splits: dict[str, Split], findings: dict[str, dict]
         for name, split in splits.items():
             for fault in FAULTS:
                 for i, reason in findings[name][fault]:
-                    report.write(f"{fault}\t{name}\t{printable(split.images.path(i))}\t{reason}\n")
+                    report.write(f"{fault}\t{name}\t{printable(split.image_list.path(i))}\t{reason}\n")
 
 
 def plot(file: Path, splits: dict[str, Split]):
     """Draws one curve per split: the number of images per class, largest class first."""
     figure, axes = new_axes(yscale="log", xlabel="class, by number of images", ylabel="images")
     for name, split in splits.items():
-        counts = split.images.counts(0).sort(descending=True).values
+        counts = split.image_list.counts(0).sort(descending=True).values
         axes.plot(range(1, len(counts) + 1), counts.tolist(), label=name)
     for bound in (FEW_BELOW, MANY_ABOVE):
         axes.axhline(bound, color="gray", linewidth=0.8, linestyle=":")
@@ -289,13 +289,13 @@ def verify(args) -> int:
     wanted = [split for split in SPLITS if given[split]] or SPLITS
     splits = find_splits(args.data, given, wanted, progress=bar("looking for images"))
     for split in splits.values():
-        split.images.check_num_classes()
+        split.image_list.check_num_classes()
     findings = {name: examine(split, args.decode) for name, split in splits.items()}
     problems, information = compare(splits, findings)
     print_table(splits, findings, args.decode)
     for name, split in splits.items():
         describe(split, findings[name])
-    notes = [note for split in splits.values() for note in split.images.notes]
+    notes = [note for split in splits.values() for note in split.image_list.notes]
     notes += [note for split in splits.values() if split.name == "train" for note in numbering_note(split.folders)]
     notes += unlisted_note(splits) if len(splits) == len(SPLITS) else []
     for line in [*problems, *(f"information: {line}" for line in [*information, *notes])]:

@@ -622,7 +622,9 @@ def test_flags_that_start_no_process_under_torchrun_are_named(capsys, monkeypatc
 def test_too_many_open_files_for_the_processes_end_in_one_line(capfd, monkeypatch):
     monkeypatch.setattr(spawn.mp, "start_processes", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
     assert launch(lambda args, device: None, *SMALL_RUN) == 2
-    assert re.fullmatch(r"\S+: --nproc 2: cannot be started \(Too many open files\); lower it\n", capfd.readouterr().err)
+    assert re.fullmatch(
+        r"\S+: --nproc 2: cannot be started \(Too many open files\); lower it\n", capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["error.json", "missing/error.json"])
