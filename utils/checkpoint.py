@@ -138,7 +138,7 @@ def read(path, flag: str) -> dict:
         raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
     content |= {name: int(content[name]) for name in ("epoch", "step", "images") if name in content}
     best = float(content.get("best_acc1", 0.0))
-    content["best_acc1"] = best / 100 if best > 1 else best  # published scripts count in percent
+    content["best_acc1"] = best / 100 if best > 1 else best  # it may be in percent
     return content
 
 
