@@ -52,12 +52,12 @@ def get_parser():
 
 def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    # --accum-steps micro-batches make a step. Each is seeded, so that a resumed run draws the same random numbers.
     for views, labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
         with sync_gradients(model, last), state.autocast():  # DDP decides here whether backward averages over ranks
-            # update: the key encoder moves before a step's first keys; enqueue: a step's keys enter the queue together.
+            # The key encoder moves before a step's first micro-batch, and the step's keys are enqueued with its last.
             logits, con_loss = model(*views, labels=labels, update=first, enqueue=last)
             ce_loss = F.cross_entropy(logits, labels)
             loss = ce_loss + args.con_weight * con_loss
@@ -65,8 +65,8 @@ def train_one_epoch(model, loader, optimizer, state, args):
         figures = {"loss": loss, "cross_entropy": ce_loss, "contrastive": con_loss}
         state.metrics.update(figures, (logits,), labels)
         if last:
-            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
-            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
+            state.optimizer_step(optimizer)  # raises if loss or gradient is not finite on any rank; skips fp16 overflow
+            state.save_if_due()  # every --save-every-steps; after a stop signal, saves and ends the run
 
 
 def main_worker(args, device):
@@ -85,15 +85,15 @@ def main_worker(args, device):
         model.classes = checkpoint.class_names(resumed, data.classes)  # None if nothing names them
         if backbone is not None:  # --pretrained
             model.load_backbone(backbone)
-        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        # Applies --channels-last, --sync-bn and --compile; raises UserError if a micro-batch cannot fit into memory.
         model = prepare_model(model, device, args, data.train.images_per_micro_batch)
-        # The key encoder is in it too, without gradients, as in published checkpoints, so that they can be exchanged.
+        # The key encoder gets no gradients; it is included so that optimizer states fit published checkpoints.
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, weights, momentum
+        checkpoint.restore(resumed, state, data)  # all of these, the weights and the momentum, if --resume is given
         folder.start(state, data)
         if args.evaluate:
             folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))

@@ -49,7 +49,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    # --accum-steps micro-batches make a step. Each is seeded, so that a resumed run draws the same random numbers.
     for (images,), labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
@@ -59,8 +59,8 @@ def train_one_epoch(model, loader, optimizer, state, args):
         state.backward(loss / args.accum_steps)  # fp16: scaled
         state.metrics.update({"loss": loss}, (logits,), labels)
         if last:
-            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
-            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
+            state.optimizer_step(optimizer)  # raises if loss or gradient is not finite on any rank; skips fp16 overflow
+            state.save_if_due()  # every --save-every-steps; after a stop signal, saves and ends the run
 
 
 def main_worker(args, device):
@@ -78,7 +78,7 @@ def main_worker(args, device):
         model.classes = checkpoint.class_names(resumed or source, data.classes)  # None if nothing names them
         if source is not None:
             model.load_pretrained(source.state_dict, args.classifier)
-        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        # Applies --channels-last, --sync-bn and --compile; raises UserError if a micro-batch cannot fit into memory.
         model = prepare_model(model, device, args, data.train.images_per_micro_batch)
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert len(scales) == 1, "one scale per class trains, and nothing else"
@@ -87,7 +87,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, weights, momentum
+        checkpoint.restore(resumed, state, data)  # all of these, the weights and the momentum, if --resume is given
         folder.start(state, data)
         if args.evaluate:
             folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
@@ -103,7 +103,7 @@ def main_worker(args, device):
         results = metrics.evaluate(model, data.test, data.train_counts, state)
         if source is not None and source.found["stage"] == "i":
             folder.finish(results, log.next_command(args, "ssd_stage_iii.py", "--teacher_ckpt", "stage_iii"))
-        else:  # classifier fine-tuning after stage III; a resumed run may be either
+        else:  # classifier fine-tuning after stage III, or a resumed run, which may have started from either stage
             folder.finish(results, log.report_command(args))
 
 

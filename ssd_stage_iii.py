@@ -48,7 +48,7 @@ def get_parser():
 
 def train_one_epoch(model, loader, optimizer, state, args):
     model.train()
-    # --accum-steps micro-batches make a step; each is seeded, so that a resumed run repeats it.
+    # --accum-steps micro-batches make a step. Each is seeded, so that a resumed run draws the same random numbers.
     for (images,), labels, first, last in state.micro_batches(loader):
         if first:
             optimizer.zero_grad(set_to_none=True)
@@ -60,8 +60,8 @@ def train_one_epoch(model, loader, optimizer, state, args):
         figures = {"loss": loss, "cross_entropy": ce_loss, "distillation": kd_loss}
         state.metrics.update(figures, (hard, soft), labels)
         if last:
-            state.optimizer_step(optimizer)  # loss or gradient not finite on any rank: all exit; fp16 overflow: skipped
-            state.save_if_due()  # --save-every-steps; after a stop signal it saves and ends the run
+            state.optimizer_step(optimizer)  # raises if loss or gradient is not finite on any rank; skips fp16 overflow
+            state.save_if_due()  # every --save-every-steps; after a stop signal, saves and ends the run
 
 
 def main_worker(args, device):
@@ -83,7 +83,7 @@ def main_worker(args, device):
             model.load_teacher(teacher.state_dict)
         if backbone is not None:  # --pretrained
             model.load_backbone(backbone)
-        # device, channels_last, compile; a micro-batch that cannot fit into memory is refused
+        # Applies --channels-last, --sync-bn and --compile; raises UserError if a micro-batch cannot fit into memory.
         model = prepare_model(model, device, args, data.train.images_per_micro_batch)
         student = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(
@@ -91,7 +91,7 @@ def main_worker(args, device):
             fused=args.amp == "fp16" or None,  # skips an overflowed step without waiting for the device
         )  # fmt: skip
         state = TrainState(model, optimizer, device, args)  # epoch, step, best, gradient scaler, metrics
-        checkpoint.restore(resumed, state, data)  # all of these, weights, momentum
+        checkpoint.restore(resumed, state, data)  # all of these, the weights and the momentum, if --resume is given
         folder.start(state, data)
         if args.evaluate:
             folder.write_results(metrics.evaluate(model, data.test, data.train_counts, state))
@@ -105,8 +105,10 @@ def main_worker(args, device):
             results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
             state.end_epoch(folder, results)  # log.txt, last and best checkpoint
         results = metrics.evaluate(model, data.test, data.train_counts, state)
-        tuned = ["--output_dir", f"{folder.path}_tuned", *(["--classifier", "soft"] if distill else [])]
-        command = log.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuned)
+        tuning = ["--output_dir", f"{folder.path}_tuned"]
+        if distill:
+            tuning += ["--classifier", "soft"]
+        command = log.next_command(args, "ssd_stage_ii.py", "--last_stage_ckpt", "stage_iii_tuned", *tuning)
         folder.finish(results, command, log.report_command(args))
 
 

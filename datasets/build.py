@@ -69,8 +69,10 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
             what = f"--batch-size {args.batch_size}{nodes}: the training list's {len(train)} images give no full step"
             raise UserError(f"{what}; lower it")
     train_counts = train.counts(num_classes)
-    unlisted = unlisted_note(splits) if is_main_process() and not args.evaluate else ()
-    for line in (*list_warnings(splits, train_counts), *([note] if note else ()), *numbering_note(classes), *unlisted):
+    notes = [*list_warnings(splits, train_counts), note, *numbering_note(classes)]
+    if is_main_process() and not args.evaluate:
+        notes += unlisted_note(splits)
+    for line in filter(None, notes):
         print_main(line)
     loaders = {}
     for name, split in splits.items():
@@ -94,7 +96,7 @@ def build_data(args, device, views=("query",), sampler_class=ShuffledSampler, **
 
 
 def micro_batch_size(args, processes: int) -> int:
-    """Images per micro-batch and process; --accum-steps micro-batches make a step; processes: of this node.
+    """Returns the number of images per micro-batch and process. processes: how many there are on this node.
 
     Raises UserError, the same on all ranks, if BatchNorm has fewer than two images in one of its --bn-splits pieces, or
     the pieces are not equal.
@@ -131,22 +133,22 @@ def locate_splits(args, info) -> dict:
     wanted = ("train", "test") if args.evaluate else ("train", "val", "test")
     checked = ("test",) if args.evaluate else wanted
 
-    disable = None if is_main_process() else True
+    disable = None if is_main_process() else True  # None: shown only on a terminal
     progress = partial(tqdm, desc="looking for the images", leave=False, disable=disable)
     with raise_on_all_ranks():
         splits = find_splits(args.data, given, wanted, progress, check=checked if info.local_rank == 0 else ())
     difference = find_difference({name: split.image_list.checksum for name, split in splits.items()})
     if difference:
-        file = splits[difference[0]].image_list.name
-        rank = difference[1]
+        name, rank, *_ = difference
+        file = splits[name].image_list.name
         raise UserError(
             f"{file}: differs between rank 0 and rank {rank}; give all nodes the same data", on_all_ranks=True
         )
     host = platform.node()
-    files = {name: (split.layout, split.missing) for name, split in splits.items()}
-    reports = gather_objects((host, info.local_rank, files))
-    files = next(files for node, local_rank, files in reports if node == host and local_rank == 0)
-    return {name: s._replace(layout=files[name][0], missing=files[name][1]) for name, s in splits.items()}
+    own = {name: {"layout": split.layout, "missing": split.missing} for name, split in splits.items()}
+    reports = gather_objects((host, info.local_rank, own))
+    result = next(report for node, local_rank, report in reports if node == host and local_rank == 0)
+    return {name: split._replace(**result[name]) for name, split in splits.items()}
 
 
 def check_labels(args, splits: dict) -> int:

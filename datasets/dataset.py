@@ -45,7 +45,7 @@ class ListFileDataset(torch.utils.data.Dataset):
         return self.transform(image, (epoch, i, draw)), int(self.image_list.labels[i]), i
 
     def __getitems__(self, items):
-        """The items of a batch, or the EndOfRun of one of them: raised in a worker, it would print a traceback."""
+        """The items of a batch, or the EndOfRun of one: if it were raised in a worker, torch would add a traceback."""
         try:
             return [self[item] for item in items]
         except EndOfRun as error:

@@ -39,9 +39,9 @@ def apply_color(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         operations = parameters[:, ORDER][:, turn]
         _blend(images, on_device[:, ORDER][:, turn], on_device)
         shifted = hue_changes & (operations == HUE)
-        _change(images, shifted, lambda some, index: _shift_hue(some, on_device[index, HUE]))
-    _change(images, parameters[:, GRAYSCALE] != 0, lambda some, index: TF.rgb_to_grayscale(some, 3))
-    _change(images, parameters[:, BLUR] > 0, lambda some, index: _blur(some, on_device[index, BLUR]))
+        _change(images, shifted, lambda subset, index: _shift_hue(subset, on_device[index, HUE]))
+    _change(images, parameters[:, GRAYSCALE] != 0, lambda subset, index: TF.rgb_to_grayscale(subset, 3))
+    _change(images, parameters[:, BLUR] > 0, lambda subset, index: _blur(subset, on_device[index, BLUR]))
     return images
 
 

@@ -51,14 +51,14 @@ def parse_line(line: bytes) -> tuple[bytes, int] | None:
 class ImageList:
     """Paths and labels of a list: its bytes, and the start and the label of every entry.
 
-    No Python object per entry, and the arrays are tensors, so that worker processes, forked or spawned, share them.
-    name: the list's file, for messages. labels: int32 (entries,). notes: lines on what class folders have besides.
+    There is no Python object per entry, and the arrays are tensors, so that worker processes, forked or spawned, share
+    them. name: the list's file, for messages. labels: int32 (entries,). notes: lines on what else class folders hold.
     """
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, content: bytes, lines):
-        """lines: those of the content. Raises UserError, naming file and line, if one is malformed, or without any."""
+        """lines: those of content. Raises UserError if one is malformed, with file and line, or if all are blank."""
         starts = array("q")
         labels = array("i")
         position = 0
@@ -73,7 +73,7 @@ class ImageList:
             except ValueError as error:
                 where = f"{name}, line {number}"
                 hint = ""
-                if os.path.isdir(name):  # the lines were made of its files
+                if os.path.isdir(name):  # class folders: the lines were made from their files
                     file = os.fsdecode(line.rsplit(None, 1)[0])
                     where = os.path.join(os.path.dirname(name), file)
                     hint = "; rename the file or folder"
@@ -135,7 +135,8 @@ class ImageList:
     def locate(self, entries) -> str:
         """Entries for messages: the list with their lines or, from class folders, the first of their paths."""
         if self.has_list_file:
-            return f"{self.name}, line{'s' if len(entries) > 1 else ''} {', '.join(str(self.line(i)) for i in entries)}"
+            lines = ", ".join(str(self.line(i)) for i in entries)
+            return f"{self.name}, line{'s' if len(entries) > 1 else ''} {lines}"
         return ", ".join(self.path(i) for i in entries[:3]) + (", ..." if len(entries) > 3 else "")
 
     @cached_property

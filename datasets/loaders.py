@@ -37,16 +37,16 @@ def collate(items):
         return tuple(map(default_collate, zip(*views, strict=True))), torch.tensor(labels), list(indices)
     except EndOfRun as error:
         if get_worker_info() is not None:
-            error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1; sending it would lose it
+            error.worker_stack = format_stack(error) + "\n"  # for TRACEBACK=1: sending the error loses its stack
         return error
 
 
 def init_worker(_):
-    """Makes a worker tell of a batch that it cannot send, and not of a run that is gone.
+    """Makes a worker report a batch that it cannot send, and stay silent if the run is gone.
 
-    By default the thread that sends a batch drops it with a traceback, and the run waits for it forever. The thread
-    that hands over a batch's memory, the only caller of sys.excepthook in a worker, prints a traceback if the run ends
-    or is killed meanwhile.
+    By default, the thread that sends batches drops such a batch with a traceback, and the run waits for it forever. The
+    thread that hands over a batch's memory, the only caller of sys.excepthook in a worker, would print a traceback if
+    the run ends or is killed in the meantime.
     """
     Queue._on_queue_feeder_error = send_error
     sys.excepthook = lambda *_: None
@@ -77,8 +77,8 @@ class Loader(DataLoader):
     """A DataLoader of (views, labels, indices): normalized float images and labels on the device, a list of numbers.
 
     Its workers ignore the signals that ask for a stop, since the run ends them itself: close() must be called.
-    Iterating raises UserError or Unavailable, without a worker's traceback, for an image that cannot be read, and
-    before the first batch of its step.
+    Iterating raises UserError or Unavailable for an image that cannot be read, without a worker's traceback, and before
+    any batch of the same step.
     name: of the split; batch_sampler: from samplers.py; options: those of to_device (channels_last, mean, std).
     """
 
@@ -135,7 +135,7 @@ class Loader(DataLoader):
     def __iter__(self):
         batches = self._start()
         with report_killed_workers(batches):
-            while step := list(itertools.islice(batches, self.indices.maxlen)):
+            while step := list(itertools.islice(batches, self.indices.maxlen)):  # all micro-batches of a step
                 for error in step:
                     if isinstance(error, EndOfRun):
                         raise error
@@ -154,7 +154,7 @@ class Loader(DataLoader):
             end_processes(set(active_children()) - others)
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 if isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
-                    frame.f_locals["self"]._shutdown = True  # its __del__ would fail, half made as it is
+                    frame.f_locals["self"]._shutdown = True  # it is half made: its __del__ would fail
             if isinstance(error, OSError):
                 raise OSError(error.errno, f"{error.strerror}: data workers cannot be started") from error
             raise
@@ -172,7 +172,7 @@ class Loader(DataLoader):
 
 @contextmanager
 def report_killed_workers(iterator):
-    """Names a worker that was killed while it handed over a batch, which is an EOFError or OSError here."""
+    """Replaces the EOFError or OSError of a worker that was killed while it handed over a batch: names the worker."""
     try:
         yield
     except (EOFError, OSError) as error:

@@ -60,14 +60,14 @@ class ClassAwareSampler(ShuffledSampler):
         rng = np.random.default_rng((self.seed, epoch, self.rank))
         by_class = shard[np.argsort(self.labels[shard], kind="stable")]
         classes, first = np.unique(self.labels[by_class], return_index=True)
-        images = np.split(by_class, first[1:])  # one array per class
+        images_by_class = np.split(by_class, first[1:])
 
         num_turns = -(-len(shard) // self.samples_per_class)
         _, turns = cycle(rng, np.arange(len(classes)), num_turns)
         turns_per_class = np.bincount(turns, minlength=len(classes))
         picks = []  # per class an iterator over its turns, each of shape (2, samples_per_class)
-        for own, count in zip(images, turns_per_class, strict=True):
-            picked = np.stack(cycle(rng, own, count * self.samples_per_class))
+        for images, count in zip(images_by_class, turns_per_class, strict=True):
+            picked = np.stack(cycle(rng, images, count * self.samples_per_class))
             picks.append(iter(picked.reshape(2, count, self.samples_per_class).swapaxes(0, 1)))
         draws, indices = np.concatenate([next(picks[c]) for c in turns], axis=1)[:, : len(shard)]
         return draws, indices
@@ -77,14 +77,14 @@ def cycle(rng: np.random.Generator, items: np.ndarray, length: int) -> tuple[np.
     """(rounds, picks) of `length` picks: every item once per round, in a fresh random order each round."""
     rounds = np.arange(length) // len(items)
     orders = [rng.permutation(items) for _ in range(-(-length // len(items)))]
-    return rounds, np.concatenate([items[:0], *orders])[:length]
+    return rounds, np.concatenate([items[:0], *orders])[:length]  # items[:0]: there may be no round
 
 
 class BatchSampler:
     """Batches [(epoch, draw, index), ...] of a sampler's epoch, accum_steps per step; an incomplete step is dropped.
 
-    Each iteration is the next epoch, from 0; start_at(epoch, position) says which one, and how many of its images to
-    skip.
+    Each iteration yields one epoch, from epoch 0 on; start_at(epoch, position) sets which epoch comes next, and how
+    many of its images to skip.
     """
 
     def __init__(self, sampler, batch_size: int, accum_steps: int = 1):

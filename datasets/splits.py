@@ -108,7 +108,7 @@ class Split(NamedTuple):
             raise UserError(f"{self.missing_message()}; {remedy}; {command} lists them all")
 
     def cause_of_missing(self) -> str | None:
-        """Why files are missing, and what helps, if that is certain of one in up to 200 of them."""
+        """Why files are missing, and what helps, if that is certain for one of up to 200 that it looks at."""
         for i in self.missing[:: max(1, len(self.missing) // 200)]:
             path = self.image_list.path(i)
             for layout in (self.layout, as_listed, by_split):
@@ -140,12 +140,12 @@ def is_there(file) -> bool:
 
 
 def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Split:
-    """The split in the first layout that leaves the fewest files missing, which a pool of threads looks for.
+    """Returns the split in the first layout that leaves the fewest files missing; threads look for the files.
 
     progress: wraps the iterator over the results.
     """
     entries = range(len(split.image_list))
-    found = []
+    candidates = []  # the split in each layout
     for layout in layouts:
         split = split._replace(layout=layout)
 
@@ -154,10 +154,10 @@ def find_files(split: Split, progress=iter, layouts=(as_listed, by_split)) -> Sp
 
         with ThreadPoolExecutor(max_workers=16) as pool:
             results = progress(pool.map(missing, entries[::CHUNK]))
-            found.append(split._replace(missing=tuple(i for result in results for i in result)))
-        if not found[-1].missing:
+            candidates.append(split._replace(missing=tuple(i for result in results for i in result)))
+        if not candidates[-1].missing:
             break
-    return min(found, key=lambda split: len(split.missing))
+    return min(candidates, key=lambda split: len(split.missing))
 
 
 @name_refused()
@@ -206,14 +206,14 @@ def class_folders(root, split: str, classes: list[str] | None = None) -> tuple[I
     belongs to no class, if there is no image, and as class_paths does.
     """
     folder = os.path.join(root, split)
-    found, left_out = class_paths(folder)
-    classes = classes or list(found)
-    if unknown := sorted(set(found) - set(classes)):
+    paths_by_class, left_out = class_paths(folder)
+    classes = classes or list(paths_by_class)
+    if unknown := sorted(set(paths_by_class) - set(classes)):
         raise UserError(f"{folder}/{unknown[0]}: a class that train/ does not have; remove or rename it")
-    if not any(found.values()):
+    if not any(paths_by_class.values()):
         raise UserError(f"{folder}: no images in its class folders; correct DIR")
     labels = {name: label for label, name in enumerate(classes)}
-    entries = ((f"{split}/{path}", labels[name]) for name, paths in found.items() for path in paths)
+    entries = ((f"{split}/{path}", labels[name]) for name, paths in paths_by_class.items() for path in paths)
     images = ImageList.from_entries(folder, entries)
     images.notes = tuple(f"{folder}: {line}" for line in left_out)
     return images, classes
@@ -225,7 +225,7 @@ def class_paths(root) -> tuple[dict[str, list[str]], list[str]]:
     Classes and paths are sorted; a class may have no images. Raises UserError as walk does, and for a link beside the
     class folders that leads nowhere: without it the next classes would have other numbers.
     """
-    ((_, beside), *tree), left_out = walk(root, is_image_file)
+    ((_, beside), *tree), left_out = walk(root, is_image_file)  # root itself comes first
     for name, is_link, _ in retry(list_folder, root):
         if is_link and not is_hidden(name):
             check_link(os.path.join(root, name))

@@ -41,8 +41,10 @@ class ColorAugment:
         operations = []
         if jitter is not None:
             operations += [jitter if jitter_p == 1 else T.RandomApply([jitter], jitter_p)]
-        operations += [T.RandomGrayscale(grayscale_p)] if grayscale_p else []
-        operations += [T.RandomApply([self.blur], blur_p)] if blur_p else []
+        if grayscale_p:
+            operations += [T.RandomGrayscale(grayscale_p)]
+        if blur_p:
+            operations += [T.RandomApply([self.blur], blur_p)]
         self.apply = T.Compose(operations)
 
     def __call__(self, image):
@@ -92,7 +94,9 @@ def query_view(size: int, jitter: float = 0.4) -> RandomView:
 
 def key_view(size: int) -> RandomView:
     """Key view: crop, color jitter, grayscale, blur (not at small sizes), flip."""
-    crop = ([resize_to(size)] if size <= SMALL else []) + [v2.RandomResizedCrop(size, scale=(0.2, 1.0))]
+    crop = [v2.RandomResizedCrop(size, scale=(0.2, 1.0))]
+    if size <= SMALL:
+        crop = [resize_to(size), *crop]
     jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1)
     return RandomView(crop, ColorAugment(jitter, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5 if size > SMALL else 0))
 

@@ -44,12 +44,12 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _make_layer(inputs, outputs, blocks):
-        if inputs == outputs:
-            first = BasicBlock(inputs, outputs)
+    def _make_layer(in_dim, out_dim, blocks):
+        if in_dim == out_dim:
+            first = BasicBlock(in_dim, out_dim)
         else:
-            first = BasicBlock(inputs, outputs, stride=2, downsample=PaddedShortcut((outputs - inputs) // 2))
-        return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
+            first = BasicBlock(in_dim, out_dim, stride=2, downsample=PaddedShortcut((out_dim - in_dim) // 2))
+        return nn.Sequential(first, *(BasicBlock(out_dim, out_dim) for _ in range(blocks - 1)))
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -58,12 +58,12 @@ class CifarResNet(nn.Module):
 
 
 def build_backbone(arch: str, image_size: int = 224) -> nn.Module:
-    """A randomly initialized backbone without a classifier.
+    """Builds a randomly initialized backbone without a classifier.
 
-    arch: one of ARCHS: torchvision's ResNet, ResNeXt and Wide ResNet names, whose parameter names are torchvision's,
-    or resnet8, 20, 32, 44, 56 for small images. image_size: side of the images, for a backbone whose parameters depend
-    on it; none of these does. The result maps (N, 3, H, W) to (N, backbone.num_features). Raises ValueError for any
-    other name.
+    arch: a name in ARCHS: those of torchvision's ResNet, ResNeXt and Wide ResNet models, which keep torchvision's
+    parameter names, and resnet8, 20, 32, 44 and 56 for small images. image_size: side of the images; it matters only to
+    a backbone whose parameters depend on it, which none of these do. The result maps (N, 3, H, W) to
+    (N, backbone.num_features). Raises ValueError for any other name.
     """
     if arch in CIFAR:
         return CifarResNet(CIFAR[arch])
@@ -77,7 +77,7 @@ def build_backbone(arch: str, image_size: int = 224) -> nn.Module:
 
 @functools.cache
 def backbone_shapes(arch: str, image_size: int) -> dict[str, tuple[int, ...]] | None:
-    """{name: shape} of the parameters and buffers of a backbone, None if it does not take images of this size."""
+    """Returns {name: shape} of a backbone's parameters and buffers, or None if it cannot take images of this size."""
     with torch.device("meta"):  # nothing is allocated
         try:
             backbone = build_backbone(arch, image_size)
@@ -98,6 +98,6 @@ def check_backbone(arch: str, image_size: int):
     with torch.device("meta"):
         try:
             build_backbone(arch, image_size).eval()(torch.empty(2, 3, image_size, image_size))
-        except Exception as error:  # whatever it says
+        except Exception as error:  # a backbone may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{arch} does not take images of {image_size} x {image_size} pixels ({reason})") from None

@@ -19,8 +19,8 @@ from .preprocess import MAX_SIZE, MEAN, MIN_SIZE, MIN_STD, STD, EvalTransform
 from .ssd import STAGES
 from .state_dicts import check_weights, find_mismatch, find_state_dict, is_dense, strip_module, strip_prefix
 
-MAX_PICKLE = 16 * 2**20  # bytes of all that is not a tensor; one MiB is far more than a checkpoint needs
-MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, all of which has to be read
+MAX_PICKLE = 16 * 2**20  # bytes of everything but tensors; one MiB is already far more than a checkpoint needs
+MAX_LEGACY = 4 * 2**30  # bytes of a file in the format before PyTorch 1.6, which has to be read as a whole
 
 # Published checkpoints may hold best_acc1 as a numpy scalar, under the module's new name or that before numpy 1.26.
 NUMPY_SCALARS = [
@@ -31,12 +31,12 @@ NUMPY_SCALARS = [
 
 
 def load(path) -> nn.Module:
-    """The network in a checkpoint file of any stage, with its weights, on the CPU, in eval mode.
+    """Returns the network in a checkpoint file of any stage, with its weights, on the CPU, in eval mode.
 
-    Stage, arch and sizes are read from names and shapes (see from_state_dict). The network has the attributes
-    `transform`, which turns a PIL image into its input (3, S, S) as evaluation does, `classes`, a list of names, or
-    None if the checkpoint has none, and `preferred`, the classifier of `classify` and of utils.predict: stage III's
-    soft one, or the hard one after --kd-weight 0. Raises OSError if the file cannot be opened or is not a regular file;
+    Stage, arch and sizes are inferred from names and shapes (see from_state_dict). The network has these attributes:
+    `transform` turns a PIL image into its input (3, S, S), as evaluation does. `classes` is a list of names, or None if
+    the checkpoint has none. `preferred` is the classifier that `classify` and utils.predict use: in stage III the soft
+    one, or the hard one after --kd-weight 0. Raises OSError if the file cannot be opened or is not a regular file, and
     ValueError, in one line that names the file, if it is not a valid checkpoint of a stage.
     """
     return build_network(path, read_checkpoint(path))
@@ -48,7 +48,8 @@ def build_network(path, content: dict) -> nn.Module:
     try:
         transform = build_transform(content)
         network = from_state_dict(state_dict, transform.size)
-        network.classes = read_class_names(content, len(network.state_dict()[f"{network.linear}weight"]))
+        num_classes = len(network.state_dict()[f"{network.linear}weight"])
+        network.classes = read_class_names(content, num_classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use another file") from None
     network.transform = transform
@@ -57,7 +58,7 @@ def build_network(path, content: dict) -> nn.Module:
 
 
 def is_soft_trained(content: dict) -> bool:
-    """Whether a checkpoint's run trained stage III's soft classifier, as all but those with --kd-weight 0 do."""
+    """Whether stage III's soft classifier was trained; with --kd-weight 0 it was not. True for the other stages."""
     return (content.get("args") or {}).get("kd_weight") != 0
 
 
@@ -74,10 +75,9 @@ def read_class_names(content: dict, num_classes: int) -> list[str] | None:
 
 
 def build_transform(content: dict) -> EvalTransform:
-    """What evaluation does to an image, as a checkpoint's content says.
+    """Returns the evaluation transform with the image size, mean and std in a checkpoint's content.
 
-    If they are missing there, the image size is 224, and mean and std are ImageNet's. Raises ValueError, in one line,
-    if one of them is invalid.
+    The defaults are 224 and ImageNet's mean and std. Raises ValueError, in one line, if one of the three is invalid.
     """
     saved = content.get("args") or {}
     run = content.get("run") or {}
@@ -88,23 +88,23 @@ def build_transform(content: dict) -> EvalTransform:
         raise ValueError(f"its image_size is not a whole number from {MIN_SIZE} to {MAX_SIZE}")
     statistics = saved.get("mean", MEAN), saved.get("std", STD)
     for values, least in zip(statistics, (0.0, MIN_STD), strict=True):
-        numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list | tuple) else []
-        if len(numbers) != 3 or len(values) != 3 or not all(least <= v < math.inf for v in numbers):
+        is_triple = isinstance(values, list | tuple) and len(values) == 3
+        if not is_triple or not all(isinstance(v, int | float) and least <= v < math.inf for v in values):
             raise ValueError(f"its --mean or --std is not three numbers from {least:g}")
     return EvalTransform(size, *statistics)
 
 
 class Refused(Exception):
-    """Why a file is not loaded."""
+    """A reason not to load a file, which read_checkpoint turns into a ValueError."""
 
 
 def read_checkpoint(path) -> dict:
     """The dict of tensors, numbers, strings, lists and dicts in a checkpoint file, on the CPU.
 
-    Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are mapped, not read, where that is
-    possible: those that are not used cost no memory, and those that are kept should be copied, as the file may change.
-    Raises OSError if it is not a regular file, or if the system cannot read it; ValueError, in one line that names the
-    file, if it is damaged, is not a checkpoint, would run code, or would unpack to more than its own size.
+    Reads the zip format and the one before PyTorch 1.6. The tensors of a zip file are memory-mapped if possible: unused
+    ones cost no memory, and a caller that keeps some should copy them, since the file may change. Raises OSError if the
+    file is not a regular one, or if the system cannot read it, and ValueError, in one line that names the file, if it
+    is damaged, is not a checkpoint, would run code, or would unpack to more than its own size.
     """
     with open_regular(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
         warnings.simplefilter("ignore")  # what they warn of is an error here
@@ -112,7 +112,7 @@ def read_checkpoint(path) -> dict:
             if file.read(4) == b"PK\x03\x04":
                 sizes = check_zip(file)
                 content = load_mapped(path, file)
-                if storage_sizes(content) - sizes:
+                if storage_sizes(content) - sizes:  # a storage whose size no part of the file has
                     raise Refused("it is damaged: a tensor in it is cut short")
             else:
                 if os.fstat(file.fileno()).st_size > MAX_LEGACY:
@@ -125,8 +125,8 @@ def read_checkpoint(path) -> dict:
             if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
                 raise cause from None
             reason = str(error) if isinstance(error, Refused) else "it is damaged or not a checkpoint"
-            if found := re.search(r"GLOBAL ([\w.]+)", str(error)):  # by torch
-                reason = f"it holds {found[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
+            if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch names what it refuses to load
+                reason = f"it holds {refused[1]}, and all but tensors, numbers, strings, lists and dicts could run code"
             raise ValueError(f"{path}: not loaded: {reason}; use another file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict; use another file")
@@ -134,15 +134,15 @@ def read_checkpoint(path) -> dict:
 
 
 def load_copied(file):
-    """The content of an open file, which is read here, so that the system's errors are not hidden by torch's."""
+    """Loads an open file, and reads it in Python first, so that torch does not hide the system's errors."""
     file.seek(0)
     return torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
 
 
 def load_mapped(path, file):
-    """The content of a zip file, its tensors mapped, or copied if it is damaged or not to be mapped.
+    """Loads a zip file with its tensors memory-mapped, or copied if it is damaged or cannot be mapped.
 
-    Some file systems do not map files, and torch's C++ code opens no path that the locale cannot encode.
+    Some file systems cannot map files, and torch's C++ code cannot open a path that the locale cannot encode.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -161,9 +161,10 @@ def open_regular(path):
 
 
 def check_zip(file) -> Counter:
-    """The sizes in bytes of the tensors in a zip file, with the number of tensors of each size.
+    """Counts the tensors in a zip file by their size in bytes.
 
-    Raises Refused if the file could unpack to more than its own size, or if it is too large without its tensors.
+    Raises Refused if the file could unpack to more than its own size, or if the parts that are not tensors are too
+    large.
     """
     members = zipfile.ZipFile(file).infolist()
     if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
@@ -177,7 +178,7 @@ def check_zip(file) -> Counter:
 
 
 def storage_sizes(content) -> Counter:
-    """The sizes in bytes of the storages of all tensors in nested dicts, lists and tuples, with their number."""
+    """Counts the storages of all tensors in nested dicts, lists and tuples by their size in bytes."""
     storages = {}
     seen = set()
     stack = [content]
@@ -195,10 +196,10 @@ def storage_sizes(content) -> Counter:
 
 
 def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None:
-    """What a state dict holds, read from names and shapes: stage ("i", "ii" or "iii"), arch, num_classes.
+    """Infers stage ("i", "ii" or "iii"), arch and num_classes from the names and shapes in a state dict.
 
-    For stage I also dim and queue_size, if the queue is there. arch is None if the backbone is not one of ARCHS at this
-    image size. Returns None if the names belong to no stage.
+    For stage I also infers dim and queue_size, if the state dict has the queue. arch is None if the backbone is not one
+    of ARCHS at this image size. Returns None if the names belong to no stage.
     """
     state_dict = strip_module(state_dict)
     stage = next((s for s in STAGES.values() if any(name.startswith(s.mark) for name in state_dict)), None)
@@ -211,7 +212,7 @@ def infer_stage_and_arch(state_dict: dict, image_size: int = 224) -> dict | None
 
 
 def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:
-    """(network on the meta device, arguments of its constructor) of the stage that a state dict belongs to.
+    """Returns a network of the stage that a state dict belongs to, on the meta device, and its constructor arguments.
 
     Raises ValueError if names or shapes belong to no stage or to an unknown backbone.
     """
@@ -227,8 +228,8 @@ def empty_network(state_dict: dict, image_size: int) -> tuple[nn.Module, dict]:
 def from_state_dict(state_dict: dict, image_size: int = 224) -> nn.Module:
     """The network of the stage that the state dict belongs to, with its weights, in eval mode.
 
-    What no state dict holds, such as momentum, temperatures and buffers that are not persistent, is as the constructor
-    makes it. Raises ValueError, in one line, if names or shapes belong to no stage or to an unknown backbone, or as
+    What a state dict does not hold, such as momentum, temperatures and non-persistent buffers, keeps the constructor's
+    defaults. Raises ValueError, in one line, if names or shapes belong to no stage or to an unknown backbone, or if
     check_weights does.
     """
     state_dict = strip_module(state_dict)
@@ -245,8 +246,8 @@ def from_state_dict(state_dict: dict, image_size: int = 224) -> nn.Module:
 def check_complete(state_dict: dict, image_size: int, receiver: type[nn.Module], *options):
     """Checks that a state dict holds all that receiver.load_previous(state_dict, *options) takes from it.
 
-    receiver: the class of a stage that starts from another. Loads it on the meta device, without allocating memory, and
-    checks types and values. Raises ValueError, in one line that names the entry.
+    receiver: the class of a stage that starts from another. Tries load_previous on the meta device, which allocates no
+    memory, and checks types and values. Raises ValueError, in one line that names the wrong entry.
     """
     empty, arguments = empty_network(state_dict, image_size)
     with torch.device("meta"), warnings.catch_warnings():

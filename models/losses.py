@@ -22,9 +22,10 @@ def contrastive_loss_plain(q, k, labels, queue, label_queue, temperature: float)
 class _ContrastiveLoss(torch.autograd.Function):
     """contrastive_loss_plain in one pass over chunks of the queue; keeps nothing of size N x K for the backward pass.
 
-    With the scores s_ij = q_i n_j / T, and the key k_i with its score as one more term of each sum:
-    loss_i = log sum_j e^{s_ij} - q_i k_i / T, and its gradient by q_i is ( sum_j p_ij n_j - k_i ) / T with
-    p_ij = e^{s_ij} / sum_j e^{s_ij}. Both sums are accumulated chunk by chunk, relative to the running maximum.
+    With the scores s_ij = q_i n_j / T of the negatives, and the positive k_i as one more term of each sum:
+        loss_i = log sum_j e^{s_ij} - q_i k_i / T
+        d loss_i / d q_i = ( sum_j p_ij n_j - k_i ) / T, where p_ij = e^{s_ij} / sum_j e^{s_ij}
+    Both sums are accumulated chunk by chunk, relative to the running maximum of the scores.
     """
 
     @staticmethod

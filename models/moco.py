@@ -32,9 +32,9 @@ def dequeue_and_enqueue(queue, label_queue, queue_ptr, keys, labels):
     """Replaces the oldest entries of the queue, in place, and wraps around at its end.
 
     queue (dim, K), label_queue (K,), queue_ptr (1,): the buffers; keys (N, dim) and labels (N,) with N <= K.
-    A key that is not finite leaves the entry that it would replace unchanged: an overflow in half precision must not
-    stay among the negatives until the queue has gone around. (The scripts end a run before that, since its loss is not
-    finite.) Raises ValueError if N > K.
+    A key that is not finite does not replace its entry: after an overflow in half precision it would stay among the
+    negatives until the queue has gone around. (The scripts end such a run anyway, since its loss is not finite.)
+    Raises ValueError if N > K.
     """
     size = queue.shape[1]
     count = len(keys)
@@ -81,8 +81,8 @@ def concat_all_gather(tensor: torch.Tensor) -> torch.Tensor:
 def exchange_rows(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
     """Sends the first sent[0] rows to rank 0, the next sent[1] to rank 1, and so on; returns the rows from all ranks.
 
-    received: how many rows come from each rank. rows: (n, ...); returns as many, contiguous, in the order of the ranks
-    that they come from.
+    rows: (n, ...); received: how many rows come from each rank, n in all. Returns them as a contiguous (n, ...), in the
+    order of the ranks that they come from.
     """
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     dist.all_to_all_single(result, rows.contiguous(), received, sent)
@@ -94,10 +94,10 @@ def forward_shuffle_bn(encoder, images: torch.Tensor, splits: int = 1) -> torch.
     """encoder(images), with the batch shuffled over all pieces of all ranks before the encoder and unshuffled after it.
 
     The BatchNorm statistics of a key then come from other images than those of its query, so they cannot reveal which
-    key belongs to which query. images (n, ...): this rank's, the same n on all ranks; returns (n, d). splits: into how
-    many pieces SplitBatchNorm splits the n images; with one, a single process has nothing to shuffle. Each rank gets
-    the images that it encodes and no others, and sends their features back to their owners; the host waits for the
-    device once, to learn how many images go where.
+    key belongs to which query. images: (n, ...), those of this rank; n is the same on all ranks. Returns (n, d).
+    splits: the number of pieces into which SplitBatchNorm splits the n images; with one piece, a single process has
+    nothing to shuffle. Each rank receives only the images that it encodes, and sends their features back to their
+    owners. The host waits for the device once, to learn how many images go where.
     """
     world_size = _world_size()
     count = len(images)
@@ -131,7 +131,8 @@ class SplitBatchNorm(_BatchNorm):
         y_i = weight (x_i - mean(x_p)) / sqrt(var(x_p) + eps) + bias    for every image i of piece p
 
     x: (N, C, ...), N a multiple of splits. The pieces are contiguous, as the ranks' parts of a global batch are. The
-    running statistics take the mean of the pieces', which is the average of the ranks' own. Eval mode is BatchNorm's.
+    running statistics become the mean over the pieces, as if those of several ranks were averaged. Eval mode is
+    BatchNorm's.
     Source: "split BatchNorm" of MoCo's CIFAR-10 demonstration (He et al.), there with strided pieces.
     """
 
@@ -157,17 +158,19 @@ class SplitBatchNorm(_BatchNorm):
             F.batch_norm(piece, mean, variance, self.weight, self.bias, True, momentum or 0.0, self.eps)
             for piece, mean, variance in zip(x.chunk(self.splits), means, variances, strict=True)
         ]
-        for buffer, moved in zip(running, (means, variances), strict=False):
-            buffer.copy_(moved.mean(dim=0))
+        for buffer, updated in zip(running, (means, variances), strict=False):  # none without running statistics
+            buffer.copy_(updated.mean(dim=0))
         return torch.cat(pieces)
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
-    """Makes every BatchNorm of a module, also the module itself, a SplitBatchNorm, in place; returns the module.
+    """Turns every BatchNorm in a module, or the module itself, into a SplitBatchNorm, in place; returns the module.
 
     With one piece nothing changes. Raises ValueError for a BatchNorm with a forward pass of its own.
     """
-    for norm in module.modules() if splits > 1 else ():
+    if splits <= 1:
+        return module
+    for norm in module.modules():
         if isinstance(norm, _BatchNorm):
             if type(norm).forward not in (_BatchNorm.forward, SplitBatchNorm.forward):
                 raise ValueError(f"{type(norm).__name__} cannot be split: its forward pass is not BatchNorm's")

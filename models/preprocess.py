@@ -21,17 +21,17 @@ MAX_ASPECT_RATIO = 20
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as RGB, 8 bits per channel, whatever its mode: gray, palette, CMYK, 16 or 32 bits, floats.
+    """Converts a PIL image of any mode (gray, palette, CMYK, 16 or 32 bits, floats) to RGB with 8 bits per channel.
 
-    More than 8 bits are scaled by the largest value: from 0 to 1 (floats), to 255, to 4,095 (of TIFFs with 12 bits) or
-    to 65,535. Raises ValueError for other values, and for floats that use less than an eighth of their range.
+    Images with more than 8 bits are scaled from the range of their values: 0 to 1 (floats), to 255, to 4,095 (TIFFs
+    with 12 bits) or to 65,535. Raises ValueError for other values, and for floats in less than an eighth of the range.
     """
     if image.mode.startswith(("I", "F")):  # convert() would clip, not scale
         values = np.asarray(image)
         low = values.min()
         high = values.max()
         floats = image.mode == "F"
-        twelve_bits = getattr(image, "tag_v2", {}).get(258) == (12,)
+        twelve_bits = getattr(image, "tag_v2", {}).get(258) == (12,)  # TIFF's BitsPerSample
         top = 1 if floats and high <= 1 else 255 if high <= 255 else 4095 if twelve_bits else 65535
         if not 0 <= low <= high <= top or (floats and 0 < high < top / 8):
             raise ValueError(f"mode {image.mode}, values from {low:g} to {high:g}, of no known range; convert it")
@@ -82,7 +82,7 @@ def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _statistics(mean, std, device):
-    """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU waits for it."""
+    """Mean and standard deviation, (3, 1, 1) each; cached, since every copy to a GPU makes the host wait for it."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
 

@@ -23,14 +23,14 @@ from .state_dicts import load_entries
 
 
 class Stage(nn.Module):
-    """What is said of a stage once, and used wherever stages differ.
+    """Base class of the networks, with the facts in which stages differ, each stated once.
 
-    stage: its number in the names of scripts and files; `number` and title: for texts. classifiers: the names of the
-    logits that it returns, in their order. backbone: the prefix of its backbone in the state dict; mark: a prefix that
-    no other stage has; linear: that of W (C, d). takes: the stages whose checkpoints it can start from. preferred: the
-    classifier of classify, by default the last one, which is stage III's soft one. passes: through backbones per
-    trained image, for estimates of time; backward counts as two. classes: names, or None; trained_on: digests of the
-    images that the weights were trained on, earlier stages included (ListFileDataset.digests), or None.
+    stage: its number in the names of scripts and files. number, title: how messages name it. classifiers: the names of
+    the logits that it returns, in order. Prefixes in the state dict: backbone; mark, which no other stage has; linear,
+    that of W (C, d). takes: the stages whose checkpoints it can start from. preferred: the classifier that classify
+    uses, by default the last one, which in stage III is the soft one. passes: passes through backbones per trained
+    image, for estimates of time; a backward pass counts as two. classes: names, or None. trained_on: digests of the
+    images that the weights were trained on, those of earlier stages included (ListFileDataset.digests), or None.
     """
 
     stage = number = title = backbone = mark = linear = ""
@@ -48,7 +48,7 @@ class Stage(nn.Module):
 
     @staticmethod
     def sizes(state_dict: dict) -> dict:
-        """Arguments of the constructor, beside arch and num_classes, that the shapes of a state dict tell."""
+        """Returns the constructor arguments, besides arch and num_classes, that the shapes in a state dict tell."""
         return {}
 
 
@@ -60,8 +60,8 @@ class SSFL(Stage):
     in eval mode `logits = model(im)`, (N, num_classes).
 
     contrast=False is the paper's baseline, cross entropy alone: no key encoder runs, no projection trains, and the
-    contrastive loss is 0. bn_splits: pieces of a batch that BatchNorm normalizes apart, as so many processes would;
-    image_size: as in build_backbone.
+    contrastive loss is 0. bn_splits: number of pieces of a batch that BatchNorm normalizes separately, as that many
+    processes would. image_size: as in build_backbone.
     """
 
     stage = "i"
@@ -100,7 +100,9 @@ class SSFL(Stage):
     @staticmethod
     def sizes(state_dict):
         queue = state_dict.get("queue")
-        return {} if queue is None or queue.dim() != 2 else {"dim": queue.shape[0], "queue_size": queue.shape[1]}
+        if queue is None or queue.dim() != 2:
+            return {}
+        return {"dim": queue.shape[0], "queue_size": queue.shape[1]}
 
     def load_backbone(self, state_dict):
         """Loads the weights of both backbones, to start from; state_dict: of a backbone, without a prefix.
@@ -111,13 +113,13 @@ class SSFL(Stage):
         load_entries(self.encoder_k, state_dict, "")
 
     def forward(self, im_q, im_k=None, labels=None, update=True, enqueue=True):
-        """One forward pass; a step of several micro-batches gives update=True to its first, enqueue=True to its last.
+        """Forward pass of a micro-batch; a step passes update=True with its first, and enqueue=True with its last.
 
-        update: the momentum encoder moves before the keys are computed. enqueue: the keys of this call enter the queue,
-        after those of the earlier calls that had enqueue=False.
+        update: whether the momentum encoder moves, before the keys are computed. enqueue: whether the keys of this call
+        enter the queue, after those of earlier calls with enqueue=False.
         """
         contrast = self.training and self.contrast
-        if contrast:  # first, while no activations of the query are kept
+        if contrast:  # before the query's forward pass, whose activations stay in memory
             if update:
                 self._update_key_encoder()
             k = forward_shuffle_bn(self._keys, im_k, self.bn_splits)
@@ -128,7 +130,7 @@ class SSFL(Stage):
         if not contrast:
             return logits, logits.new_zeros(())
         q = F.normalize(full_precision(self.q_fc(features)), dim=1)  # q = g_q(h) / |g_q(h)|
-        # The queue is overwritten below, before backward: a loss through which autograd runs takes self.queue.clone().
+        # The queue is overwritten below, before backward: a loss that needs autograd must take self.queue.clone().
         loss = contrastive_loss(q, k, labels, self.queue, self.label_queue, self.temperature)
         self.pending.append((k, labels))
         if enqueue:
@@ -147,7 +149,9 @@ class SSFL(Stage):
 
     def _enqueue_pending(self):
         """Moves the pending keys and labels of all ranks into the queue: rank by rank, each rank's in call order."""
-        keys, labels = (concat_all_gather(torch.cat(values)) for values in zip(*self.pending, strict=True))
+        keys, labels = zip(*self.pending, strict=True)
+        keys = concat_all_gather(torch.cat(keys))
+        labels = concat_all_gather(torch.cat(labels))
         self.pending = []
         dequeue_and_enqueue(self.queue, self.label_queue, self.queue_ptr, keys, labels)
 
@@ -177,7 +181,7 @@ class SLG(Stage):
         self.encoder = build_backbone(arch, image_size).requires_grad_(False)
         self.classifier = LWS(self.encoder.num_features, num_classes)
         split_batchnorm(self, bn_splits)
-        self.train()  # freeze_bn
+        self.train()  # applies freeze_bn
 
     def train(self, mode=True):
         super().train(mode)
@@ -191,12 +195,12 @@ class SLG(Stage):
         state_dict: with or without `module.`; classifier: "hard" or "soft" (stage III only). Raises ValueError, naming
         the entry, if one is missing or has a wrong shape.
         """
-        prefix = {"hard": SDL.linear, "soft": "classifier_kd."}[classifier]  # stage I has the name of the hard one
+        prefix = {"hard": SDL.linear, "soft": "classifier_kd."}[classifier]  # stage I's has the hard one's name
         load_entries(self.encoder, state_dict, SDL.backbone)
         load_entries(self.classifier.fc, state_dict, prefix)
         nn.init.ones_(self.classifier.scales)
 
-    load_previous = load_pretrained  # as every stage that starts from another calls it
+    load_previous = load_pretrained  # the same name in every stage that starts from another
 
     def forward(self, im):
         with torch.no_grad():
@@ -240,7 +244,7 @@ class SDL(Stage):
         for teacher in (self.encoder_t, self.classifier_t):
             teacher.requires_grad_(False)
         split_batchnorm(self, bn_splits)
-        self.train()  # freeze_bn
+        self.train()  # applies freeze_bn
 
     def train(self, mode=True):
         super().train(mode)
@@ -267,7 +271,7 @@ class SDL(Stage):
 
     def forward(self, im):
         distill = self.training and self.distill
-        if distill:  # first, while no activations of the student are kept
+        if distill:  # before the student's forward pass, whose activations stay in memory
             with torch.no_grad():
                 teacher = full_precision(self.classifier_t(self.encoder_t(im)))  # (W_t f_t(x) + b_t) * s_t
         features = self.encoder_q(im)  # h = f(x)

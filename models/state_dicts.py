@@ -16,32 +16,32 @@ def strip_module(state_dict: dict) -> dict:
 def find_state_dict(path, content: dict) -> dict:
     """The weights in a file's content: its entry `state_dict`, else `model`, else its only dict of tensors, else all.
 
-    Raises ValueError, in one line that names the file, if that is no dict of dense tensors by name.
+    Raises ValueError, in one line that names the file, if they are not a dict of dense tensors by name.
     """
 
-    def is_found(value):
+    def is_weights(value):
         named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
         return named and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
-    others = {name: value for name, value in content.items() if is_found(value) and value}
-    only = next(iter(others.values())) if len(others) == 1 else content
-    found = content.get("state_dict", content.get("model", only))
-    if not is_found(found):
+    networks = {name: value for name, value in content.items() if is_weights(value) and value}
+    default = next(iter(networks.values())) if len(networks) == 1 else content
+    weights = content.get("state_dict", content.get("model", default))
+    if not is_weights(weights):
         names = ", ".join(map(str, content))[:100]
-        if found is content and len(others) > 1:
-            names = ", ".join(others)[:100]
+        if weights is content and len(networks) > 1:
+            names = ", ".join(networks)[:100]
             raise ValueError(
                 f"{path}: holds several networks, {names}; save the one that you want in a file of its own"
             )
-        entries = found if isinstance(found, dict) else {}
+        entries = weights if isinstance(weights, dict) else {}
         wrong = [name for name, value in entries.items() if not isinstance(value, torch.Tensor)]
         if 0 < 2 * len(wrong) < len(entries):
             raise ValueError(f"{path}: {wrong[0]} among its weights is no tensor; save them without it")
         raise ValueError(f"{path}: not a checkpoint: it has no state_dict of tensors, but {names}; use another file")
-    for name, tensor in strip_module(found).items():
+    for name, tensor in strip_module(weights).items():
         if not is_dense(tensor):
             raise ValueError(f"{path}: not a checkpoint: no dense tensor at {name}; use another file")
-    return found
+    return weights
 
 
 def strip_prefix(state_dict: dict, prefix: str) -> dict:
@@ -50,11 +50,12 @@ def strip_prefix(state_dict: dict, prefix: str) -> dict:
 
 
 def find_mismatch(network: nn.Module, state_dict: dict) -> str | None:
-    """What is wrong with the first entry, by name, that only one side has or that differs in shape; None if all fit.
+    """Describes the first entry, in order of names, that only one side has or whose shape differs; None if all fit.
 
     state_dict: without `module.`.
     """
-    expected, found = ({name: tuple(v.shape) for name, v in d.items()} for d in (network.state_dict(), state_dict))
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state_dict.items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
@@ -88,9 +89,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def check_weights(state_dict: dict, network: nn.Module):
     """Checks types and values of the entries that a network has; names are with or without `module.`.
 
-    They are of the kind that the network has, floating-point or not (the label queue may be either: it is float32 in
-    published checkpoints), and finite in float32; no running variance is below 0. It reads every entry, so check shapes
-    first. Raises ValueError, in one line that names the entry.
+    An entry must be floating-point where the network's is, and only there (the label queue may be either: in published
+    checkpoints it is float32). Values must be finite in float32, and no running variance may be below 0. Check shapes
+    first, since this reads every entry. Raises ValueError, in one line that names the entry.
     """
     expected = network.state_dict()
     for name, value in strip_module(state_dict).items():
@@ -98,7 +99,9 @@ def check_weights(state_dict: dict, network: nn.Module):
             continue
         entry = name.rpartition(".")[2]
         kinds = FLOATS if expected[name].is_floating_point() else INTEGERS
-        if value.dtype not in kinds + (FLOATS if entry == "label_queue" else ()):
+        if entry == "label_queue":
+            kinds += FLOATS
+        if value.dtype not in kinds:
             wrong, right = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, expected[name].dtype))
             raise ValueError(f"{name} is of type {wrong}, not {right}")
         if value.numel() == 0 or value.dtype == torch.bool:

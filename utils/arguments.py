@@ -46,7 +46,7 @@ WORKERS_PER_CORE = 8
 
 
 class IgnoreWord(argparse.Action):
-    """The action of words that say nothing here."""
+    """The action of words that are accepted and have no effect."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pass
@@ -56,8 +56,8 @@ class TrainingParser(ArgumentParser):
     """A stage's parser, which also checks that the values fit together.
 
     Beside the flags, args has: program, the script's name for messages; recipes, the names of the files; given, as in
-    ArgumentParser; marked, fact -> {name: default} of the flags with a fact of command_line; following, the words with
-    which the next stage repeats what was given here of the flags that are marked GOES_ON.
+    ArgumentParser; marked, fact -> {name: default} of the flags with a fact of command_line; following, the words that
+    give the next stage the flags marked GOES_ON that were given here.
     """
 
     def parse_args(self, argv=None):
@@ -73,15 +73,17 @@ class TrainingParser(ArgumentParser):
         return args
 
     def following(self, args, words: list[str]) -> list[str]:
-        """The words for the next stage, without those that are in recipes: it has recipes of its own.
+        """The words for the next stage, without those from recipes, since it has recipes of its own.
 
-        Such a recipe may say what the checkpoint would, so with one the words that describe the network go on too.
+        Its recipes may override the checkpoint, so with recipes the words that describe the network go on too.
         """
         given = args.given
         actions = self.marked(GOES_ON)
         if args.recipes:
-            own = [END if word.startswith("@") else word for word in words]
-            given = super().parse_args(own if args.data in own else [*own, args.data]).given  # DIR may be in a recipe
+            typed = [END if word.startswith("@") else word for word in words]
+            if args.data not in typed:  # DIR is in a recipe
+                typed.append(args.data)
+            given = super().parse_args(typed).given
             actions |= self.marked(NETWORK)
         return [option_words(actions[name], getattr(args, name)) for name in given if name in actions]
 
@@ -95,7 +97,7 @@ class TrainingParser(ArgumentParser):
 
 
 def output_folder(value: str) -> str:
-    """The folder, absolute if its last part is not its name: next to it go the folders of later stages."""
+    """An argparse type: a folder, as an absolute path if it ends in no name, since later stages go next to it."""
     return os.path.abspath(value) if Path(non_empty(value)).name in ("", "..") else value
 
 
@@ -105,7 +107,7 @@ def training_parser(doc, *, epochs, batch_size, lr, workers, output_dir) -> Trai
         doc, epilog="@FILE stands for the words in the file FILE, such as those in configs/; later flags win."
     )
     parser.add_argument(END, nargs=0, dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
-    # torch.distributed.launch gives it to every process, which has it in its environment too.
+    # torch.distributed.launch passes it to every process; the environment has the same number.
     parser.add_argument("--local-rank", dest=argparse.SUPPRESS, action=IgnoreWord, help=argparse.SUPPRESS)
     parser.add_argument(
         "data", metavar="DIR", help="image folder that the lists' paths are relative to, or a tree of class folders"
@@ -259,7 +261,7 @@ def check_arguments(args):
             raise UserError(f"@{name}: a recipe for {script}; take that of this stage")
     check_folder(args.data, "DIR is the folder that the lists' paths are relative to")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
-    mistakes = {
+    mistakes = {  # message -> whether it applies; the first that does is raised
         f"--workers {args.workers}: at most {most} on this machine, {WORKERS_PER_CORE} per core; lower it":
             args.workers > most,
         f"--nproc {args.nproc}: goes with --multiprocessing-distributed; add it, or leave --nproc out":
@@ -281,7 +283,7 @@ def check_arguments(args):
     for message, wrong in mistakes.items():
         if wrong:
             raise UserError(message)
-    if not args.resume:  # else the checkpoint comes first
+    if not args.resume:  # else settle_defaults checks them, once the checkpoint has set some
         check_training(args)
 
 

@@ -24,8 +24,8 @@ from .metrics import MetricLogger
 
 LAST, PREVIOUS, BEST = (f"{name}_checkpoint.pth.tar" for name in ("last", "previous", "best"))
 RUN_FILES = (f"{LAST}*", PREVIOUS, BEST, "args.json", "log.txt", "results.json", "plots", "events.out.tfevents.*")
-ASIDE = ".replaced"  # the folder of a run that --overwrite replaces, once it has all files
-MOVING = f"{ASIDE}.moving"  # the same while files are moved
+ASIDE = ".replaced"  # the folder that holds all files of a run that --overwrite replaces
+MOVING = f"{ASIDE}.moving"  # its name while files are moved into it or out of it
 BEST_METRIC = "class_mean"
 
 
@@ -35,7 +35,7 @@ class LoadedCheckpoint(NamedTuple):
     path: str
     flag: str
     content: dict
-    found: dict  # stage, arch, num_classes, image_size; of stage I, dim and queue_size too
+    found: dict  # inferred: stage, arch, num_classes and image_size; for stage I also dim and queue_size
 
     @property
     def state_dict(self) -> dict:
@@ -70,7 +70,8 @@ def load_resume(args, parser, network) -> LoadedCheckpoint | None:
         return None
     with raise_on_all_ranks():
         loaded = read_stage(args.resume, "--resume", [network.stage])
-        apply_saved_args(loaded, args, parser, *(NETWORK, EVALUATION) if args.evaluate else (KEPT,))
+        facts = (NETWORK, EVALUATION) if args.evaluate else (KEPT,)
+        apply_saved_args(loaded, args, parser, *facts)
         return loaded
 
 
@@ -108,10 +109,10 @@ def check_trained(path, content: dict):
 
 
 def read_weights(path, flag: str) -> dict:
-    """The content of a file with a state dict, which is its entry state_dict.
+    """Reads a file with weights, and returns its content, in which they are the entry state_dict.
 
-    If there is no such file, a run that was set aside there is first brought back. Raises UserError naming file and
-    flag if it has none; Unavailable if the system cannot read it now.
+    If there is no such file, first brings back a run that was set aside there. Raises UserError, naming file and flag,
+    if it has no weights, and Unavailable if the system cannot read it now.
     """
     try:
         if not lexists(path):
@@ -125,14 +126,15 @@ def read_weights(path, flag: str) -> dict:
 
 
 def read(path, flag: str) -> dict:
-    """The content of a checkpoint, its fields as save writes them.
+    """Reads a checkpoint, and returns its content with the fields as save writes them.
 
-    Raises what read_weights does, and UserError if a field cannot be what save writes.
+    Raises what read_weights does, and UserError if a field is not of a form that save could have written.
     """
     content = read_weights(path, flag)
     try:
-        fit = all(fits(content[name]) for name, fits in FIELDS.items() if name in content)
-        if not fit or content.get("step", 0) != (content.get("averages") or {"steps": 0})["steps"]:
+        valid = all(is_valid(content[name]) for name, is_valid in FIELDS.items() if name in content)
+        averages = content.get("averages") or {"steps": 0}
+        if not valid or content.get("step", 0) != averages["steps"]:
             raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError):
         raise UserError(f"{path}: its fields are not those of a checkpoint; correct {flag}") from None
@@ -181,8 +183,8 @@ def is_flag_value(value) -> bool:
     return all(isinstance(one, bool | int | float | str | None) for one in values)
 
 
-# What the fields that a run continues from must be; an exception says no, too. Published checkpoints have of these only
-# epoch and best_acc1, the latter as a number, a tensor or a numpy scalar.
+# Checks of the fields that a run continues from; an exception counts as a failed check. Of these fields, published
+# checkpoints have only epoch and best_acc1, the latter as a number, a tensor or a numpy scalar.
 FIELDS = {
     "epoch": is_count, "step": is_count, "images": is_count, "best_acc1": math.isfinite,
     "best_metric": lambda name: isinstance(name, str), "trained_on": is_digests,
@@ -205,8 +207,8 @@ def trained_on(path) -> torch.Tensor | None:
 def find_latest(folder) -> Path | None:
     """The newest readable checkpoint of a run: last, else previous, else best; None if there is none.
 
-    Names each damaged file that it skips on stderr. Raises UserError if there are files and none can be read, or as
-    find_damage does.
+    Prints the damage of each file that it skips to stderr. Raises UserError if there are checkpoints but none can be
+    read, and what find_damage raises.
     """
     present = present_in(folder)
     for path in present:
@@ -220,11 +222,11 @@ def find_latest(folder) -> Path | None:
 
 
 def find_damage(path) -> UserError | None:
-    """Why a file is no checkpoint, None if it is one. Raises what read does if the system refuses to read it."""
+    """Why a file is not a valid checkpoint, or None if it is. Raises what read does if the system cannot read it."""
     try:
         read(path, "--resume auto")
     except UserError as error:
-        if isinstance(error.__context__, OSError) and is_file(path):  # it may be whole
+        if isinstance(error.__context__, OSError) and is_file(path):  # the file itself may be intact
             raise
         return error
     return None
@@ -246,10 +248,10 @@ def quarantine_unreadable(folder, resumed):
 
 
 def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
-    """Sets the flags that were not given from a checkpoint, those of which one of the facts holds, and prints them.
+    """Takes flags that were not given from a checkpoint, if one of the facts holds of them, and prints them.
 
-    Prints a warning for every given flag that differs from what was saved. Raises UserError if the command line could
-    not give a saved value, or if the checkpoint has another backbone.
+    Prints a warning for every given flag that differs from what was saved. Raises UserError for a saved value that
+    could not be given on the command line, or if the checkpoint has another backbone.
     """
     actions = parser.marked(*facts)
     taken = []
@@ -306,8 +308,9 @@ def class_names(loaded: LoadedCheckpoint | None, from_data: list[str] | None) ->
             f"warning: class {number} is {theirs!r} in {loaded.path}, and {ours!r} in the data: if the classes were "
             "renumbered, its weights belong to other classes"
         )
-    for note in numbering_note(from_checkpoint if not from_data else None):
-        print_main(f"{note} ({loaded.path})")
+    if not from_data:
+        for note in numbering_note(from_checkpoint):
+            print_main(f"{note} ({loaded.path})")
     return from_data or from_checkpoint
 
 
@@ -337,7 +340,7 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
             print_main(f"warning: {loaded.path} has no optimizer, like an export: the momentum starts at 0")
         state.epoch = content.get("epoch", 0)
         state.step = content.get("step", 0)
-        state.best = content["best_acc1"]  # of published checkpoints: over all images
+        state.best = content["best_acc1"]  # in published checkpoints, the accuracy over all images
         if state.best and content.get("best_metric") != BEST_METRIC and not data.val_balanced:
             state.best = 0.0
             print_main(
@@ -355,10 +358,10 @@ def restore(loaded: LoadedCheckpoint | None, state, data):
 
 
 def check_position(loaded: LoadedCheckpoint, state, train_loader):
-    """Sets where in its epoch a run continues, also with other numbers of processes or images per step.
+    """Sets where in its epoch a run continues, even if the number of processes or of images per step has changed.
 
-    Stages I and III then continue after the images that were seen; stage II, whose draws depend on the ranks, starts
-    the epoch over. Raises UserError if the epoch has fewer images here than were seen.
+    If it has, stages I and III continue after the images that were seen, and stage II, whose draws depend on the ranks,
+    starts the epoch over. Raises UserError if the epoch has fewer images here than were seen.
     """
     world_size = get_world_size()
     per_step = train_loader.images_per_step * world_size
@@ -443,16 +446,16 @@ def save(state, is_best: bool = False):
         if is_main_process():
             check_finite(state)
             write(state.args.output_dir, build_checkpoint(state, averages), is_best)
-            if state.args.overwrite:  # the run that was set aside goes
+            if state.args.overwrite:  # the run that was set aside is no longer needed
                 settle(state.args.output_dir)
     heartbeat()
 
 
 def check_finite(state):
-    """Raises UserError if a value of the state is one that nobody could continue from."""
+    """Raises UserError if a weight, buffer or momentum is not finite, since no run could continue from it."""
     values = dict(state.model.state_dict())
-    for number, kept in enumerate(state.optimizer.state.values()):
-        values |= {f"{name} of trained parameter {number}": value for name, value in kept.items() if value is not None}
+    for i, buffers in enumerate(state.optimizer.state.values()):
+        values |= {f"{name} of trained parameter {i}": value for name, value in buffers.items() if value is not None}
     for name, value in values.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"not saved, since {name} is not finite: lower --lr; earlier checkpoints are kept")
@@ -493,7 +496,7 @@ def write(folder, content: dict, is_best: bool = False):
     with name_failure(last, "earlier checkpoints are kept"), atomic_write(last) as file:
         torch.save(content, file)
         flush(file)
-        # The others first: the last says how good the best is, and must not be ahead of the file.
+        # Previous and best come first: last records how good the best is, and must not be ahead of the best file.
         if last.exists():
             link(last, folder / PREVIOUS)
         if is_best:
@@ -509,10 +512,10 @@ def set_aside(folder: Path):
 
 
 def settle(folder):
-    """Brings a folder in order after a kill at any moment of a run, of set_aside or of itself; its lock must be held.
+    """Cleans up a folder, even if a run, set_aside or settle itself was killed there; the folder's lock must be held.
 
-    Half-written files go. A run that was set aside goes if the new one has a checkpoint; else it comes back in the
-    new one's place.
+    Removes half-written files. A run that was set aside is removed if the new one has a checkpoint, otherwise it takes
+    the new one's place again.
     """
     folder = Path(folder)
     for file in find_run_files(folder, ".{}.????????"):  # as atomic_write names them
@@ -538,7 +541,7 @@ def bring_back(path):
 
 
 def settle_unless_in_use(folder: Path):
-    """Brings back a run that was set aside, unless the folder cannot be locked: then its own run does so."""
+    """Settles a folder with a run that was set aside, unless it cannot be locked: the run in it will do so itself."""
     if lexists(folder / ASIDE) or lexists(folder / MOVING):
         with suppress(OSError):
             if lock := lock_folder(folder):
@@ -547,6 +550,6 @@ def settle_unless_in_use(folder: Path):
 
 
 def find_run_files(folder: Path, form: str = "{}") -> list[Path]:
-    """What a run has written in its folder, under names of this form."""
-    forms = [form.format(name) for name in RUN_FILES]
-    return [file for file in folder.iterdir() if any(fnmatch(file.name, form) for form in forms)]
+    """The files in a folder that belong to a run; form: a template that each pattern in RUN_FILES is put into."""
+    patterns = [form.format(name) for name in RUN_FILES]
+    return [file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]

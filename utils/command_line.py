@@ -24,11 +24,11 @@ MAX_DEPTH = 10  # of recipes within recipes
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)  # in a recipe
 ON_OFF = argparse.BooleanOptionalAction  # --flag and --no-flag
 
-# What holds of a flag, said where it is declared (add_flag); without RUN_ONLY, KEPT and IDENTITY hold too.
+# Facts that hold of a flag, given where it is declared (add_flag). Without RUN_ONLY, a flag is also KEPT and IDENTITY.
 RUN_ONLY = "run only"  # it concerns one run alone: paths, workers, printing
 KEPT = "kept"  # checkpoints keep its value
 IDENTITY = "identity"  # runs that differ in it are not seeds of one training
-ALIKE = "alike"  # all ranks must have the same value; holds if one of the last two does
+ALIKE = "alike"  # all ranks must have the same value; KEPT and IDENTITY each imply it
 NETWORK = "network"  # the next stage and an evaluation take it from the checkpoint
 EVALUATION = "evaluation"  # an evaluation takes it from the checkpoint
 GOES_ON = "goes on"  # the command for the next stage repeats it
@@ -36,7 +36,7 @@ STARTS_FROM = "starts from"  # it names the checkpoint of an earlier stage
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `-` and `_` equivalent in flag names, errors of one line, and args.given, what the user gave.
+    """argparse's parser, with `-` and `_` equivalent in flag names, one-line errors, and the names given in args.given.
 
     intermixed: flags may come between the values of one positional argument.
     """
@@ -68,7 +68,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = known.get(with_hyphens(name), name)
             words.append(name + equals + value)
         try:
-            found, unknown = super().parse_known_args(words, namespace)
+            parsed, unknown = super().parse_known_args(words, namespace)
         except argparse.ArgumentError as error:
             names = (error.argument_name or "").split("/")
             name = next((name for name in names if name.startswith("--")), names[0])
@@ -77,7 +77,7 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:  # the words after it may be its value, or DIR: only the flag is wrong
             self.error(f"unrecognized arguments: {flags[0]}{self.hint(flags[0])}")
-        return found, unknown
+        return parsed, unknown
 
     def hint(self, flag: str) -> str:
         """What to add to the message that a flag is unknown: one that it resembles."""
@@ -91,7 +91,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return name in names or (not word.startswith("--") and word[:2] in names)
 
     def marked(self, *facts: str) -> dict[str, argparse.Action]:
-        """The flags of which one of the facts holds, by destination; of --flag and --no-flag the first declared."""
+        """The flags of which one of the facts holds, by destination; of several with one destination, the first."""
         found = {}
         for action in self._actions:
             if has_value(action) and not set(facts).isdisjoint(get_facts(action)):
@@ -118,7 +118,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def expand_home(word: str) -> str:
-    """A word of the command line with ~ expanded where shells leave it: in @~/FILE and --flag=~/PATH."""
+    """Expands ~ in a word of the command line where shells do not: in @~/FILE and --flag=~/PATH."""
     start, sign, path = word.partition("=") if word.startswith("--") else ("", word[:1], word[1:])
     return start + sign + os.path.expanduser(path) if sign in ("@", "=") else word
 
@@ -150,7 +150,7 @@ def read_recipe(path: Path, depth: int) -> list[str]:
     for number, line in enumerate(lines, 1):
         try:
             for word in shlex.split(line, comments=True):
-                word = VARIABLE.sub(lambda found: os.environ[found[1].strip("{}")], word)
+                word = VARIABLE.sub(lambda match: os.environ[match[1].strip("{}")], word)
                 words.append(expand_home(os.path.expanduser(word)))
         except KeyError as error:
             name = error.args[0]
@@ -166,13 +166,13 @@ def has_value(action: argparse.Action) -> bool:
 
 
 def add_flag(group, *names_and_facts: str, **options):
-    """group.add_argument(*names, **options) for a flag of which the facts above hold."""
+    """Calls group.add_argument(*names, **options), and notes which of the facts above hold of the flag."""
     names = [word for word in names_and_facts if word.startswith("-")]
     group.add_argument(*names, **options).facts = {word for word in names_and_facts if word not in names}
 
 
 def get_facts(action: argparse.Action) -> set[str]:
-    """What holds of a flag: also KEPT and IDENTITY unless it is RUN_ONLY, and ALIKE if it is one of these."""
+    """The facts of a flag, with those that they imply: KEPT and IDENTITY without RUN_ONLY, and ALIKE with either."""
     facts = set(getattr(action, "facts", ()))
     if action.option_strings and RUN_ONLY not in facts:
         facts |= {KEPT, IDENTITY}
@@ -228,10 +228,10 @@ def non_empty(text: str) -> str:
 
 
 def prepare_streams():
-    """Lets stdout escape characters that a terminal or file of its encoding cannot hold, such as those of a path.
+    """Makes stdout escape the characters that its encoding cannot represent, for example in a path.
 
-    What is closed of stdin, stdout and stderr, as by 2>&-, is opened on the null device: the next file would take its
-    number.
+    Opens the null device in place of a closed stdin, stdout or stderr, as after 2>&-: otherwise the next file to be
+    opened would get its number.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -243,10 +243,11 @@ def prepare_streams():
 
 
 def run_command(work, parser: ArgumentParser, argv=None, interrupted: str = "stopped") -> int:
-    """Calls work(args) and returns the exit status: work's (None is 0), 2 after a mistake, 130 after Ctrl-C.
+    """Calls work(args) and returns the exit status, which is work's own (None is 0) unless it fails.
 
-    75 if the system could not read a file that may be fine. Mistakes are printed as one line on stderr, after the stack
-    if the environment has TRACEBACK=1; `interrupted` is printed after Ctrl-C.
+    It is 2 after a mistake, 75 if the system could not read a file that may be fine, 130 after Ctrl-C, and 141 if the
+    reader of the output has closed it. A mistake is printed as one line on stderr, after the stack if the environment
+    has TRACEBACK=1; `interrupted` is printed after Ctrl-C.
     """
     prepare_streams()
     try:

@@ -70,7 +70,7 @@ def is_main_process() -> bool:
 
 
 def print_main(text: str):
-    """Prints on rank 0. If the terminal is gone it goes on: SIGHUP stops the run, unless it is ignored."""
+    """Prints on rank 0. A terminal that is gone is no error: SIGHUP stops the run, unless the signal is ignored."""
     if not is_main_process():
         return
     try:
@@ -100,9 +100,9 @@ class Progress:
             Progress.bar = tqdm(total=total, initial=initial, desc=title, leave=False, ncols=columns, bar_format=form)
 
     def step(self, short=lambda: "", long=lambda: ""):
-        """Counts a step; short() for the bar or long() for the line is called every `every` steps, and after the last.
+        """Counts a step, and every `every` steps, and after the last, shows the text of short() (bar) or long() (line).
 
-        They return text, and may have to wait for the device.
+        They are not called more often, since they may have to wait for the device.
         """
         self.done += 1
         due = self.done % self.every == 0 or self.done == self.total
@@ -174,7 +174,7 @@ def block_signals():
 
 
 def end_processes(processes):
-    """Kills processes, such as data workers that are busy, or could not be asked to end, and waits for them."""
+    """Kills processes that may not end when asked to, such as busy data workers, and waits for them."""
     for process in processes:
         process.kill()
         process.join()
@@ -215,10 +215,10 @@ def gather_objects(value) -> list:
 
 
 def find_difference(own: dict):
-    """(name, rank, value on rank 0, value there) of the first entry that a rank does not share with rank 0, or None."""
+    """(name, rank, value on rank 0, value on this rank) of the first entry in which a rank differs from 0, or None."""
     first, *others = gather_objects(own)
-    differences = ((n, rank, first[n], other[n]) for rank, other in enumerate(others, 1) for n in first)
-    return next((found for found in differences if found[2] != found[3]), None)
+    differences = ((n, r, v, other[n]) for r, other in enumerate(others, 1) for n, v in first.items() if v != other[n])
+    return next(differences, None)
 
 
 def num_cores() -> int:
@@ -239,7 +239,7 @@ def broadcast_buffers(model):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """If any rank raises UserError or Unavailable within the block, raises it on all of them, as the first did.
+    """If ranks raise UserError or Unavailable within the block, all ranks raise what the first of them raised.
 
     An OSError, such as a full disk, becomes a UserError that names the file.
     """
@@ -248,10 +248,12 @@ def raise_on_all_ranks():
         yield
     except (UserError, Unavailable) as error:
         failure = type(error), str(error)
-    except ConnectionError:  # of the processes, or of a reader of the output
+    except ConnectionError:  # between the ranks, or to a reader of the output: not about a file
         raise
     except OSError as error:
         kind = Unavailable if error.errno in PASSING else UserError
         failure = kind, f"{error.filename or 'reading or writing'}: {one_line(error)}"
-    for kind, message in filter(None, gather_objects(failure)):
+    failures = [one for one in gather_objects(failure) if one is not None]
+    if failures:
+        kind, message = failures[0]
         raise kind(message, on_all_ranks=True) from None

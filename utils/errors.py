@@ -1,4 +1,4 @@
-"""A user's mistake as an exception, errors of the system that pass, text on one line, and the stack of an error."""
+"""Exceptions for users' mistakes and for system errors that may pass, one-line texts, and the stack of an error."""
 
 import contextlib
 import errno
@@ -36,27 +36,27 @@ class Unavailable(EndOfRun):
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """The system's error that an exception is or was raised for, None if there is none."""
+    """The OSError that an exception is, or that led to it; None if there is none."""
     while error is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__cause__ or error.__context__
     return error
 
 
 def retry(read, path, *args):
-    """read(path, *args), again after each of PAUSES while the system fails in a way that passes; then Unavailable."""
+    """Calls read(path, *args), again after each of PAUSES while the error is in PASSING; then raises Unavailable."""
     for pause in (*PAUSES, None):
         try:
             return read(path, *args)
         except Exception as error:
-            found = system_error(error)
-            if found is None or found.errno not in PASSING:
+            cause = system_error(error)
+            if cause is None or cause.errno not in PASSING:
                 raise
             if pause is None:
-                reason = f"{one_line(found)}, {len(PAUSES) + 1} attempts"
+                reason = f"{one_line(cause)}, {len(PAUSES) + 1} attempts"
                 raise Unavailable(
                     f"{path}: the system cannot read it now ({reason}); start again later with the same command, a "
                     "training with --resume auto"
-                ) from found
+                ) from cause
         time.sleep(pause)
 
 
@@ -72,7 +72,7 @@ def one_line(error: BaseException) -> str:
 
 
 def format_stack(error: BaseException) -> str:
-    """The traceback of an error, and of those that it replaces; of a data worker's, first the traceback there."""
+    """The traceback of an error and of those that it replaced, after the worker's own if it is from a data worker."""
     replaced = error
     while replaced is not None:
         replaced.__suppress_context__ = False
@@ -97,8 +97,8 @@ def words_and_place(error: BaseException) -> str:
 def optional_package(flag: str, names: str, kinds=BaseException):
     """A block that imports or calls optional packages.
 
-    Raises UserError, naming the flag, for an exception of these kinds: they are missing, broken, too old or set up
-    wrongly. A broken installation raises anything, also SystemExit.
+    Raises UserError, naming the flag, for an exception of these kinds: the packages are missing, broken, too old or set
+    up wrongly. A broken installation may raise anything, even SystemExit.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def optional_package(flag: str, names: str, kinds=BaseException):
 
 
 def drop_unwritable_output():
-    """Sends what a stream that cannot be written still holds nowhere: flushing it at the exit would fail again."""
+    """Points an output stream that cannot be written at the null device, or flushing it at exit would fail again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import PASSING, Unavailable, UserError, one_line, printable, retry, system_error
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP}
-ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # all others do not say that a file is missing
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # no other error means that a file is missing
 SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small letters
     "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -23,7 +23,7 @@ SYSTEM_NAMES = {  # of NAS systems, macOS' archives, Windows and ext4, in small 
 
 @contextmanager
 def optional_service():
-    """Forgives that the file system does not offer what the block asks for, such as flushing folders."""
+    """Ignores that the file system does not support what the block does, such as flushing folders."""
     try:
         yield
     except OSError as error:
@@ -32,10 +32,10 @@ def optional_service():
 
 
 def get_mode(path, follow: bool = True) -> int:
-    """The st_mode of what is at a path, 0 if nothing is found; follow: of a link's target.
+    """The st_mode of what is at a path, or 0 if there is nothing; follow: whether a link stands for its target.
 
-    Where the system cannot look, which os.path.exists and others take for a missing file, raises Unavailable if that
-    passes, else UserError.
+    If the system cannot tell, which os.path.exists and others take for a missing file, raises Unavailable if the error
+    may pass, else UserError.
     """
     try:
         return retry(partial(os.stat, follow_symlinks=follow), path).st_mode
@@ -48,17 +48,17 @@ def get_mode(path, follow: bool = True) -> int:
 
 
 def is_file(path) -> bool:
-    """os.path.isfile, but for get_mode."""
+    """os.path.isfile, but raises where get_mode does."""
     return stat.S_ISREG(get_mode(path))
 
 
 def is_dir(path) -> bool:
-    """os.path.isdir, but for get_mode."""
+    """os.path.isdir, but raises where get_mode does."""
     return stat.S_ISDIR(get_mode(path))
 
 
 def lexists(path) -> bool:
-    """os.path.lexists, but for get_mode."""
+    """os.path.lexists, but raises where get_mode does."""
     return get_mode(path, follow=False) != 0
 
 
@@ -105,7 +105,9 @@ def atomic_write(path, sync=True):
         file.flush()
         if sync:
             flush(file)
-        (replace if sync else os.replace)(temporary, path)
+            replace(temporary, path)
+        else:
+            os.replace(temporary, path)
 
 
 def flush(file):
@@ -117,20 +119,20 @@ def flush(file):
 
 @contextmanager
 def name_failure(path, kept: str):
-    """Makes a failure to write `path` a UserError that names the file, the system's reason, and what is kept.
+    """Turns a failure to write `path` into a UserError that names the file, the system's reason, and what is kept.
 
-    Unavailable if it passes; it is not tried again, since the system may have lost what it could not write.
+    If the failure may pass, raises Unavailable instead, without a retry: the system may have lost what it had to write.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        found = system_error(error)
-        kind = Unavailable if found is not None and found.errno in PASSING else UserError
-        raise kind(f"{path}: cannot be written ({one_line(found or error)}); {kept}") from None
+        cause = system_error(error)
+        kind = Unavailable if cause is not None and cause.errno in PASSING else UserError
+        raise kind(f"{path}: cannot be written ({one_line(cause or error)}); {kept}") from None
 
 
 def lock_folder(folder):
-    """Opens a folder's .lock and locks it until it is closed, or until this process ends, however it ends.
+    """Opens and locks a folder's .lock; the lock ends when the file is closed, or when the process ends, in any way.
 
     Returns None, with a warning, on a file system without locks. Raises BlockingIOError if another process holds the
     lock, OSError if the file cannot be opened.
@@ -174,7 +176,7 @@ def link(source, target):
 
 @contextmanager
 def name_refused():
-    """Makes a refusal of the system, such as of a folder that may not be read, a UserError with its path."""
+    """Turns a PermissionError, such as for a folder that may not be read, into a UserError that names the path."""
     try:
         yield
     except PermissionError as error:
@@ -184,9 +186,10 @@ def name_refused():
 def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """([(folder, names of its files)] of root and all below it, sorted; a line on each kind of thing that is left out).
 
-    What is hidden and SYSTEM_NAMES are left out. Links are followed, but a real folder comes once, and so does a real
-    file with a wanted name: under its own path or, if it lies elsewhere, that of the first link. A link to a folder
-    around root is left out. Raises UserError for a folder that may not be read or searched, and OSError.
+    Leaves out what is hidden, and SYSTEM_NAMES. Follows links, but lists each real folder once, and each real file with
+    a wanted name once: under its own path or, if that is not below root, under the path of the first link to it. Leaves
+    out a link to a folder that contains root. Raises UserError for a folder that may not be read or searched, and
+    OSError.
     """
     top = os.path.realpath(root)
     tree = {}  # real folder: (folder, names)
@@ -209,22 +212,24 @@ def walk(root, is_wanted=lambda name: True) -> tuple[list[tuple[str, list[str]]]
                 continue
             retry(os.stat, os.path.join(folder, "."))  # refused if the folder may be read, but not searched
             tree[real] = folder, []
-            for name, is_link, below in sorted(retry(list_folder, folder)):
+            for name, is_link, is_folder in sorted(retry(list_folder, folder)):
                 path = os.path.join(folder, name)
                 if is_hidden(name):
-                    hidden += [path] if below else []
-                elif below or is_link:
-                    (folders if below else links).append(path)
+                    hidden += [path] if is_folder else []
+                elif is_folder:
+                    folders.append(path)
+                elif is_link:
+                    links.append(path)
                 else:
                     tree[real][1].append(name)
-    own = {f"{real}/{name}" for real, (_, names) in tree.items() if file_links for name in names if is_wanted(name)}
-    for link in sorted(file_links, key=lambda link: (not is_wanted(os.path.basename(link)), link)):
+    seen = {f"{real}/{name}" for real, (_, names) in tree.items() if file_links for name in names if is_wanted(name)}
+    for link in sorted(file_links, key=lambda link: (not is_wanted(os.path.basename(link)), link)):  # wanted ones first
         if not is_wanted(os.path.basename(link)) and not get_mode(link):
             broken.append(link)
-        elif (real := os.path.realpath(link)) in own:
+        elif (real := os.path.realpath(link)) in seen:
             repeated.append(link)
         else:
-            own.add(real)
+            seen.add(real)
             tree[os.path.realpath(os.path.dirname(link))][1].append(os.path.basename(link))
     left_out = {"hidden folders or folders of thumbnails": hidden, "links to what is there without them": repeated}
     left_out["links that lead nowhere"] = broken

@@ -64,10 +64,10 @@ def run_summary(state, data) -> str:
 
 
 def next_command(args, script: str, flag: str, recipe: str, *words: str) -> str:
-    """The command of a stage that starts from this run's last checkpoint, with the flags given here that go on.
+    """The command that starts a stage from this run's last checkpoint, with the flags given here that are GOES_ON.
 
-    script: of the next stage, which takes the checkpoint by the flag; recipe: the name of its recipe beside this run's;
-    words: further words, such as its --output_dir if it may not be the default.
+    script: that of the next stage, which takes the checkpoint by `flag`; recipe: the name of its recipe, next to this
+    run's; words: further words, such as an --output_dir that is not the default.
     """
     folder = Path(args.output_dir)
     file = Path(args.recipes[0]).with_name(f"{recipe}.txt") if args.recipes else Path()
@@ -93,9 +93,10 @@ def to_json(value, margin: str = "\n") -> str:
     inner = f"{margin} "
     if isinstance(value, dict) and value:
         entries = [f"{json.dumps(key)}: {to_json(entry, inner)}" for key, entry in value.items()]
-        return f"{{{inner}{f',{inner}'.join(entries)}{margin}}}"
+        return "{" + inner + f",{inner}".join(entries) + margin + "}"
     if isinstance(value, list | tuple) and any(isinstance(entry, dict | list | tuple) for entry in value):
-        return f"[{inner}{f',{inner}'.join(to_json(entry, inner) for entry in value)}{margin}]"
+        entries = [to_json(entry, inner) for entry in value]
+        return "[" + inner + f",{inner}".join(entries) + margin + "]"
     return json.dumps(value)
 
 

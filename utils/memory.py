@@ -15,7 +15,7 @@ from models.moco import SplitBatchNorm, without_exchange
 from .distributed import gather_objects, get_dist_info, get_world_size, print_main
 from .errors import UserError
 
-ROOM = 0.7  # of the available memory, for what is counted; workspaces, fragmentation and data workers come on top
+ROOM = 0.7  # share of the available memory for what is counted; the rest is for workspaces, fragmentation and workers
 
 
 def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True, dtype=None, compiled=False, device):
@@ -31,7 +31,7 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
     except (DataDependentOutputException, DynamicOutputShapeException):
         print_main("the memory of a step is not checked: the network's forward pass depends on its values")
         return
-    gather_objects(None)  # from here on every rank holds its model
+    gather_objects(None)  # a barrier: from here on, every rank holds its model in memory
     free, source = min(gather_objects(available_memory(device)))
     available = free + storage_bytes([*model.parameters(), *model.buffers()])  # these are in memory already
     sizes = f"a training step needs at least {needed / 2**30:.1f} GiB per process"
@@ -44,11 +44,11 @@ def check_memory(model, batch_size, image_size, *, accum_steps=1, momentum=True,
     fewest = 2 * splits  # images of a micro-batch: BatchNorm needs two in each piece
 
     def largest_batch(accum_steps: int) -> int:
-        """The images of a micro-batch that fit with room, by linear estimate between `fewest` and batch_size, or 0."""
-        few, many = (measure(size, accum_steps=accum_steps) for size in (fewest, batch_size))
-        if few > ROOM * available:
+        """Estimates, linearly between `fewest` and batch_size, how many images per micro-batch fit with room; or 0."""
+        least, most = (measure(size, accum_steps=accum_steps) for size in (fewest, batch_size))  # bytes
+        if least > ROOM * available:
             return 0
-        return int(fewest + (ROOM * available - few) / (many - few) * (batch_size - fewest)) // splits * splits
+        return int(fewest + (ROOM * available - least) / (most - least) * (batch_size - fewest)) // splits * splits
 
     images = batch_size * accum_steps  # images of a step, in one process
     processes = get_dist_info().local_world_size
@@ -78,7 +78,7 @@ def step_memory(model, batch_size: int, image_size: int, *, accum_steps=1, momen
 def activation_memory(model, batch_size: int, image_size: int, dtype, device) -> int:
     """Bytes of the images and of what autograd saves, or of the largest input and output of a module if that is more.
 
-    Nothing is allocated: the forward pass runs on a copy of the model with fake tensors: shapes without values.
+    Nothing is allocated, since the forward pass runs on a copy of the model with fake tensors, shapes without values.
     """
     mode = FakeTensorMode()
     fakes = {id(tensor): mode.from_tensor(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -126,7 +126,7 @@ def available_memory(device, proc=Path("/proc"), groups=Path("/sys/fs/cgroup")) 
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), "free on the GPU"
     lines = [line for line in read_lines(proc / "meminfo") if line.startswith("MemAvailable:")]
-    found = [(int(line.split()[1]) * 1024, "MemAvailable") for line in lines]
+    limits = [(int(line.split()[1]) * 1024, "MemAvailable") for line in lines]
     for path in [line[4:] for line in read_lines(proc / "self/cgroup") if line.startswith("0::/")]:
         for group in (groups / path, *(groups / path).parents):
             limit = read_lines(group / "memory.max")
@@ -134,8 +134,8 @@ def available_memory(device, proc=Path("/proc"), groups=Path("/sys/fs/cgroup")) 
             if limit and used and limit[0].isdecimal():
                 stat = dict(line.split() for line in read_lines(group / "memory.stat"))
                 cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))  # the kernel drops these
-                found.append((max(0, int(limit[0]) - max(0, int(used[0]) - cached)), "limit of the control group"))
-    return min(((free // get_dist_info().local_world_size, source) for free, source in found), default=(math.inf, ""))
+                limits.append((max(0, int(limit[0]) - max(0, int(used[0]) - cached)), "limit of the control group"))
+    return min(((free // get_dist_info().local_world_size, source) for free, source in limits), default=(math.inf, ""))
 
 
 def read_lines(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ MAX_CONFUSION = 1000  # classes up to which the confusion matrix is counted in f
 
 
 class Stopwatch:
-    """Of an epoch since it began or was resumed: the images of all ranks, the time, and the time without data."""
+    """Measures images of all ranks, time, and time spent waiting for data, since an epoch began or was resumed."""
 
     def __init__(self):
         self.images_seen = 0
@@ -35,7 +35,7 @@ class Stopwatch:
         self.data_seconds += time.perf_counter() - self.latest
 
     def trained(self, images: int):
-        """images: of the step, if this micro-batch was its last, else 0."""
+        """Ends a micro-batch. images: those of the whole step if it was the step's last micro-batch, else 0."""
         self.latest = time.perf_counter()
         self.seconds = self.latest - self.start
         self.images_seen += images
@@ -46,10 +46,10 @@ class Stopwatch:
 
 
 class MetricLogger:
-    """Means over an epoch's steps, summed on the device, so that only reading them waits for it.
+    """Means over an epoch's steps, summed on the device, so that only reading them waits for the device.
 
-    classifiers: the names of the logits; accum_steps: updates that make a step, whose values are their mean; the means
-    are right between steps.
+    classifiers: the names of the logits. accum_steps: updates per step; a step's values are the mean of its updates'.
+    The means are right only between steps, not within one.
     """
 
     def __init__(self, device, classifiers: tuple[str, ...], accum_steps: int = 1):
@@ -72,9 +72,9 @@ class MetricLogger:
         return self.updates // self.accum_steps
 
     def update(self, figures: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], labels):
-        """Adds an update: figures by name, scalars such as losses, and the accuracies of each classifier's logits.
+        """Adds a micro-batch: its figures (scalars by name, such as losses), and the accuracies of each classifier.
 
-        logits: (N, C) each, in the order of the classifiers, whose accuracies are top1_<name> and top5_<name>.
+        logits: (N, C) each, in the order of the classifiers; their accuracies become top1_<name> and top5_<name>.
         """
         values = dict(figures)
         for name, scores in zip(self.classifiers, logits, strict=False):  # stage III without a teacher has one
@@ -82,14 +82,14 @@ class MetricLogger:
             values[f"top1_{name}"] = top1.float().mean()
             values[f"top5_{name}"] = top5.float().mean()
         if self.updates and tuple(values) != self.names:
-            names = ", ".join(self.names)
-            own = ", ".join(values)
-            what = f"metrics.update(): the epoch's averages are of {names}, this micro-batch has {own}"
+            earlier = ", ".join(self.names)
+            current = ", ".join(values)
+            problem = f"metrics.update(): the epoch's averages are of {earlier}, this micro-batch has {current}"
             remedy = "log the same figures in every micro-batch"
             if self.source is not None:
-                what = f"{self.source}: its averages are of {names}, this stage has {own}"
+                problem = f"{self.source}: its averages are of {earlier}, this stage has {current}"
                 remedy = "resume from a checkpoint that was saved after an epoch (previous or best)"
-            raise UserError(f"{what}; {remedy}", on_all_ranks=True)
+            raise UserError(f"{problem}; {remedy}", on_all_ranks=True)
         stacked = torch.stack([value.detach().double() for value in values.values()]) / self.accum_steps
         self.names = tuple(values)
         self.sums = stacked if self.sums is None else self.sums.add_(stacked)
@@ -115,7 +115,7 @@ class MetricLogger:
         return {"names": list(self.names), "sums": gather_objects(self.sums.tolist()), "steps": self.steps}
 
     def load_state_dict(self, state: dict, source):
-        """Continues from a state_dict, also one of another number of processes: each then takes an equal part.
+        """Continues from a state_dict; if it has another number of processes, each takes the mean of their sums.
 
         source: the file that it was read from, for messages.
         """
@@ -136,9 +136,10 @@ class MetricLogger:
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(predicted, top1, top5) of logits (N, C): the classes int (N,), and whether they, or the first five, are right.
+    """Returns (predicted, top1, top5) of logits (N, C) and labels, int (N,).
 
-    labels: int (N,); top1, top5: bool (N,).
+    predicted: the class with the largest logit, int (N,); top1, top5: whether the label is that class, or among those
+    with the five largest logits, bool (N,).
     """
     predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hit = predicted == labels[:, None]
@@ -184,8 +185,8 @@ class ShotAccuracy:
         groups = shot_groups(self.train_counts)
         count = int(test_counts.sum())
         is_full = self.side == len(self.train_counts)
-        of_group = F.one_hot(groups, len(GROUPS))
-        between = of_group.T @ confusion @ of_group if is_full else confusion
+        membership = F.one_hot(groups, len(GROUPS))  # (C, 3)
+        confusion_groups = membership.T @ confusion @ membership if is_full else confusion
         record = {
             "overall": int(top1.sum()) / count if count else None,
             "class_mean": mean_accuracy(top1, test_counts),
@@ -196,7 +197,7 @@ class ShotAccuracy:
             "test_counts": test_counts.tolist(),
             "classes": self.classes,
             "count": count,
-            "confusion_groups": between.tolist(),
+            "confusion_groups": confusion_groups.tolist(),
         }
         if is_full:
             record["confusion"] = confusion.tolist()
@@ -215,7 +216,7 @@ def mean_accuracy(correct: torch.Tensor, counts: torch.Tensor) -> float | None:
 
 @torch.no_grad()
 def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
-    """The results of each classifier over a list, by name; see metrics.ShotAccuracy.results.
+    """Evaluates a model on a list; returns the results of each classifier by name (ShotAccuracy.results).
 
     model: in eval mode it maps images to the logits (N, C) of a classifier, or to a tuple of those of its classifiers;
     loader: this rank's (views, labels, indices); train_counts: int (C,), training images per class. All ranks take rank
@@ -231,7 +232,9 @@ def evaluate(model, loader, train_counts, state) -> dict[str, dict]:
                 break
             with state.autocast():
                 logits = model(images)
-            for count, scores in zip(counts.values(), logits if isinstance(logits, tuple) else (logits,), strict=False):
+            if not isinstance(logits, tuple):
+                logits = (logits,)
+            for count, scores in zip(counts.values(), logits, strict=False):
                 count.update(scores, labels)
             progress.step()
             heartbeat()

@@ -50,7 +50,7 @@ class RunFolder:
                 self.summary_writer.close()
             if self.lock is not None:
                 checkpoint.settle(self.path)
-        except OSError:  # a full disk; what ended the run before comes first
+        except OSError:  # such as a full disk; it must not hide what ended the run
             if kind is None:
                 raise
         finally:
@@ -88,7 +88,7 @@ class RunFolder:
         return bool(self.args.resume) and Path(self.args.resume).parent.resolve() == self.path.resolve()
 
     def _sources(self) -> dict[str, str]:
-        """The files that the weights come from: argument -> path; --resume has everything."""
+        """The files that the weights come from, argument -> path; with --resume, its checkpoint alone."""
         unused = {name for _, names in unused_arguments(self.args) for name in names}
         names = ["resume"] if self.args.resume else ["pretrained", *self.args.marked[STARTS_FROM]]
         return {name: path for name in names if name not in unused and (path := getattr(self.args, name, None))}
@@ -111,7 +111,7 @@ class RunFolder:
                 kept = state.epoch
             elif checkpoint.present_in(self.path) or lexists(self.path / "results.json"):
                 checkpoint.set_aside(self.path)
-            if kept < self.args.epochs:  # else the results may be those of all epochs
+            if kept < self.args.epochs:  # else results.json may already be that of all epochs
                 (self.path / "results.json").unlink(missing_ok=True)
             self._write_args(state, data)
             log.truncate_log(self.path, kept)
@@ -119,16 +119,16 @@ class RunFolder:
                 self.summary_writer = log.require_tensorboard()(str(self.path), purge_step=kept)
 
     def _compare_with_sources(self, state, data):
-        """Notes the images that the weights were or will be trained on, and names lists that may not be meant.
+        """Notes the images that the weights were or will be trained on, and warns of lists that may not be meant.
 
-        Those are lists that have some of these images, and others than a checkpoint's, as far as the args.json next to
-        it tells: the training list, of --resume all three.
+        These are validation and test lists with some of those images, and lists that differ from those in the args.json
+        next to a checkpoint that the run starts from: its training list, or all three with --resume.
         """
         sources = self._sources()
         digests = []
         for name, path in sources.items():
-            if (found := checkpoint.trained_on(path)) is not None:
-                digests.append(found.flatten())
+            if (earlier := checkpoint.trained_on(path)) is not None:
+                digests.append(earlier.flatten())
             saved = {} if self.args.evaluate or name == "pretrained" else saved_checksums(Path(path).parent)
             for split in LIST_NAMES if name == "resume" else ("train",):
                 if saved.get(split) not in (None, data.checksums.get(split)):
@@ -152,7 +152,7 @@ class RunFolder:
                 )
 
     def _write_args(self, state, data):
-        """Writes args.json; a resumed run keeps the checkpoint that it once started from, a finished one all of it."""
+        """Writes args.json; a resumed run keeps the path that it once started from, a finished run the whole file."""
         file = self.path / "args.json"
         values = resolved(self.args)
         starts_from = list(self.args.marked[STARTS_FROM])

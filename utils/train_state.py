@@ -30,12 +30,12 @@ from .metrics import MetricLogger, Stopwatch
 from .signals import Stopped
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LATER_IMAGES = "SSD_LT_LATER_IMAGES"  # set by train.sh: the work of the later stages, in images of this one
+LATER_IMAGES = "SSD_LT_LATER_IMAGES"  # set by train.sh: the later stages' work, counted in images of this stage
 VALIDATION_COLUMNS = ("overall", "class_mean", "top5", "many", "medium", "few")
 
 
 def set_numerics(tf32: bool, deterministic: bool):
-    """Allows TF32 if asked for, and uses deterministic algorithms, else those that cuDNN finds fastest."""
+    """Allows TF32 if asked for. Uses deterministic algorithms if asked for, else those that cuDNN finds fastest."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -43,7 +43,7 @@ def set_numerics(tf32: bool, deterministic: bool):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor: a kernel each
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling would launch a kernel per new tensor
 
 
 def seed_everything(*entropy: int):
@@ -77,7 +77,7 @@ def prepare_model(model, device, args, batch_size: int | None = None):
 def convert_sync_batchnorm(model, device):
     """Turns a model's BatchNorm into SyncBatchNorm, except the momentum encoder's; names and values stay.
 
-    Shuffling BN is for the momentum encoder: with statistics over all ranks, a key would share those of its query.
+    The momentum encoder has shuffling BN instead: with statistics over all ranks, a key would share its query's.
     Raises UserError, the same on all ranks, without CUDA.
     """
     if device.type != "cuda":
@@ -113,13 +113,15 @@ def eval_due(epoch: int, args) -> bool:
 
 
 def init_momentum(optimizer):
-    """Gives SGD's trained parameters a momentum of 0, with which a first step is the same as without one.
+    """Sets the momentum buffers of SGD's trained parameters to 0, which leaves the result of a first step unchanged.
 
-    A fused SGD allocates it in the first step, and if that step overflows, as the first in fp16 often do, it would
-    train on with whatever was in that memory.
+    Fused SGD would allocate them in the first step without a value; if that step overflows, as the first ones in fp16
+    often do, training would go on with whatever was in that memory.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
+        if not group["momentum"]:
+            continue
+        for parameter in group["params"]:
             if parameter.requires_grad:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -155,8 +157,8 @@ class TrainState:
     def micro_batches(self, loader):
         """Yields (views, labels, first, last), on the device, for the micro-batches of the epoch's remaining steps.
 
-        first, last: whether it begins or ends its step. Each has its own random numbers, which depend on seed, epoch,
-        step, micro-batch and rank alone: a resumed epoch continues as if it had not stopped.
+        first, last: whether a micro-batch begins or ends its step. Its random numbers depend on seed, epoch, step, rank
+        and its place in the step alone, so a resumed epoch continues as if it had not stopped.
         """
         args = self.args
         defer_stop()
@@ -169,8 +171,10 @@ class TrainState:
             for number, (views, labels, _) in enumerate(loader):
                 clock.data_arrived()
                 part = number % args.accum_steps
-                entropy = args.seed, self.epoch, self.step, get_rank()
-                seed_everything(*entropy, part) if part else seed_everything(*entropy)
+                entropy = [args.seed, self.epoch, self.step, get_rank()]
+                if part:  # the first micro-batch draws as a step without --accum-steps does
+                    entropy.append(part)
+                seed_everything(*entropy)
                 last = part == args.accum_steps - 1
                 yield views, labels, part == 0, last
                 clock.trained(loader.images_per_step * get_world_size() if last else 0)
@@ -180,9 +184,9 @@ class TrainState:
 
     @contextmanager
     def progress(self, title: str, total: int, initial: int = 0):
-        """Yields what shows the progress of an epoch or an evaluation on the screen, every --print-freq steps.
+        """Yields a Progress, which shows the progress of an epoch or an evaluation every --print-freq steps.
 
-        If the system cannot read an image now, the finished steps are saved, unless that takes other ranks.
+        If the system cannot read an image now, saves the finished steps first, unless saving needs other ranks.
         """
         with Progress(title, total, self.args.print_freq, initial) as progress:
             try:
@@ -199,9 +203,9 @@ class TrainState:
         name, value = next(iter(self.metrics.means().items()))
         per_epoch = self.loader.images_per_epoch * get_world_size()
         later = float(os.environ.get(LATER_IMAGES) or 0)
-        left = ((self.args.epochs - self.epoch) * per_epoch - self.images_seen + later) / speed
+        seconds = ((self.args.epochs - self.epoch) * per_epoch - self.images_seen + later) / speed
         best = f", best {100 * self.best:.1f} %" if self.best else ""
-        return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(left)} left{best}"
+        return f"{name} {value:.3g}, lr {lr:.2g}, {speed:.0f} img/s, {duration(seconds)} left{best}"
 
     def _line_text(self) -> str:
         """The text of a line: means of the epoch so far, accuracies in percent, speed, wait for data per step."""
@@ -220,7 +224,7 @@ class TrainState:
         return torch.autocast(self.metrics.device.type, dtype, enabled=dtype is not None)
 
     def backward(self, loss):
-        """Adds the gradients of a loss, a micro-batch's share of the step's mean loss."""
+        """Adds the gradients of `loss`, a micro-batch's share of the step's mean loss; fp16 scales it first."""
         self.not_finite.append(~loss.detach().isfinite())
         self.scaler.scale(loss).backward()
 
@@ -228,7 +232,7 @@ class TrainState:
         """Updates the weights and counts the step.
 
         Raises UserError on all ranks, before any weight moves, if a loss or gradient is not finite on any of them.
-        Gradients of fp16 are the scaler's: it skips a step whose gradients overflow, and lowers its scale.
+        In fp16 the scaler checks the gradients instead: it skips a step whose gradients overflow, and lowers its scale.
         """
         updates = (self.step + 1) * self.args.accum_steps
         assert len(self.not_finite) == self.args.accum_steps, "backward() for every micro-batch, before the step"
@@ -240,7 +244,7 @@ class TrainState:
         self.images_seen += self.loader.images_per_step * get_world_size()
 
     def check_finite(self, optimizer):
-        """What the ranks agree on in a step, in one exchange: losses and gradients are finite; is a stop asked for?"""
+        """Checks in one exchange whether any rank has a non-finite loss or gradient, or was asked to stop."""
         # A figure that is not finite could not be saved in the averages of a checkpoint.
         bad_loss = torch.stack(self.not_finite).any() | ~self.metrics.sums.isfinite().all()
         self.not_finite = []
@@ -254,16 +258,15 @@ class TrainState:
         if not bad_loss and not bad_gradient:
             return
         terms = self.metrics.not_finite()
-        found = gather_objects((terms, self.loader.locate()))
-        terms, where = next((one for one in found if one[0]), found[0])
-        what = (
-            "the loss or another figure is not finite"
-            if bad_loss
-            else "gradients are too large, or not finite although the loss is"
-        )
-        what += f" ({', '.join(terms)})" if terms else ""
+        reports = gather_objects((terms, self.loader.locate()))
+        terms, where = next((report for report in reports if report[0]), reports[0])  # from the first rank with terms
+        problem = "gradients are too large, or not finite although the loss is"
+        if bad_loss:
+            problem = "the loss or another figure is not finite"
+        if terms:
+            problem += f" ({', '.join(terms)})"
         raise UserError(
-            f"{what}, at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
+            f"{problem}, at epoch {self.epoch + 1}, step {self.step + 1}, learning rate "
             f"{self.optimizer.param_groups[0]['lr']:g}; this step changed no weight and no checkpoint; lower --lr, or "
             f"look at the batch of {where}; torch.autograd.set_detect_anomaly(True) finds the operation",
             on_all_ranks=True,
@@ -278,7 +281,7 @@ class TrainState:
             checkpoint.save(self)
 
     def stop_if_asked(self):
-        """Raises Stopped if any rank was asked to stop, after a save if the epoch's training is not saved yet."""
+        """If any rank was asked to stop, saves what is not saved yet, and raises Stopped on all ranks."""
         if any(gather_objects(stop_requested())):
             self.stop()
 
@@ -294,12 +297,12 @@ class TrainState:
         raise Stopped(message, on_all_ranks=True)
 
     def end_epoch(self, folder, results: dict[str, dict]):
-        """Logs the epoch and saves it, also as best if the last classifier has its best class mean.
+        """Logs the epoch and saves a checkpoint, also as best if the last classifier's class mean is its best so far.
 
         folder: the RunFolder; results: classifier -> its record of the validation list, empty without a validation.
         Raises Stopped if a stop was asked for, UserError on all ranks if fp16 overflows in every step.
         """
-        if self.scaler.get_scale() < 1:  # from 65,536: no step has been taken for long; 1 without fp16
+        if self.scaler.get_scale() < 1:  # starts at 65,536, and each overflow halves it; always 1 without fp16
             raise UserError(
                 f"--amp fp16: the gradients of epoch {self.epoch + 1} overflow in every step, also with a loss scale "
                 f"of {self.scaler.get_scale():g}; use --amp bf16 or lower --lr; the last checkpoint is intact",

@@ -24,16 +24,16 @@ from .spawn import fork_workers, run_processes
 def launch(main_worker, parser, argv=None) -> int:
     """Calls main_worker(args, device) in this process, or in those that it starts, and returns the exit status.
 
-    0; 2 after a user's mistake; 75 if the run was stopped and can continue; 130 after a second Ctrl-C; 141 if the
-    reader of the output has closed it; 1 after any other failure. The reason is printed on stderr, in one line if it is
-    known; with TRACEBACK=1 in the environment the stack is printed before it.
+    The status is 0 after success, 2 after a user's mistake, 75 if the run was stopped and can continue, 130 after a
+    second Ctrl-C, 141 if the reader of the output has closed it, and 1 after any other failure. The reason is printed
+    on stderr, in one line if it is known; with TRACEBACK=1 in the environment the stack is printed before it.
     """
     status = 0
     message = ""
     others = active_children()
     prepare_streams()
     fork_workers()
-    with handle_stop_signals(parser.prog, exits=argv is None):  # the words are the process's own: it ends with main()
+    with handle_stop_signals(parser.prog, exits=argv is None):  # words from sys.argv: the process ends with main()
         try:
             args = parser.parse_args(argv)
             info = detect_launcher(args)

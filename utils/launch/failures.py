@@ -41,7 +41,7 @@ NO_ANSWER = (
 LOST_CONTACT = "lost contact with another process of the run; its own message, if it had one, says why"
 LOST_IN_GLOO = "gloo.*(Connection (closed by peer|reset by peer|timed out)|Broken pipe|unreachable|No route to host)"
 NO_SHM = r"</torch_\w+>|(No space left on device|Read-only file system): data workers|\(pid.*Bus error"
-# (type of the error or a predicate, words in it, exit status, message or its function): the first row that fits counts
+# (error type or predicate, regular expression for its text, exit status, message or function); the first match counts
 CAUSES = (
     (UserError, "", USER_ERROR, "{text}"),
     ((Stopped, Unavailable), "", os.EX_TEMPFAIL, "{text}"),
@@ -68,9 +68,9 @@ CAUSES = (
 
 
 def describe_failure(error: BaseException) -> tuple[int, str]:
-    """(exit status, message) by CAUSES; the message is empty if rank 0 prints the same.
+    """Returns (exit status, message) from CAUSES; the message is empty if rank 0 prints the same.
 
-    With TRACEBACK=1 in the environment it also prints the stack, unless that is the message.
+    Also prints the stack if the environment has TRACEBACK=1, unless the message is the stack.
     """
     text = " ".join(str(error).split())
     for kind, words, status, message in CAUSES:  # noqa: B007
@@ -96,5 +96,5 @@ def tell_torchrun(message: str):
 
 def exit_now(status: int):
     """Ends the process without the interpreter's cleanup, which would abort on a broken process group."""
-    drop_unwritable_output()  # flushes the others
+    drop_unwritable_output()  # also flushes what can be written
     os._exit(status)

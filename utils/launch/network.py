@@ -60,7 +60,7 @@ def interface_address(name: str) -> str:
 
 
 def check_interfaces(variable: str):
-    """Raises UserError if no interface is as a variable of NCCL or gloo says."""
+    """Raises UserError if no network interface matches the value of NCCL's or gloo's environment variable."""
     present = [name for _, name in socket.if_nameindex()]
     value = os.environ.get(variable, "")
     names = tuple(name.partition(":")[0] for name in value.lstrip("=").split(","))

@@ -33,7 +33,8 @@ def detect_launcher(args) -> DistInfo:
         return srun_info(url)
     if url == "env://":
         raise UserError("--dist-url env://: RANK and WORLD_SIZE are not set; start with torchrun")
-    for name in WORLD_SIZES if "world_size" not in args.given else ():
+    names = WORLD_SIZES if "world_size" not in args.given else ()
+    for name in names:
         if (size := os.environ.get(name, "1")[:20]) not in ("", "0", "1"):
             raise UserError(
                 f"environment: {name} is {size}, but this process would train alone; join the others by "
@@ -66,7 +67,7 @@ def torchrun_info() -> DistInfo:
 
 
 def srun_info(url: str | None) -> DistInfo:
-    """url: --dist-url if it is given, else the processes meet on the first host of the step."""
+    """What srun says; url: --dist-url, or None to meet on the first host of the step."""
     world_size = env_number("SLURM_STEP_NUM_TASKS", 1)
     rank = env_number("SLURM_PROCID", 0, world_size - 1)
     local_rank = env_number("SLURM_LOCALID", 0, rank)
@@ -149,7 +150,7 @@ def init_process_group(args, info: DistInfo, device):
             print("gloo instead of nccl: there is no GPU in use (--dist-backend)", flush=True)
     interface = args.dist_interface
     if interface:
-        network.interface_address(interface)  # is it there?
+        network.interface_address(interface)  # raises if it is not there
     elif info.nodes == 1:
         interface = "lo0" if sys.platform == "darwin" else "lo"
     else:
@@ -207,9 +208,9 @@ def session_store(info: DistInfo, timeout: timedelta):
     """A part of torchrun's key-value store that belongs to this start of the processes alone.
 
     torchrun keeps the store when it restarts the processes, and neither its address nor any variable tells one start
-    from another: they would find the addresses of processes that have died (pytorch issue 135712). So rank 0 names a
-    session, every rank answers in it with a key of its own, and rank 0 confirms them: an old session has other
-    keys.
+    from another: restarted processes would find the addresses of dead ones (pytorch issue 135712). So rank 0 names a
+    session, every other rank answers in it with a random key of its own, and rank 0 confirms these keys. A rank that
+    has joined an old session does not find its key there, and tries again.
     """
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
@@ -238,7 +239,7 @@ def open_store(args, info: DistInfo, is_master: bool):
     """
     host, port = network.resolve(info.url) if info.url else ("127.0.0.1", 0)
     if info.nodes == 1:
-        network.listen(host, 0, info.url).close()  # is it an address of this machine?
+        network.listen(host, 0, info.url).close()  # raises if it is not an address of this machine
         host = "127.0.0.1"
     elif is_master and args.dist_interface:
         host = network.interface_address(args.dist_interface)

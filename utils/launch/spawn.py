@@ -19,9 +19,9 @@ from .rendezvous import open_store, process_group, say_if_waiting
 
 GRACE = 5  # seconds for the others to report, after a process has failed
 POLL = 0.1  # seconds between two checks of stop_requested()
-FAILURE = 1  # of ORDER: other statuses, and those that only follow another process's failure
-LOST = 3
-ORDER = {USER_ERROR: 0, os.EX_TEMPFAIL: 2, 0: 4}  # of outcomes by status, from the most informative
+FAILURE = 1  # the place in ORDER of any other status
+LOST = 3  # that of a failure that only follows another process's
+ORDER = {USER_ERROR: 0, os.EX_TEMPFAIL: 2, 0: 4}  # status -> place among the outcomes, the most informative first
 MAX_MESSAGE = 10_000  # characters, which fit into a pipe that nobody reads yet
 
 
@@ -34,8 +34,8 @@ def run_processes(main_worker, args, info: DistInfo) -> tuple[int, str]:
     try:
         pipes = [mp.Pipe(duplex=False) for _ in range(info.local_world_size)]
         with block_signals():  # until the processes are ready for them
-            resource_tracker.ensure_running()  # here, since SIGUSR1 would end it
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which starting it may have undone
+            resource_tracker.ensure_running()  # with signals blocked, since SIGUSR1 would end it
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again: starting the tracker may unblock some
             arguments = (main_worker, args, info, [send for _, send in pipes])
             context = mp.start_processes(run_rank, arguments, len(pipes), join=False, start_method="spawn")
         killed = watch(context.processes)
@@ -120,10 +120,10 @@ def run_rank(local_rank: int, main_worker, args, info: DistInfo, channels):
 
 
 def fork_workers():
-    """Has data workers forked on Linux, whatever Python's default is.
+    """Makes data workers start by fork on Linux, whatever Python's default is.
 
-    Under forkserver, the default from 3.14 on, each would import torch, and a helper process of Python's, which a
-    signal to stop kills, would print tracebacks.
+    Under forkserver, the default from 3.14 on, each worker would import torch, and a stop signal would kill a helper
+    process of Python's, which then prints tracebacks.
     """
     if sys.platform == "linux":
         mp.set_start_method("fork", force=True)
