@@ -101,7 +101,7 @@ def main_worker(args, device):
             results = metrics.evaluate(model, data.val, data.train_counts, state) if due else {}
             state.end_epoch(folder, results)  # log.txt, last and best checkpoint
         results = metrics.evaluate(model, data.test, data.train_counts, state)
-        if source is not None and source.found["stage"] == "i":
+        if source is not None and source.inferred["stage"] == "i":
             folder.finish(results, log.next_command(args, "ssd_stage_iii.py", "--teacher_ckpt", "stage_iii"))
         else:  # classifier fine-tuning after stage III, or a resumed run, which may have started from either stage
             folder.finish(results, log.report_command(args))

@@ -35,7 +35,7 @@ class LoadedCheckpoint(NamedTuple):
     path: str
     flag: str
     content: dict
-    found: dict  # inferred: stage, arch, num_classes and image_size; for stage I also dim and queue_size
+    inferred: dict  # stage, arch, num_classes and image_size; for stage I also dim and queue_size
 
     @property
     def state_dict(self) -> dict:
@@ -96,7 +96,7 @@ def load_stage(args, parser, flag: str, receiver, *options, hint: str = "") -> L
         if soft:
             check_trained(path, loaded.content)
         try:
-            models.check_complete(loaded.state_dict, loaded.found["image_size"], receiver, *options)
+            models.check_complete(loaded.state_dict, loaded.inferred["image_size"], receiver, *options)
         except ValueError as error:
             raise UserError(f"{path}: {error}; correct {flag}") from None
         return loaded
@@ -149,17 +149,17 @@ def read_stage(path, flag: str, stages: list[str]) -> LoadedCheckpoint:
     content = read(path, flag)
     try:
         image_size = build_transform(content).size
-        found = models.infer_stage_and_arch(content["state_dict"], image_size)
-        if found is None:
+        inferred = models.infer_stage_and_arch(content["state_dict"], image_size)
+        if inferred is None:
             names = f"the names of its weights, such as {min(content['state_dict'], default='none')},"
             raise ValueError(f"{names} belong to no stage of SSD-LT")
-        read_class_names(content, found["num_classes"])
+        read_class_names(content, inferred["num_classes"])
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct {flag}") from None
-    if found["stage"] not in stages:
-        stage = models.STAGES[found["stage"]].number
+    if inferred["stage"] not in stages:
+        stage = models.STAGES[inferred["stage"]].number
         raise UserError(f"{path}: a checkpoint of stage {stage}; {flag} takes one of stage {stage_names(stages)}")
-    return LoadedCheckpoint(str(path), flag, content, found | {"image_size": image_size})
+    return LoadedCheckpoint(str(path), flag, content, inferred | {"image_size": image_size})
 
 
 def stage_names(stages) -> str:
@@ -256,8 +256,8 @@ def apply_saved_args(loaded: LoadedCheckpoint, args, parser, *facts: str):
     actions = parser.marked(*facts)
     taken = []
     warnings = []
-    found = loaded.found
-    shapes = {"arch": found["arch"], "moco_dim": found.get("dim"), "moco_k": found.get("queue_size")}
+    sizes = loaded.inferred
+    shapes = {"arch": sizes["arch"], "moco_dim": sizes.get("dim"), "moco_k": sizes.get("queue_size")}
     saved = loaded.content.get("args", {}) | {name: value for name, value in shapes.items() if value is not None}
     for name, value in saved.items():
         if name not in actions or value in (None, getattr(args, name)):
@@ -288,8 +288,8 @@ def check_compatible(loaded: LoadedCheckpoint | None, arch: str, num_classes: in
     if loaded is None:
         return
     problem = ""
-    backbone = loaded.found["arch"] or "unknown"
-    classes = loaded.found["num_classes"]
+    backbone = loaded.inferred["arch"] or "unknown"
+    classes = loaded.inferred["num_classes"]
     if backbone != arch:
         problem = f"its backbone is {backbone}, not {arch}; correct --arch or {loaded.flag}"
     elif num_classes not in (None, classes):

@@ -129,7 +129,7 @@ def published_content(loaded: LoadedCheckpoint) -> dict:
         state_dict["module.label_queue"] = state_dict["module.label_queue"].float()
     return {
         "epoch": content.get("epoch", 0),
-        "arch": loaded.found["arch"],
+        "arch": loaded.inferred["arch"],
         "state_dict": state_dict,
         "best_acc1": torch.tensor(content.get("best_acc1", 0.0)),
         "optimizer": content["optimizer"],
@@ -169,8 +169,8 @@ def run(args):
     if args.format not in ("onnx", "network") and args.classes:
         raise UserError(f"--classes: a file of --format {args.format} has no names of classes; leave it out")
     model, loaded = load_network(args.checkpoint, args.classifier, args.classes)
-    arch = loaded.found["arch"]
-    classes = loaded.found["num_classes"]
+    arch = loaded.inferred["arch"]
+    classes = loaded.inferred["num_classes"]
     view = model.transform
     check_out(args, arch)
     if args.format == "published":

@@ -104,8 +104,8 @@ def load_network(
             model.classes = retry(read_names, classes)
         except (OSError, ValueError) as error:
             raise UserError(f"--classes {classes}: cannot be read ({one_line(error)})") from None
-        if len(model.classes) != loaded.found["num_classes"]:
-            number = f"{len(model.classes)} names for {loaded.found['num_classes']} classes"
+        if len(model.classes) != loaded.inferred["num_classes"]:
+            number = f"{len(model.classes)} names for {loaded.inferred['num_classes']} classes"
             raise UserError(f"--classes {classes}: {number} of {path}; write one name per line")
     return model, loaded
 
@@ -212,7 +212,7 @@ def check_wrong(args, loaded, lists: list[ImageList]):
         raise UserError(f"--wrong {file}: needs images of a list, such as test.txt, and an existing folder")
     if file.suffix.lower() != ".csv" or is_dir(file) or (is_file(file) and any(map(file.samefile, inputs))):
         raise UserError(f"--wrong {file}: is a folder, an input, or does not end in .csv; name another file")
-    num_classes = loaded.found["num_classes"]
+    num_classes = loaded.inferred["num_classes"]
     for images in lists:
         if images.num_classes > num_classes:
             where = images.locate([int(images.labels.argmax())])
@@ -246,7 +246,7 @@ def run(args) -> int:
     files = [file for file, _ in labeled]
     wrong = []
     unreadable = len(unread)
-    num_classes = loaded.found["num_classes"]
+    num_classes = loaded.inferred["num_classes"]
     if args.wrong:
         check_wrong(args, loaded, lists)
     topk = min(args.topk, num_classes)
