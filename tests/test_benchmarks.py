@@ -118,7 +118,7 @@ def test_tables_are_written_at_their_marks(tmp_path, capsys):
         text = file.read_text()
         assert text.startswith("Before.\n<!-- table: loss -->\n`") and text.endswith("<!-- end -->\nAfter.\n")
         assert "python -m benchmarks.loss" in text.splitlines()[2]  # after the environment that it needs, if any
-        assert "old" not in text and "--write" not in text and table_rows(text) == 2
+        assert "\nold\n" not in text and "--write" not in text and table_rows(text) == 2
     file.write_text("no marks")
     capsys.readouterr()
     assert run("loss", "--scaling", "--write", str(file)) == 2 and file.read_text() == "no marks"

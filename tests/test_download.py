@@ -74,7 +74,6 @@ class Handler(SimpleHTTPRequestHandler):
 def drive(files, monkeypatch):
     """drive(path) makes gdown download the release from a path of a local server."""
     gdown = pytest.importorskip("gdown")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(files)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

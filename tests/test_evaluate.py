@@ -141,13 +141,6 @@ def test_the_confusion_matrix_is_full_up_to_1000_classes():
         assert results["overall"] == results["class_mean"] == 0
 
 
-def test_groups_without_classes_or_without_images_are_null():
-    results = counted(*predictions(), torch.full((CLASSES,), 30))
-    assert results["many"] is None and results["few"] is None and results["medium"] is not None
-    results = counted(*predictions(), torch.tensor([500] * 5 + [3] + [500] * 2))  # the few-shot class has no image
-    assert results["few"] is None and results["many"] is not None
-
-
 def test_accuracies_are_null_without_images():
     results = counted(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.long), TRAIN_COUNTS)
     assert results["count"] == 0

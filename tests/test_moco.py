@@ -228,11 +228,9 @@ def test_statistics_of_a_frozen_encoder_move_unless_frozen_too(freeze_bn):
     for model, name in ((models.SLG, "encoder"), (models.SDL, "encoder_t")):
         model = model("resnet8", CLASSES, freeze_bn=freeze_bn)  # in train mode, as every new module
         encoder = getattr(model, name)
-        weights = [parameter.clone() for parameter in encoder.parameters()]
         model(images)
         assert (encoder.bn1.num_batches_tracked == 0) == freeze_bn
         assert torch.equal(encoder.bn1.running_mean, torch.zeros(16)) == freeze_bn
-        assert all(map(torch.equal, encoder.parameters(), weights))
         assert model.training and not model.eval().training and not encoder.training
 
 
@@ -285,8 +283,6 @@ def test_stage_two_takes_the_named_classifier():
         two.load_pretrained(published, name)
         assert torch.equal(two.classifier.fc.weight, source.weight) and torch.all(two.classifier.scales == 1)
         assert torch.equal(two.encoder.conv1.weight, student.encoder_q.conv1.weight)
-    with pytest.raises(ValueError, match="classifier_kd"):
-        models.SLG("resnet8", CLASSES).load_pretrained(ssfl().state_dict(), "soft")
 
 
 def shuffle_by_all_gather(encoder, images):

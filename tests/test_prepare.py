@@ -505,10 +505,8 @@ def test_photos_keep_their_splits_when_others_come_and_go(tmp_path, capsys, flag
     os.rename(root / "dog", tmp_path / "dog")
     said = succeeds(capsys, *run, "--overwrite")
     assert "bee: 0 new, 10 gone" in said and "ant: 12 new, 0 gone" in said and "dog: 0 new, 41 gone" in said
-    after = places(root)
-    assert after["cat"] == places(root)["cat"] and {before for before, _ in moves(first["bee"], after["bee"])} <= {
-        "val", "test",
-    }  # fmt: skip
+    before, after = after, places(root)
+    assert after["cat"] == before["cat"] and {was for was, _ in moves(first["bee"], after["bee"])} <= {"val", "test"}
     unchanged = stamps(root)
     assert " new, " not in succeeds(capsys, *run) and stamps(root) == unchanged
     assert "class numbers changed" not in said

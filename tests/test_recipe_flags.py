@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import ssd_stage_i
+from datasets.device_augment import to_float
 from datasets.transforms import Views
 from tests.helpers import BEST, LAST, assert_mistake, call, checkpoint, log_of, results_of, same, train
 from utils.train_state import learning_rate
@@ -64,7 +65,8 @@ def test_without_jitter_the_query_view_only_crops_and_flips(augment):
     views = Views(("query",), 32, 0, augment, jitter=0)
     for index in range(20):
         (view,) = views(image, (0, index, 0))
-        view = view[0] if augment == "device" else view
+        if augment == "device":
+            view = to_float(view[0][None], view[1][None])[0].mul(255).round()
         colors = {tuple(color) for color in view.flatten(1).T.tolist()}
         assert colors <= {(10, 120, 240), (0, 0, 0)}
 

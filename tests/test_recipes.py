@@ -95,13 +95,13 @@ def test_mistakes_in_recipes_are_those_of_the_command_line(tmp_path):
     assert expand_recipes(["a", "--b"]) == ["a", "--b"]
 
 
-def test_a_recipe_of_another_stage_is_refused(tmp_path, monkeypatch):
+def test_a_recipe_of_another_stage_is_refused(tmp_path):
     for stage, name in (("i", "stage_ii"), ("ii", "stage_iii")):
-        monkeypatch.setattr("sys.argv", [f"ssd_stage_{stage}.py"])
+        parser = PARSERS[stage]()
+        parser.prog = f"ssd_stage_{stage}.py"
         with pytest.raises(UserError, match=f"{name}.txt: a recipe for ssd_{name}.py"):
-            parse_words(stage, f"@{ROOT}/configs/cifar100_lt/{name}.txt", tmp_path)
-    monkeypatch.setattr("sys.argv", ["ssd_stage_ii.py"])
-    parse_words("ii", f"@{ROOT}/configs/cifar100_lt/stage_iii_tuned.txt", tmp_path)
+            parser.parse_args([f"@{ROOT}/configs/cifar100_lt/{name}.txt", str(tmp_path)])
+    parser.parse_args([f"@{ROOT}/configs/cifar100_lt/stage_iii_tuned.txt", str(tmp_path)])
 
 
 def test_args_json_holds_what_was_resolved_and_the_next_command_the_next_recipe(plain_tree, tmp_path):

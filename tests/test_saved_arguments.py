@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from datasets.samplers import BatchSampler, ShuffledSampler
 from models import SSFL
 from tests.helpers import (
     IMAGES,
@@ -141,18 +140,6 @@ def test_stage_ii_starts_its_epoch_over(trained, plain_tree, tmp_path):
     assert len(steps) == IMAGES // 24 and steps[0].startswith("epoch 1/1 [1/")
 
 
-def test_the_images_of_two_halves_of_an_epoch_are_those_of_the_whole():
-    def images(batch, position, rank=0, world_size=1):
-        sampler = BatchSampler(ShuffledSampler(range(96), 3, rank, world_size), batch)
-        sampler.start_at(2, position)
-        return [index for items in sampler for _, _, index in items]
-
-    whole = images(16, 0)
-    first = whole[:48]
-    later = [image for rank in range(3) for image in images(4, 48 // 3, rank, 3)]
-    assert sorted(first + later) == sorted(whole) == list(range(96))
-
-
 # ---- the rest
 
 
@@ -162,9 +149,7 @@ def test_arguments_in_a_checkpoint_load_with_weights_only(trained):
     assert not {"data", "workers", "output_dir", "device", "resume", "teacher_ckpt"} & set(args)
 
 
-def test_a_run_with_a_seed_stays_deterministic_without_the_flag(trained, plain_tree, tmp_path):
-    content = checkpoint(trained["i"], PREVIOUS)
-    torch.save(content | {"run": content["run"] | {"deterministic": True}}, tmp_path / LAST)
-    args = PARSERS["i"]().parse_args(["--resume", str(tmp_path / LAST), str(plain_tree)])
+def test_a_run_with_a_seed_stays_deterministic_without_the_flag(trained, plain_tree):
+    args = PARSERS["i"]().parse_args(["--resume", str(trained["i"] / LAST), str(plain_tree)])
     load_resume(args, PARSERS["i"](), SSFL)
     assert args.deterministic

@@ -344,7 +344,7 @@ WIRED = (
     "--bn-splits 4 --seed 9 --lr 0.07 --momentum 0 --wd 0.1 --schedule 1 --schedule-factor 0.5 --warmup-epochs 1 "
     "--amp fp16 --accum-steps 2 --channels-last --compile --tf32 --mean 0.5 0.4 0.3 --std 0.3 0.2 0.1"
 )
-SAID = "in 2 micro-batches", "float16", "0.07, warm-up of 1 epochs, times 0.5 at epochs 1; momentum 0, weight decay 0.1"
+SAID = "2 micro-batches", " float16", "0.07, warm-up of 1 epochs, times 0.5 at epochs 1; momentum 0, weight decay 0.1"
 
 
 @pytest.mark.parametrize(("stage", "flags", "expected"), [
@@ -366,6 +366,7 @@ def test_flags_and_seed_reach_network_data_and_optimizer(
         raise UserError("started")
 
     found, checked = {}, {}
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(run_folder.RunFolder, "start", start)
     monkeypatch.setattr(train_state, "check_memory", lambda *_, **options: checked.update(options))
     outcome = run_stage(stage, plain_tree, tmp_path / "run", *WIRED.split(), *flags.split(), *source(stage, trained))

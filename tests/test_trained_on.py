@@ -58,7 +58,7 @@ def test_later_stages_and_pretrained_ones_count_what_the_first_was_trained_on(tr
         assert known == args_of(trained["i"])["trained_on"] | {"test_images": 3} and known["images"] == len(digests)
     outcome = run_stage("i", plain_tree, tmp_path / "i", *FEW, *redrawn, "--pretrained", trained["iii"] / LAST)
     assert outcome.status == 0 and said in outcome.out
-    outcome = run_stage("iii", plain_tree, tmp_path / "alone", *FEW, *redrawn, "--kd-weight", 0, "--teacher_ckpt", "x")
+    outcome = run_stage("iii", plain_tree, tmp_path / "none", *FEW, *redrawn, *source("iii", folders), "--kd-weight", 0)
     assert outcome.status == 0 and "trained on, by" not in outcome.out
 
 
