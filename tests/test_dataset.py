@@ -111,7 +111,7 @@ def test_an_image_of_a_class_folder_is_named_without_a_list_line(tmp_path):
     images, classes = class_folders(tmp_path, "train")
     returned = Split("train", tmp_path, images).dataset(None).__getitems__([(0, 0, 0)])
     assert classes == ["a"] and images.locate([0]) == "train/a/1.png"
-    assert str(returned).startswith(f"{tmp_path}/train/a/1.png: ") and "line" not in str(returned)
+    assert str(returned).startswith(f"{tmp_path}/train/a/1.png: ") and ", line" not in str(returned)
     (tmp_path / "train" / "a" / "2\n.png").touch()
     with pytest.raises(UserError, match="holds a line break"):
         class_folders(tmp_path, "train")

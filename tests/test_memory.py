@@ -246,7 +246,8 @@ def test_a_network_that_depends_on_values_is_not_checked(network, capsys):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_that_no_machine_can_hold_is_refused_in_one_line(plain_tree, trained, tmp_path, stage):
+def test_a_step_that_does_not_fit_is_refused_in_one_line(plain_tree, trained, tmp_path, monkeypatch, stage):
+    offer(monkeypatch, GIB)
     huge = ["--image-size", 4096, "-b", 100, *(["--moco-k", 200] if stage == "i" else [])]
     outcome = run_stage(stage, plain_tree, tmp_path / "run", *huge, *source(stage, trained))
     assert_mistake(outcome, "--batch-size 100: ", "are available", "--no-memory-check")

@@ -183,11 +183,6 @@ def test_a_resumed_run_needs_no_weights(trained, plain_tree, tmp_path, no_networ
     assert outcome.status == 0 and "gone.pth" not in outcome.out + outcome.err
 
 
-def test_without_the_flag_the_start_is_random(plain_tree, tmp_path):
-    outcome = run_stage("i", plain_tree, tmp_path, "--epochs", 1)
-    assert outcome.status == 0 and "backbone starts" not in outcome.out
-
-
 # ---- mistakes
 
 

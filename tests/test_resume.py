@@ -177,10 +177,8 @@ def test_a_run_without_contrast_or_teacher_resumes_without_it(plain_tree, tmp_pa
     assert results_of(tmp_path / "rest") == results_of(whole)
 
 
-@pytest.mark.parametrize(
-    ("scale", "words"), [(0.0, "scale of 0"), (-1.0, "negative"), (float("inf"), "not finite"), ("8", "not finite")]
-)
-def test_a_loss_scale_that_would_skip_every_step_is_refused(scale, words):
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), "8"])
+def test_a_loss_scale_that_would_skip_every_step_is_refused(scale):
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="negative or not finite, or a loss scale of 0"):
         restore_scaler(scaler, scaler.state_dict() | {"scale": scale})

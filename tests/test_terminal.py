@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import LAST, ROOT, args_of, call, run_stage, stage_flags
 from tests.helpers_processes import wait_until
 from utils.command_line import ArgumentParser, run_command
-from utils.errors import Unavailable, UserError
+from utils.errors import UserError
 from utils.launch import failures
 
 
@@ -181,11 +181,6 @@ def test_traceback_shows_every_error_that_was_replaced(monkeypatch, capsys):
         assert failures.describe_failure(error) == (2, "")
     err = capsys.readouterr().err
     assert "ZeroDivisionError" in err and "ValueError: inner" in err and "UserError: outer" in err
-
-
-@pytest.mark.parametrize("kind", [UserError, Unavailable])
-def test_a_message_is_one_line_without_commands_for_the_terminal(kind):
-    assert str(kind("a\x1b[2Jb\nc")) == r"a\x1b[2Jb\nc"
 
 
 def test_a_command_whose_output_is_closed_ends_quietly():

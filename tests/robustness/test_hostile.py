@@ -21,7 +21,7 @@ from PIL import Image
 from tests.helpers import assert_mistake, assert_mistake_of_all_ranks, checkpoint, run_ranks, run_shell, run_stage
 from tests.helpers_prepare import fails
 from utils.checkpoint import PREVIOUS, read, restore_momentum
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.images import load_rgb
 
 # ---- lists
@@ -196,7 +196,7 @@ CHECKPOINTS = {
     "half a checkpoint": (cut_in_half, "not loaded"),
     "no weights": (lambda w, f: torch.save({"epoch": 1}, f), "no state_dict"),
     "one weight too few": (without_one_weight, "classifier.weight"),
-    "weights of something else": (lambda w, f: changed(w, f, state_dict=torch.nn.Linear(2, 2).state_dict()), "stage"),
+    "weights of something else": (lambda w, f: changed(w, f, state_dict=torch.nn.Linear(2, 2).state_dict()), "belong"),
     "an entry that leads out of the archive": (traversing, "not loaded"),
     "a pipe": (lambda w, f: os.mkfifo(f), "not a regular file"),
 }  # fmt: skip
@@ -305,8 +305,9 @@ def test_nothing_of_an_archive_that_is_not_the_published_one_is_opened_or_writte
     assert not list(tmp_path.rglob("harm")) and not any((tmp_path / "tmp").iterdir())
 
 
-def test_a_message_is_one_line_whatever_it_quotes():
-    assert str(UserError("a\nb\x1b[2J\r\udcff é 漢")) == "a\\nb\\x1b[2J\\r\\udcff é 漢"
+@pytest.mark.parametrize("kind", [UserError, Unavailable])
+def test_a_message_is_one_line_whatever_it_quotes(kind):
+    assert str(kind("a\nb\x1b[2J\r\udcff é 漢")) == "a\\nb\\x1b[2J\\r\\udcff é 漢"
 
 
 # ---- through the shell

@@ -8,6 +8,7 @@ import pytest
 from tests.helpers import (
     COUNTS,
     LAST,
+    PREVIOUS,
     STAGES,
     TWO,
     assert_mistake,
@@ -248,8 +249,8 @@ def test_overwrite_starts_from_scratch(trained, plain_tree, tmp_path):
     finished = copied(trained["i"], tmp_path / "finished")
     train("i", plain_tree, finished, "--cos", "--overwrite", "--epochs", 1)
     assert [record["epoch"] for record in log_of(finished)] == [0]
-    assert checkpoint(finished)["epoch"] == 1 and not (finished / "previous_checkpoint.pth.tar").exists()
-    assert not same(checkpoint(finished)["state_dict"], checkpoint(trained["i"])["state_dict"])
+    assert checkpoint(finished)["epoch"] == 1 and not (finished / PREVIOUS).exists()
+    assert same(checkpoint(finished)["state_dict"], checkpoint(trained["i"], PREVIOUS)["state_dict"])
 
 
 def test_an_output_folder_that_is_a_file_or_cannot_be_written_is_named(plain_tree, tmp_path):

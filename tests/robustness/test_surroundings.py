@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import termios
-import time
+import threading
 
 import pytest
 
 from tests.helpers import LAST, PARSERS, ROOT, TWO, Interruption, assert_one_line, call, checkpoint, log_of, stage_flags
-from tests.helpers_processes import PATIENCE, free_port
+from tests.helpers_processes import PATIENCE, free_port, wait_until
 from utils.distributed import STOP_SIGNALS, defer_stop
 from utils.errors import UserError
 from utils.launch import launch, rendezvous
@@ -67,7 +67,7 @@ def test_a_process_that_waits_says_where_and_for_whom(detect, monkeypatch, capsy
     """Nodes that are given by flags: tests/robustness/test_processes.py, in a run."""
     monkeypatch.setattr(rendezvous, "PATIENCE", 0.01)
     with rendezvous.say_if_waiting(detect(env, *flags)):
-        time.sleep(0.2)
+        wait_until(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()), "the line")
     assert capsys.readouterr().out == f"{text} (--dist-timeout)\n"
 
 
@@ -110,7 +110,7 @@ def test_an_interface_that_is_not_there_is_named(monkeypatch, variable, value, r
 
 @pytest.mark.parametrize(
     ("interface", "size", "words"),
-    [("^lo", 1, ["GLOO_SOCKET_IFNAME ^lo", "unset it", "lo"]), ("lo", 2, ["WORLD_SIZE, MASTER_ADDR and MASTER_PORT"])],
+    [("^lo", 1, ["GLOO_SOCKET_IFNAME ^lo", "name one of lo"]), ("lo", 2, ["WORLD_SIZE, MASTER_ADDR and MASTER_PORT"])],
 )
 def test_processes_of_env_that_do_not_meet_say_what_to_set(plain_tree, tmp_path, monkeypatch, interface, size, words):
     env = {"RANK": "0", "WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
